@@ -1,0 +1,1 @@
+"""The HTTP service. It never imports torch or the training package."""

@@ -1,0 +1,212 @@
+"""What an exported model says about itself: `models/<name>/<version>/manifest.json`.
+
+The reader owns the contract: `training.export` writes these very classes, the service reads them,
+and neither knows the network's shape from anywhere else.
+"""
+
+import hashlib
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+Datatype = Literal["UINT8", "INT64", "FP32"]
+"""Element types by their Open Inference Protocol names."""
+
+
+class ManifestError(Exception):
+    """A model folder that cannot be served; the message names the file and the reason."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TensorSpec(_Record):
+    """One graph input or output in the Open Inference Protocol's form; -1 is the free batch axis."""
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+
+
+class Graph(_Record):
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.onnx$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    opset: Annotated[int, Field(ge=1)]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class ImageSpec(_Record):
+    """How the network expects a picture.
+
+    `polarity` is the ink's side of the grey scale. `centring` says how the training pictures were
+    laid out: `centre_of_mass` is MNIST's way (ink in a `box` pixels square, placed by its centre of
+    mass), `none` leaves pictures as they are.
+    """
+
+    height: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1)]
+    channels: Literal[1, 3]
+    polarity: Literal["light_on_dark", "dark_on_light"]
+    centring: Literal["centre_of_mass", "none"]
+    box: Annotated[int, Field(ge=1)] | None = None
+
+
+class CapsuleSpec(_Record):
+    primary_count: Annotated[int, Field(ge=1)]
+    primary_dimensions: Annotated[int, Field(ge=1)]
+    digit_dimensions: Annotated[int, Field(ge=1)]
+    routing_iterations: Annotated[int, Field(ge=1)]
+    tweak_range: tuple[float, float]
+    """Smallest and largest tweak of one dimension that the figures use; the paper's is -0.25 … 0.25."""
+    tweak_step: Annotated[float, Field(gt=0)]
+
+
+class Calibration(_Record):
+    """Summed squared reconstruction error below which `quantile` of the images lie."""
+
+    threshold: Annotated[float, Field(gt=0)]
+    quantile: Annotated[float, Field(gt=0, lt=1)]
+    images: Annotated[int, Field(ge=1)]
+    source: Literal["held-out", "training"]
+    """`training` where the network was trained on every training image and none was left to hold out."""
+
+
+class Measured(_Record):
+    """Figures of the exported graphs themselves, on the dataset's test images."""
+
+    test_images: Annotated[int, Field(ge=0)]
+    test_mistakes: Annotated[int, Field(ge=0)]
+    parity_error: Annotated[float, Field(ge=0)]
+    """Largest absolute difference between ONNX Runtime and PyTorch over all outputs."""
+
+    @property
+    def test_error(self) -> float:
+        """Share of misclassified test images, in per cent."""
+        return 100 * self.test_mistakes / self.test_images
+
+
+class Provenance(_Record):
+    code_revision: str
+    dataset: str
+    dataset_checksums: dict[str, str]
+    training_images: Annotated[int, Field(ge=1)]
+    seed: int
+    epochs: Annotated[int, Field(ge=1)]
+    parameters: Annotated[int, Field(ge=1)]
+    precision: str
+    """Arithmetic of the training run: `fp32` or `bf16`."""
+
+
+class Manifest(_Record):
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    version: Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
+    created: datetime
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    image: ImageSpec
+    capsules: CapsuleSpec
+    encoder: Graph
+    decoder: Graph
+    calibration: Calibration
+    measured: Measured
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _distinct_classes(self) -> "Manifest":
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("class labels must differ from one another")
+        return self
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W) for grey, (H, W, 3) for colour."""
+        size = (self.image.height, self.image.width)
+        return size if self.image.channels == 1 else (*size, self.image.channels)
+
+    @property
+    def capsule_shape(self) -> tuple[int, int]:
+        """(classes, dimensions) of one picture's digit capsules."""
+        return len(self.classes), self.capsules.digit_dimensions
+
+    def encoder_tensors(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """The inputs and outputs that an encoder of this shape must have."""
+        classes, dimensions = self.capsule_shape
+        return (
+            (TensorSpec(name="images", datatype="UINT8", shape=(-1, *self.image_shape)),),
+            (
+                TensorSpec(name="digit_capsules", datatype="FP32", shape=(-1, classes, dimensions)),
+                TensorSpec(name="capsule_lengths", datatype="FP32", shape=(-1, classes)),
+            ),
+        )
+
+    def decoder_tensors(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """The inputs and outputs that a decoder of this shape must have."""
+        return (
+            (
+                TensorSpec(name="digit_capsules", datatype="FP32", shape=(-1, *self.capsule_shape)),
+                TensorSpec(name="target", datatype="INT64", shape=(-1,)),
+            ),
+            (TensorSpec(name="reconstructions", datatype="FP32", shape=(-1, *self.image_shape)),),
+        )
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and verify a model folder: schema, folder names, tensors, and every graph's checksum.
+
+    Raises:
+        ManifestError: naming the file at fault, what was found and what was expected.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror}); export the model again") from error
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "document"
+        raise ManifestError(
+            f"{path}: {where}: {first['msg']} (found {str(first['input'])[:80]!r}); "
+            f"this service reads schema_version {SCHEMA_VERSION}"
+        ) from error
+    _require(path, "version", manifest.version, folder.name)
+    _require(path, "name", manifest.name, folder.parent.name)
+    for role, graph, (inputs, outputs) in (
+        ("encoder", manifest.encoder, manifest.encoder_tensors()),
+        ("decoder", manifest.decoder, manifest.decoder_tensors()),
+    ):
+        _require(path, f"{role}.inputs", graph.inputs, inputs)
+        _require(path, f"{role}.outputs", graph.outputs, outputs)
+        file = folder / graph.file
+        if not file.is_file():
+            raise ManifestError(f"{file}: missing, but {path} names it as the {role}")
+        _require(file, "sha256", sha256(file), graph.sha256)
+    return manifest
+
+
+def _require(path: Path, field: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise ManifestError(f"{path}: {field} is {found!r}, expected {expected!r}")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` into `folder` in one step, so that a reader sees all of it or none."""
+    path = folder / MANIFEST_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
