@@ -1,0 +1,102 @@
+"""A training run on disk, written so that a reader finds a whole checkpoint or none."""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.config import ModelConfig, TrainConfig
+from training.model import CapsNet
+
+CHECKPOINT_FILE = "checkpoint.pt"
+FORMAT = 1
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message names the file and the reason."""
+
+
+@dataclass
+class Checkpoint:
+    """All that is needed to go on training as if nothing had happened, and to export the result."""
+
+    model_config: dict[str, Any]
+    train_config: dict[str, Any]
+    dataset: str
+    dataset_checksums: dict[str, str]
+    training_images: int
+    code_revision: str
+    epoch: int
+    """Epochs completed."""
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    generators: dict[str, torch.Tensor]
+    """States of the random generators, by what they draw."""
+    history: list[dict[str, float]]
+    """One row for each completed epoch."""
+    format: int = FORMAT
+
+    def network(self) -> CapsNet:
+        """The network with this checkpoint's weights, in evaluation mode on the CPU."""
+        network = CapsNet(ModelConfig.from_dict(self.model_config))
+        network.load_state_dict(self.model)
+        return network.eval()
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.epoch >= TrainConfig(**self.train_config).epochs)
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Replace `path` in one step: an interruption leaves the old checkpoint or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save({field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint, or the one in a run's folder.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or of another format.
+    """
+    if path.is_dir():
+        path = path / CHECKPOINT_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; `capsnet train` writes one after each epoch")
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise CheckpointError(f"{path}: checkpoint format {found}, this code reads format {FORMAT}")
+    try:
+        return Checkpoint(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def require_same(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to resume a run under other settings than it began with."""
+
+    def plain(value: object) -> object:
+        return list(value) if isinstance(value, tuple) else value
+
+    for name, value in asked.items():
+        if plain(saved.get(name)) != plain(value):
+            raise CheckpointError(
+                f"{path}: was trained with {name} = {saved.get(name)!r}, but {value!r} was asked for; "
+                "resume with the same settings or choose another --output"
+            )
+
+

@@ -1,0 +1,155 @@
+"""The command line, `capsnet train|evaluate|export|visualize`: it reads arguments and calls the rest."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from training import data
+from training.checkpoint import CheckpointError
+from training.config import ModelConfig, TrainConfig
+from training.data import DataError, Dataset
+from training.train import TrainingError, train
+
+DEFAULTS = TrainConfig()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the process's exit status."""
+    options = parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except (CheckpointError, DataError, TrainingError, ValueError) as error:
+        print(f"capsnet: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ncapsnet: interrupted; what was finished is on disk", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="capsnet", description="Train, evaluate, export and draw capsule networks (Sabour et al., 2017)."
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+    _add_train(commands)
+    return top
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.set_defaults(command=run)
+    return command
+
+
+def _add_dataset(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dataset", choices=[*data.IDX_SOURCES, "folder"], default="mnist", help="what to learn"
+    )
+    command.add_argument(
+        "--data-dir",
+        type=Path,
+        default=data.default_data_dir(),
+        help="where the data lies; what is missing of the published sets is downloaded there. For --dataset "
+        "folder: <data-dir>/train/<class>/*.png and <data-dir>/test/<class>/*.png",
+    )
+
+
+def _loader(options: argparse.Namespace, split: data.Split) -> Callable[[], Dataset]:
+    return partial(data.load, options.dataset, split, options.data_dir)
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _command(
+        commands, "train", _train, "Train a network; --resume goes on with a run that was interrupted."
+    )
+    _add_dataset(command)
+    command.add_argument(
+        "--output", type=Path, default=Path("runs/mnist"), help="folder for checkpoint, TensorBoard log, result"
+    )
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+    command.add_argument("--epochs", type=int, default=DEFAULTS.epochs, help="passes over the training images")
+    command.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size, help="images a step")
+    command.add_argument(
+        "--learning-rate", type=float, default=DEFAULTS.learning_rate, help="Adam's rate at the first step"
+    )
+    command.add_argument(
+        "--final-learning-rate",
+        type=float,
+        default=DEFAULTS.final_learning_rate,
+        help="its rate at the last step; it decays exponentially in between",
+    )
+    command.add_argument(
+        "--max-shift", type=int, default=DEFAULTS.max_shift, help="largest random shift of an image, in pixels"
+    )
+    command.add_argument(
+        "--reconstruction-weight",
+        type=float,
+        default=DEFAULTS.reconstruction_weight,
+        help="weight of the summed squared reconstruction error; 0 trains without",
+    )
+    command.add_argument(
+        "--validation-images",
+        type=int,
+        default=DEFAULTS.validation_images,
+        help="training images held out to watch the error on; 0 trains on all of them",
+    )
+    command.add_argument("--routing-iterations", type=int, default=3, help="rounds of routing by agreement")
+    command.add_argument(
+        "--share-weights",
+        action="store_true",
+        help="one transformation matrix for each group of primary capsules instead of one for each capsule",
+    )
+    command.add_argument("--seed", type=int, default=DEFAULTS.seed, help="same seed, same machine, same weights")
+    command.add_argument("--device", choices=["auto", "cpu", "cuda"], default=DEFAULTS.device)
+    command.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default=DEFAULTS.precision,
+        help="arithmetic of the convolutions; auto is bf16 on CUDA and fp32 on the CPU",
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    dataset = _loader(options, "train")()
+    height, width = dataset.images.shape[1:3]
+    train(
+        dataset,
+        ModelConfig(
+            classes=dataset.classes,
+            height=height,
+            width=width,
+            channels=3 if dataset.images.ndim == 4 else 1,
+            routing_iterations=options.routing_iterations,
+            shared_weights=options.share_weights,
+        ),
+        TrainConfig(
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            final_learning_rate=options.final_learning_rate,
+            max_shift=options.max_shift,
+            reconstruction_weight=options.reconstruction_weight,
+            validation_images=options.validation_images,
+            seed=options.seed,
+            device=options.device,
+            precision=options.precision,
+        ),
+        options.output,
+        load_test=_loader(options, "test"),
+        resume=options.resume,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

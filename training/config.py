@@ -1,0 +1,99 @@
+"""The network's shape and the training run's settings: the one place where they are written down."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a capsule network. The defaults are the paper's, for its 28x28 grey digits."""
+
+    classes: tuple[str, ...]
+    height: int = 28
+    width: int = 28
+    channels: int = 1
+    conv_channels: int = 256
+    kernel_size: int = 9
+    primary_groups: int = 32
+    primary_dimensions: int = 8
+    digit_dimensions: int = 16
+    shared_weights: bool = False
+    """One transformation matrix for all capsules of a primary group, instead of one for each capsule."""
+    routing_iterations: int = 3
+    decoder_units: tuple[int, int] = (512, 1024)
+
+    def __post_init__(self) -> None:
+        rows, columns = self.grid
+        if rows < 1 or columns < 1:
+            smallest = 2 * self.kernel_size - 1
+            raise ValueError(
+                f"images of {self.height}x{self.width} pixels leave no primary capsules; two "
+                f"{self.kernel_size}x{self.kernel_size} convolutions need at least {smallest}x{smallest}"
+            )
+        if self.channels not in (1, 3):
+            raise ValueError(f"images have {self.channels} channels, expected 1 (grey) or 3 (colour)")
+        if len(self.classes) < 2:
+            raise ValueError(f"there are {len(self.classes)} classes, expected at least 2")
+        if self.routing_iterations < 1:
+            raise ValueError(f"routing_iterations is {self.routing_iterations}, expected at least 1")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of primary capsules: what a stride-1 and a stride-2 convolution leave."""
+
+        def positions(pixels: int) -> int:
+            return (pixels - 2 * (self.kernel_size - 1) - 1) // 2 + 1
+
+        return positions(self.height), positions(self.width)
+
+    @property
+    def primary_count(self) -> int:
+        """Primary capsules in all: groups x positions."""
+        rows, columns = self.grid
+        return self.primary_groups * rows * columns
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W) for grey, (H, W, 3) for colour."""
+        size = (self.height, self.width)
+        return size if self.channels == 1 else (*size, self.channels)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown network settings {unknown}; this code knows {sorted(known)}")
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Two runs with equal settings on the same machine give the same weights."""
+
+    epochs: int = 50
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-5
+    """The rate decays exponentially, step by step, from `learning_rate` to this at the last step."""
+    max_shift: int = 2
+    """Largest shift of a training image, in pixels, along each axis."""
+    reconstruction_weight: float = 0.0005
+    """Weight of the summed squared reconstruction error beside the margin loss."""
+    validation_images: int = 5000
+    """Training images held out for validation; 0 trains on all of them."""
+    seed: int = 0
+    device: str = "auto"
+    precision: Precision = "auto"
+    """Arithmetic of the convolutions; weights, capsules and losses are always fp32.
+
+    `auto` is bf16 on CUDA and fp32 on the CPU.
+    """
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,309 @@
+"""Pictures and labels: MNIST, Fashion-MNIST, or a folder of your own pictures for each class."""
+
+import gzip
+import hashlib
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pooch
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+DIGITS = tuple("0123456789")
+GARMENTS = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+
+Split = Literal["train", "test"]
+
+
+class DataError(Exception):
+    """A data set that cannot be used; the message names the file, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Pictures (M, H, W) or (M, H, W, 3) uint8, and their labels (M,) int64 as indices into `classes`."""
+
+    name: str
+    classes: tuple[str, ...]
+    images: Tensor
+    labels: Tensor
+    checksums: dict[str, str]
+    """sha256 of what was read, by file name."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class _IdxFile:
+    """A published IDX file: `md5` of the .gz on the mirrors, `sha256` of the bytes inside, if known.
+
+    The content is what counts: a file that somebody compressed again, or unpacked, is still the file.
+    """
+
+    name: str
+    md5: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class _IdxSource:
+    classes: tuple[str, ...]
+    mirrors: tuple[str, ...]
+    files: dict[Split, tuple[_IdxFile, _IdxFile]]
+
+
+# md5 sums as published with torchvision; sha256 sums of the unpacked MNIST files.
+IDX_SOURCES = {
+    "mnist": _IdxSource(
+        DIGITS,
+        (
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        ),
+        {
+            "train": (
+                _IdxFile(
+                    "train-images-idx3-ubyte",
+                    "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+                    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+                ),
+                _IdxFile(
+                    "train-labels-idx1-ubyte",
+                    "d53e105ee54ea40749a09fcbcd1e9432",
+                    "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+                ),
+            ),
+            "test": (
+                _IdxFile(
+                    "t10k-images-idx3-ubyte",
+                    "9fb629c4189551a2d022fa330f9573f3",
+                    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+                ),
+                _IdxFile(
+                    "t10k-labels-idx1-ubyte",
+                    "ec29112dd5afa0611ce80d1b7f02629c",
+                    "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+                ),
+            ),
+        },
+    ),
+    "fashion-mnist": _IdxSource(
+        GARMENTS,
+        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+        {
+            "train": (
+                _IdxFile("train-images-idx3-ubyte", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+                _IdxFile("train-labels-idx1-ubyte", "25c81989df183df01b3e8a0aad5dffbe"),
+            ),
+            "test": (
+                _IdxFile("t10k-images-idx3-ubyte", "bef4ecab320f06d8554ea6380940ec79"),
+                _IdxFile("t10k-labels-idx1-ubyte", "bb300cfdad3c16e7a12a480ee83cd310"),
+            ),
+        },
+    ),
+}
+
+
+def default_data_dir() -> Path:
+    """`CAPSNET_DATA_DIR`, or `data` in the current folder."""
+    return Path(os.environ.get("CAPSNET_DATA_DIR", "data"))
+
+
+def load(name: str, split: Split, data_dir: Path | None = None, *, download: bool = True) -> Dataset:
+    """Load one split of a data set.
+
+    Args:
+        name: `mnist`, `fashion-mnist`, or `folder` for pictures of your own, laid out as
+            `<data_dir>/<split>/<class label>/<any name>.png`.
+        split: `train` or `test`.
+        data_dir: the folder that holds the files, or a folder `name` that does. Defaults to
+            `CAPSNET_DATA_DIR`. What is missing of MNIST and Fashion-MNIST is downloaded into it.
+        download: False to raise instead of downloading.
+
+    Raises:
+        DataError: naming the file, what was found and what was expected.
+    """
+    root = default_data_dir() if data_dir is None else data_dir
+    if name == "folder":
+        return _load_folder(root / split)
+    if name not in IDX_SOURCES:
+        raise DataError(f"dataset is {name!r}, expected one of {[*IDX_SOURCES, 'folder']}")
+    source = IDX_SOURCES[name]
+    images_file, labels_file = source.files[split]
+    images, images_digest = _read_idx(_find(root, name, images_file, source, download), images_file, 3)
+    labels, labels_digest = _read_idx(_find(root, name, labels_file, source, download), labels_file, 1)
+    if len(images) != len(labels):
+        raise DataError(f"{root}: {len(images)} images in {images_file.name}, but {len(labels)} labels")
+    if labels.max(initial=0) >= len(source.classes):
+        raise DataError(f"{labels_file.name}: label {labels.max()}, expected 0 to {len(source.classes) - 1}")
+    return Dataset(
+        name,
+        source.classes,
+        torch.from_numpy(images),
+        torch.from_numpy(labels.astype(np.int64)),
+        {images_file.name: images_digest, labels_file.name: labels_digest},
+    )
+
+
+def _find(root: Path, name: str, file: _IdxFile, source: _IdxSource, download: bool) -> Path:
+    for folder in (root, root / name):
+        for candidate in (folder / f"{file.name}.gz", folder / file.name):
+            if candidate.is_file():
+                return candidate
+    if not download:
+        raise DataError(f"{root / name / file.name}.gz: missing; run again without --no-download, or copy it there")
+    failures = []
+    for mirror in source.mirrors:
+        try:
+            return Path(
+                pooch.retrieve(
+                    mirror + file.name + ".gz",
+                    known_hash=f"md5:{file.md5}",
+                    fname=f"{file.name}.gz",
+                    path=root / name,
+                    progressbar=True,
+                )
+            )
+        except (OSError, ValueError) as error:  # unreachable mirror; checksum that does not match
+            failures.append(f"{mirror}: {error}")
+    raise DataError(
+        f"{file.name}.gz: not in {root} nor {root / name}, and no mirror served it; copy it there yourself. "
+        + "; ".join(failures)
+    )
+
+
+def _read_idx(path: Path, file: _IdxFile, axes: int) -> tuple[NDArray[np.uint8], str]:
+    """One verified IDX file of unsigned bytes and the sha256 of its unpacked content."""
+    try:
+        packed = path.read_bytes()
+        content = gzip.decompress(packed) if path.suffix == ".gz" else packed
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); delete it and it will be downloaded again") from error
+    header = 4 + 4 * axes
+    magic = 0x0800 + axes  # 0x08: unsigned bytes
+    if len(content) < header or struct.unpack(">I", content[:4])[0] != magic:
+        raise DataError(f"{path}: starts with {content[:4].hex() or 'nothing'}, expected {magic:08x} (IDX)")
+    shape = struct.unpack(f">{axes}I", content[4:header])
+    if len(content) - header != int(np.prod(shape)):
+        raise DataError(
+            f"{path}: {len(content) - header} bytes of data, expected {int(np.prod(shape))} "
+            f"for its shape {shape}; delete it and it will be downloaded again"
+        )
+    digest = hashlib.sha256(content).hexdigest()
+    if file.sha256 is not None:
+        _require_digest(path, "sha256 of the content", digest, file.sha256)
+    elif path.suffix == ".gz":
+        _require_digest(path, "md5", hashlib.md5(packed, usedforsecurity=False).hexdigest(), file.md5)
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy(), digest
+
+
+def _require_digest(path: Path, kind: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise DataError(
+            f"{path}: {kind} is {found}, expected {expected}; "
+            "the file was altered: delete it and it will be downloaded again"
+        )
+
+
+def _load_folder(folder: Path) -> Dataset:
+    """Pictures of one size in `folder/<class label>/`: grey ones stay grey, colour ones become RGB."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected one folder of pictures for each class in it")
+    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    if len(classes) < 2:
+        raise DataError(f"{folder}: {len(classes)} class folders, expected at least 2")
+    files = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).iterdir())
+        if path.suffix.lower() in PICTURE_SUFFIXES
+    ]
+    for label, name in enumerate(classes):
+        if all(other != label for _, other in files):
+            raise DataError(f"{folder / name}: no pictures; expected files ending in {sorted(PICTURE_SUFFIXES)}")
+    pictures = [_read_picture(path) for path, _ in files]
+    if any(picture.ndim == 3 for picture in pictures):  # one colour picture makes the whole set colour
+        pictures = [p if p.ndim == 3 else np.repeat(p[..., None], 3, axis=-1) for p in pictures]
+    first = pictures[0].shape
+    digest = hashlib.sha256()
+    for (path, _), picture in zip(files, pictures, strict=True):
+        if picture.shape != first:
+            raise DataError(
+                f"{path}: {picture.shape[1]}x{picture.shape[0]} pixels, expected {first[1]}x{first[0]} "
+                f"as in {files[0][0]}; give all pictures one size"
+            )
+        digest.update(f"{path.parent.name}/{path.name}".encode() + b"\0" + picture.tobytes())
+    return Dataset(
+        "folder",
+        classes,
+        torch.from_numpy(np.stack(pictures)),
+        torch.tensor([label for _, label in files]),
+        {folder.name: digest.hexdigest()},
+    )
+
+
+def _read_picture(path: Path) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            mode = "L" if upright.mode in ("1", "L", "LA") else "RGB"
+            return np.asarray(upright.convert(mode))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable picture ({error})") from error
+
+
+def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off `count` random images: (the rest, the held-out ones). The same seed gives the same split."""
+    if not 0 <= count < len(dataset):
+        raise DataError(f"{count} images to hold out, expected 0 to {len(dataset) - 1} of {dataset.name}")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+
+    def pick(indices: Tensor) -> Dataset:
+        return Dataset(
+            dataset.name, dataset.classes, dataset.images[indices], dataset.labels[indices], dataset.checksums
+        )
+
+    return pick(order[count:].sort().values), pick(order[:count].sort().values)
+
+
+def shift(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Move each image of (B, H, W[, 3]) down by its `rows` and right by its `columns`, (B,) each.
+
+    What leaves the frame is lost and what enters is zero, the background.
+    """
+    height, width = images.shape[1:3]
+    y = torch.arange(height, device=images.device) - rows[:, None]  # (B, H): where each row comes from
+    x = torch.arange(width, device=images.device) - columns[:, None]  # (B, W)
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    moved = images[batch, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
+    return moved * inside.reshape(inside.shape + (1,) * (images.ndim - 3))
+
+
+def random_shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """The paper's augmentation: move each image by up to `most` pixels along each axis, every one its own way."""
+
+    def draw() -> Tensor:
+        return torch.randint(-most, most + 1, (len(images),), generator=generator, device=images.device)
+
+    return shift(images, draw(), draw())

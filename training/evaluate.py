@@ -1,0 +1,46 @@
+"""How well a network classifies and reconstructs a data set."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.data import Dataset
+from training.predictor import Predictor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network made of each image of a data set, M images in all."""
+
+    labels: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    """Index of the longest capsule, (M,)."""
+    reconstruction_errors: NDArray[np.float32]
+    """Summed squared error of the reconstruction from the longest capsule, (M,)."""
+
+    @property
+    def images(self) -> int:
+        return len(self.labels)
+
+    @property
+    def mistakes(self) -> int:
+        return int((self.predictions != self.labels).sum())
+
+    @property
+    def error(self) -> float:
+        """Share of misclassified images, in per cent."""
+        return 100 * self.mistakes / self.images
+
+
+def evaluate(predictor: Predictor, dataset: Dataset, batch_size: int = 250) -> Evaluation:
+    """Classify and reconstruct every image; the labels are only compared with, never shown to the network."""
+    predictions, errors = [], []
+    for start in range(0, len(dataset), batch_size):
+        images = dataset.images[start : start + batch_size].cpu().numpy()
+        capsules, lengths = predictor.encode(images)
+        longest = lengths.argmax(axis=-1)
+        difference = predictor.decode(capsules, longest) - images / np.float32(255)
+        predictions.append(longest)
+        errors.append(np.square(difference).reshape(len(images), -1).sum(axis=-1))
+    return Evaluation(dataset.labels.cpu().numpy(), np.concatenate(predictions), np.concatenate(errors))

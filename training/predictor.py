@@ -1,0 +1,85 @@
+"""One way to ask a network, whether it is a PyTorch module or exported graphs: NumPy in, NumPy out."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from service.manifest import Manifest, read_manifest
+from training.model import CapsNet, length
+
+Images = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+class Predictor(Protocol):
+    """Encode once, decode many times."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def encode(self, images: Images) -> tuple[Floats, Floats]:
+        """Pictures (B, H, W[, 3]) -> digit capsules (B, K, D) and capsule lengths (B, K)."""
+        ...
+
+    def decode(self, capsules: Floats, target: Labels) -> Floats:
+        """Digit capsules (B, K, D) and the classes to draw (B,) -> reconstructions (B, H, W[, 3])."""
+        ...
+
+
+class TorchPredictor:
+    """A network in PyTorch, in full precision, on the device it lies on."""
+
+    def __init__(self, network: CapsNet) -> None:
+        self.network = network
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.network.config.classes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @torch.inference_mode()
+    def encode(self, images: Images) -> tuple[Floats, Floats]:
+        capsules = self.network.encoder(torch.from_numpy(images).to(self.device))
+        return capsules.cpu().numpy(), length(capsules).cpu().numpy()
+
+    @torch.inference_mode()
+    def decode(self, capsules: Floats, target: Labels) -> Floats:
+        pictures: torch.Tensor = self.network.decoder(
+            torch.from_numpy(capsules).to(self.device), torch.from_numpy(target).to(self.device)
+        )
+        return pictures.cpu().numpy()
+
+
+class OnnxPredictor:
+    """An exported model folder, run by ONNX Runtime on the CPU.
+
+    Raises:
+        ManifestError: if the folder is not a complete, unaltered model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest: Manifest = read_manifest(folder)
+        self._encoder, self._decoder = (
+            ort.InferenceSession(folder / graph.file, providers=["CPUExecutionProvider"])
+            for graph in (self.manifest.encoder, self.manifest.decoder)
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.manifest.classes
+
+    def encode(self, images: Images) -> tuple[Floats, Floats]:
+        capsules, lengths = self._encoder.run(["digit_capsules", "capsule_lengths"], {"images": images})
+        return capsules, lengths
+
+    def decode(self, capsules: Floats, target: Labels) -> Floats:
+        (pictures,) = self._decoder.run(["reconstructions"], {"digit_capsules": capsules, "target": target})
+        return pictures  # type: ignore[no-any-return] # ONNX Runtime is published without types
