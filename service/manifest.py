@@ -58,6 +58,15 @@ class ImageSpec(_Record):
     centring: Literal["centre_of_mass", "none"]
     box: Annotated[int, Field(ge=1)] | None = None
 
+    @model_validator(mode="after")
+    def _box_where_centred(self) -> "ImageSpec":
+        if self.centring == "none":
+            if self.box is not None:
+                raise ValueError("a box belongs to centring centre_of_mass")
+        elif self.box is None or self.box > min(self.height, self.width) or self.channels != 1:
+            raise ValueError("centring centre_of_mass takes a grey image and a box that fits into it")
+        return self
+
 
 class CapsuleSpec(_Record):
     primary_count: Annotated[int, Field(ge=1)]

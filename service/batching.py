@@ -1,0 +1,203 @@
+"""Dynamic batching: a batch is whatever is waiting when the device has room.
+
+The event loop admits items and receives answers; one thread per batcher forms batches and runs them.
+The thread takes its next batch itself the moment the last one ends, so that the device never waits for
+the event loop and a batch is as full as it can be. See docs/decisions/0010.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import InferenceFailed, Overloaded, ShuttingDown
+
+logger = logging.getLogger(__name__)
+
+Arrays = tuple[NDArray[Any], ...]
+"""Arrays that share their first axis: one row for each image or capsule set."""
+
+
+@dataclass(eq=False, slots=True)
+class _Item:
+    """One caller's rows."""
+
+    inputs: Arrays
+    rows: int
+    answer: asyncio.Future[Arrays]
+    taken: int = 0  # rows handed to the device
+    parts: list[Arrays] = field(default_factory=list)  # outputs of the rows that came back, in order
+
+
+class _Slice(NamedTuple):
+    """The rows of one item that travel in one batch; a large item travels in several."""
+
+    item: _Item
+    start: int
+    stop: int
+
+
+class Batcher:
+    """Groups waiting items into batches of at most `max_batch` rows and runs them on a thread of its own.
+
+    `run` maps input arrays of B rows to output arrays of B rows. It must be safe to call from another
+    thread; inputs are validated before they get here, so that no item can spoil its neighbours.
+    Belongs to the event loop it was made on.
+    """
+
+    def __init__(
+        self, name: str, run: Callable[[Arrays], Arrays], *, max_batch: int, queue_length: int
+    ) -> None:
+        self.name = name
+        self._run = run
+        self._max_batch = max_batch
+        self._queue_length = queue_length
+        self._loop = asyncio.get_running_loop()
+        self._changed = threading.Condition()  # guards the four fields below
+        self._waiting: deque[_Item] = deque()
+        self._depth = 0
+        self._running: list[_Slice] = []
+        self._closing = False
+        self._seconds_per_row = 0.0  # moving average, for Retry-After
+        self._stopped = asyncio.Event()
+        self._thread = threading.Thread(target=self._work, name=f"batcher-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def depth(self) -> int:
+        """Rows that wait for the device; of a large item only those of its next turn."""
+        return self._depth
+
+    async def submit(self, *inputs: NDArray[Any]) -> Arrays:
+        """Run `inputs` (each with R rows) together with whatever else is waiting; R output rows.
+
+        An item larger than a batch takes turns with the others, a batch's rows each time, and occupies the
+        queue only with those: it can neither hold up its neighbours nor be too large to be admitted.
+
+        Raises:
+            Overloaded: at once, when the queue has no room for R more rows.
+            ShuttingDown: the batcher is closed, or closed before the item's turn came.
+            InferenceFailed: the batch that carried the item failed.
+        """
+        item = _Item(inputs, len(inputs[0]), self._loop.create_future())
+        with self._changed:
+            if self._closing:
+                raise ShuttingDown(f"{self.name} takes no more work")
+            if self._depth + self._weight(item) > self._queue_length:
+                raise Overloaded(
+                    f"{self._depth} rows wait for {self.name}, which holds {self._queue_length}",
+                    retry_after=max(1, math.ceil(self._depth * self._seconds_per_row)),
+                )
+            self._waiting.append(item)
+            self._depth += self._weight(item)
+            self._changed.notify()
+        try:
+            return await item.answer
+        finally:
+            if item.taken < item.rows:  # the caller left, or an earlier part failed
+                self._withdraw(item)
+
+    async def close(self, limit: float) -> None:
+        """Refuse new items, finish those that wait within `limit` seconds, and fail the rest.
+
+        Every caller has an answer when this returns. A run that outlasts the limit ends by itself; its
+        outputs go nowhere.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), limit)
+        with self._changed:
+            left = {*self._waiting, *(part.item for part in self._running)}
+            self._waiting.clear()
+            self._depth = 0
+        for item in left:
+            if not item.answer.done():
+                item.answer.set_exception(ShuttingDown(f"{self.name} closed before this request's turn"))
+
+    def _withdraw(self, item: _Item) -> None:
+        with self._changed, contextlib.suppress(ValueError):  # not there: every row is with the device
+            self._waiting.remove(item)
+            self._depth -= self._weight(item)
+
+    def _weight(self, item: _Item) -> int:
+        return min(item.rows - item.taken, self._max_batch)
+
+    # What follows up to `_deliver` runs on the thread.
+
+    def _work(self) -> None:
+        while batch := self._take():
+            started = time.perf_counter()
+            try:
+                outputs = self._run(_gather(batch))
+            except Exception:
+                logger.exception("%s: a batch of %d items failed", self.name, len(batch))
+                outputs = None
+            self._call_loop(self._deliver, batch, outputs, time.perf_counter() - started)
+        self._call_loop(self._stopped.set)
+
+    def _take(self) -> list[_Slice]:
+        """The next batch, as soon as there is one; empty when the batcher is closed and drained."""
+        batch: list[_Slice] = []
+        room = self._max_batch
+        with self._changed:
+            while not self._waiting and not self._closing:
+                self._changed.wait()
+            while self._waiting and room:
+                item = self._waiting.popleft()
+                self._depth -= self._weight(item)
+                part = _Slice(item, item.taken, min(item.rows, item.taken + room))
+                item.taken = part.stop
+                room -= part.stop - part.start
+                batch.append(part)
+                if item.taken < item.rows:
+                    self._depth += self._weight(item)
+                    if item.rows > self._max_batch:
+                        self._waiting.append(item)
+                    else:
+                        self._waiting.appendleft(item)
+            self._running = batch
+        return batch
+
+    def _call_loop(self, function: Callable[..., None], *arguments: object) -> None:
+        # Closed only after `close()` gave up on this run: nobody is left to hear of it.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _deliver(self, batch: list[_Slice], outputs: Arrays | None, seconds: float) -> None:
+        """Scatter a batch's outputs by row, on the event loop."""
+        rows = sum(part.stop - part.start for part in batch)
+        self._seconds_per_row += 0.2 * (seconds / rows - self._seconds_per_row)
+        offset = 0
+        for item, start, stop in batch:
+            first, offset = offset, offset + stop - start
+            if item.answer.done():
+                continue
+            if outputs is None:
+                item.answer.set_exception(InferenceFailed(f"the batch in {self.name} failed; see the log"))
+                continue
+            item.parts.append(tuple(output[first:offset] for output in outputs))
+            if stop == item.rows:
+                item.answer.set_result(_join(item.parts))
+
+
+def _gather(batch: list[_Slice]) -> Arrays:
+    """One array of all rows for each input; a lone item is not copied."""
+    slices = [tuple(array[start:stop] for array in item.inputs) for item, start, stop in batch]
+    return _join(slices)
+
+
+def _join(parts: list[Arrays]) -> Arrays:
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))

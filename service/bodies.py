@@ -1,0 +1,259 @@
+"""Request bodies and queries: read within limits, parsed into the forms of `schemas`."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import FormData
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from service.errors import (
+    BodyTimeout,
+    InvalidInput,
+    MalformedBody,
+    NotAcceptable,
+    TooLarge,
+    UnsupportedMediaType,
+)
+from service.settings import Settings
+
+JSON = "application/json"
+MULTIPART = "multipart/form-data"
+NPY = "application/x-npy"
+NPZ = "application/x-npz"
+PNG = "image/png"
+
+# A JSON text has at most one more value than commas in each container, so this bounds the memory that
+# parsing takes. The largest honest body, 1,024 data URLs with two commas each, stays far below.
+_MAX_COMMAS = 32_768
+
+Form = TypeVar("Form", bound=BaseModel)
+
+
+def media_type(request: Request, taken: Sequence[str]) -> str:
+    """The body's media type, if it is one of those taken here.
+
+    Raises:
+        UnsupportedMediaType: it is another, or not given.
+    """
+    found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if found not in taken:
+        raise UnsupportedMediaType(
+            "This kind of body is not taken here.",
+            received=found[:100] or "no Content-Type",
+            expected=" or ".join(taken),
+        )
+    return found
+
+
+def accepted(request: Request, offered: Sequence[str]) -> str:
+    """The offered media type that the caller likes best; of equals the first offered.
+
+    Raises:
+        NotAcceptable: the caller accepts none of them.
+    """
+    header = request.headers.get("accept", "*/*")
+    if header == "*/*":
+        return offered[0]
+    ranges = [_media_range(entry) for entry in header.split(",")[:100]]
+
+    def liking(media: str) -> float:
+        matching = [(len(name), q) for name, q in ranges if _matches(name, media)]
+        return max(matching)[1] if matching else 0.0  # the most specific range decides
+
+    best = max(offered, key=liking)
+    if liking(best) <= 0:
+        raise NotAcceptable(
+            "None of the forms of this answer is accepted.",
+            received=f"Accept: {header[:100]}",
+            expected=" or ".join(offered),
+        )
+    return best
+
+
+def _media_range(entry: str) -> tuple[str, float]:
+    name, *parameters = (part.strip().lower() for part in entry.split(";"))
+    for parameter in parameters:
+        if parameter.startswith("q="):
+            try:
+                return name, float(parameter[2:])
+            except ValueError:
+                return name, 0.0
+    return name, 1.0
+
+
+def _matches(name: str, media: str) -> bool:
+    return name in ("*/*", media) or (name.endswith("/*") and media.startswith(name[:-1]))
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """The whole body, which never takes more memory than the limit.
+
+    Raises:
+        TooLarge: by its Content-Length, or as soon as more has arrived.
+        BodyTimeout: not complete in time.
+        MalformedBody: empty.
+    """
+    limit = settings.max_body
+    too_large = TooLarge(
+        "The body is too large.", received=f"more than {limit} bytes", expected=f"at most {limit} bytes"
+    )
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length[:20]) > limit:
+        too_large.received = f"{length[:20]} bytes"
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_timeout):
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > limit:
+                    raise too_large
+                body += chunk
+    except TimeoutError as error:
+        raise BodyTimeout(
+            "The body did not arrive in time.",
+            received=f"{len(body)} bytes in {settings.body_timeout:g} s",
+            expected=f"the whole body within {settings.body_timeout:g} s",
+        ) from error
+    if not body:
+        raise MalformedBody("The body is empty.", received="0 bytes", expected="a body as /docs describes it")
+    return bytes(body)
+
+
+def parse_json(form: type[Form], text: bytes | str) -> Form:
+    """Parse and validate a JSON text.
+
+    Raises:
+        MalformedBody: not JSON.
+        InvalidInput: JSON of another form; says where, what was found and what was expected.
+        TooLarge: more values than any honest body has.
+    """
+    if (text.count(b",") if isinstance(text, bytes) else text.count(",")) > _MAX_COMMAS:
+        raise TooLarge(
+            "The JSON text has too many values.",
+            received=f"more than {_MAX_COMMAS} commas",
+            expected=f"at most {_MAX_COMMAS} commas; application/x-npy carries large arrays",
+        )
+    try:
+        return form.model_validate_json(text)
+    except ValidationError as error:
+        raise _explain(error, "body") from error
+
+
+def parse_query(form: type[Form], request: Request) -> Form:
+    """Validate the query parameters.
+
+    Raises:
+        InvalidInput: an unknown name, one given twice, or a value out of range.
+    """
+    if not request.scope["query_string"]:
+        return _defaults(form)
+    items = request.query_params.multi_items()
+    values = dict(items)
+    if len(values) != len(items):
+        twice = sorted({name for name, _ in items if len(request.query_params.getlist(name)) > 1})
+        raise InvalidInput(
+            "A query parameter is given twice.", received=", ".join(twice)[:100], expected="each name once"
+        )
+    try:
+        return form.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, "query") from error
+
+
+@cache
+def _defaults(form: type[Form]) -> Form:
+    return form()
+
+
+def _explain(error: ValidationError, where: str) -> MalformedBody | InvalidInput:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part)[:50] for part in first["loc"]) or where
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return MalformedBody("The body is not JSON.", received=message, expected="a JSON text (RFC 8259)")
+    received = "nothing" if first["type"] == "missing" else repr(first["input"])[:100]
+    return InvalidInput(f"{where} {place}: {message}", received=received, expected=message)
+
+
+class _Parser(MultiPartParser):
+    spool_max_size = 1 << 62  # the body is already in memory; nothing goes to disk
+
+
+async def parse_multipart(request: Request, body: bytes, max_files: int) -> FormData:
+    """The parts of a multipart body; files stay in memory.
+
+    Raises:
+        MalformedBody: not well formed.
+        TooLarge: more parts than may be.
+    """
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    parser = _Parser(
+        request.headers, stream(), max_files=max_files, max_fields=max_files, max_part_size=len(body)
+    )
+    try:
+        return await parser.parse()
+    except MultiPartException as error:
+        kind: type[TooLarge | MalformedBody] = (
+            TooLarge if error.message.startswith("Too many") else MalformedBody
+        )
+        raise kind(
+            "The multipart body cannot be parsed.",
+            received=error.message,
+            expected=f"multipart/form-data (RFC 7578) with at most {max_files} files",
+        ) from error
+
+
+def file_parts(form: FormData, name: str) -> list[bytes]:
+    """The contents of all file parts with this name, in order.
+
+    Raises:
+        InvalidInput: there is none, or one without a file name.
+    """
+    contents = []
+    for part in form.getlist(name):
+        if isinstance(part, str):
+            raise InvalidInput(
+                f"The part {name!r} is not a file.", received="a part without a filename", expected="a file"
+            )
+        contents.append(part.file.read())
+    if not contents:
+        raise InvalidInput(
+            f"There is no part named {name!r}.",
+            received=", ".join(dict.fromkeys(form.keys()))[:100] or "no parts",
+            expected=f"a file part named {name!r}",
+        )
+    return contents
+
+
+def only_parts(form: FormData, names: Sequence[str]) -> None:
+    """Refuse parts that nobody asked for.
+
+    Raises:
+        InvalidInput: naming them.
+    """
+    unknown = [name for name in form if name not in names]
+    if unknown:
+        raise InvalidInput(
+            "The form has parts that are not taken here.",
+            received=", ".join(unknown)[:100],
+            expected=" and ".join(names),
+        )
+
+
+def text_part(form: FormData, name: str) -> str | bytes | None:
+    """The content of a single text or file part, or None."""
+    parts: list[Any] = form.getlist(name)
+    if len(parts) > 1:
+        raise InvalidInput(
+            f"There are several parts named {name!r}.", received=str(len(parts)), expected="one"
+        )
+    if not parts:
+        return None
+    return parts[0] if isinstance(parts[0], str) else parts[0].file.read()

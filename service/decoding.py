@@ -1,0 +1,88 @@
+"""Decoding requests' images without holding up the event loop."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+from service.errors import Overloaded, RequestError, TooLarge
+from service.images import Pixels, Preprocess, open_image, prepare
+from service.manifest import ImageSpec
+from service.sessions import cpu_limit
+from service.settings import Settings
+
+# A single image up to these sizes takes less than a millisecond, which a change of threads costs as well.
+_SMALL_BYTES = 32 * 1024
+_SMALL_PIXELS = 64 * 64
+
+
+class Decoder:
+    """Turns bytes into a batch of the network's images; small ones at once, others on threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._threads = ThreadPoolExecutor(cpu_limit(), thread_name_prefix="decode")
+        self._pending = 0
+
+    async def decode(self, images: Sequence[bytes], spec: ImageSpec, preprocess: Preprocess) -> Pixels:
+        """Encoded images to uint8 (N, H, W[, 3]).
+
+        Raises:
+            TooLarge, InvalidInput: naming the image at fault.
+            Overloaded: too many requests wait for the threads.
+        """
+        if len(images) > self._settings.max_images:
+            raise TooLarge(
+                "Too many images.",
+                received=str(len(images)),
+                expected=f"at most {self._settings.max_images} images",
+            )
+        if len(images) == 1 and len(images[0]) <= _SMALL_BYTES:
+            opened = open_image(images[0], self._settings.max_pixels)
+            if opened.width * opened.height <= _SMALL_PIXELS:
+                return prepare(opened, spec, preprocess)[np.newaxis]
+        if self._pending >= self._settings.max_decoding:
+            raise Overloaded(f"{self._pending} requests wait for image decoding", retry_after=1)
+        abandoned = threading.Event()
+        self._pending += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._decode, images, spec, preprocess, abandoned
+            )
+        finally:
+            abandoned.set()
+            self._pending -= 1
+
+    def _decode(
+        self, images: Sequence[bytes], spec: ImageSpec, preprocess: Preprocess, abandoned: threading.Event
+    ) -> Pixels:
+        opened: list[Image.Image] = []
+        pixels = 0
+        prepared: list[Pixels] = []
+        position = 0
+        try:
+            for position, data in enumerate(images):
+                opened.append(open_image(data, self._settings.max_pixels))
+                pixels += opened[-1].width * opened[-1].height
+                if pixels > self._settings.max_request_pixels:
+                    raise TooLarge(
+                        "The images have too many pixels in all.",
+                        received=f"more than {self._settings.max_request_pixels} pixels",
+                        expected=f"at most {self._settings.max_request_pixels} pixels in one request",
+                    )
+            for position, image in enumerate(opened):
+                if abandoned.is_set():
+                    break  # the caller left or ran out of time: nobody reads the result
+                prepared.append(prepare(image, spec, preprocess))
+                image.close()
+        except RequestError as error:
+            if len(images) > 1:
+                error.detail = f"Image {position}: {error.detail}"
+            raise
+        return np.stack(prepared)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,231 @@
+"""The models that are served, and what can be asked of one: predict, reconstruct, sweep.
+
+Plain Python over numpy arrays; HTTP stops above this module.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.batching import Arrays, Batcher
+from service.errors import StartError, UnknownModel
+from service.manifest import MANIFEST_FILE, Manifest, read_manifest
+from service.sessions import Session, UsedDevice, open_session, resolve_device, warm_up
+from service.settings import Device, Settings
+from service.tweaks import sweep_capsules
+
+logger = logging.getLogger(__name__)
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What the network says of N images."""
+
+    capsules: Float  # (N, classes, dimensions)
+    lengths: Float  # (N, classes)
+    index: NDArray[np.int64]  # (N,) the longest capsule
+    reconstructions: Float  # (N, H, W[, 3]) in [0, 1], from that capsule alone
+    errors: Float  # (N,) summed squared difference between reconstruction and image, scaled to [0, 1]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """A verified model folder, its graphs loaded and warmed up."""
+
+    manifest: Manifest
+    encoder: Session
+    decoder: Session
+
+    def predict(self, inputs: Arrays) -> Arrays:
+        """Images (B, H, W[, 3]) to the arrays of `Predictions`, in its order.
+
+        Decoding the longest capsule costs a hundredth of the encoding and would cost more as a
+        separate step with a queue of its own.
+        """
+        (images,) = inputs
+        capsules, lengths = self.encoder.run(images)
+        index = lengths.argmax(axis=1)
+        (reconstructions,) = self.decoder.run(capsules, index)
+        differences = (reconstructions - images / np.float32(255)).reshape(len(images), -1)
+        return capsules, lengths, index, reconstructions, np.einsum("bp,bp->b", differences, differences)
+
+    def decode(self, inputs: Arrays) -> Arrays:
+        """Capsules (B, classes, dimensions) and targets (B,) to reconstructions (B, H, W[, 3])."""
+        return self.decoder.run(*inputs)
+
+
+def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
+    """Verify, load and warm up the model in `folder`; blocks for about as long as a second.
+
+    Raises:
+        ManifestError: naming the file at fault and the reason.
+        DeviceError: the device that was asked for is not in use.
+    """
+    manifest = read_manifest(folder)
+    encoder, decoder = (
+        open_session(folder / graph.file, graph, device=device, threads=settings.threads)
+        for graph in (manifest.encoder, manifest.decoder)
+    )
+    warm_up(encoder, manifest.encoder, settings.max_batch)
+    warm_up(decoder, manifest.decoder, settings.max_decoder_batch)
+    return Graphs(manifest, encoder, decoder)
+
+
+class Model:
+    """One served version of a model. Belongs to the event loop it was made on."""
+
+    def __init__(self, graphs: Graphs, settings: Settings) -> None:
+        self.manifest = graphs.manifest
+        self.device: UsedDevice = graphs.encoder.device
+        self.threads = graphs.encoder.threads
+        name = f"{self.manifest.name}/{self.manifest.version}"
+        self._encoder = Batcher(
+            f"{name} encoder",
+            graphs.predict,
+            max_batch=settings.max_batch,
+            queue_length=settings.queue_length,
+        )
+        self._decoder = Batcher(
+            f"{name} decoder",
+            graphs.decode,
+            max_batch=settings.max_decoder_batch,
+            queue_length=settings.decoder_queue_length,
+        )
+
+    async def predict(self, images: NDArray[np.uint8]) -> Predictions:
+        """Classify images (N, H, W[, 3]) and reconstruct each from its longest capsule."""
+        _require(images, np.uint8, self.manifest.image_shape)
+        return Predictions(*await self._encoder.submit(images))
+
+    async def reconstruct(self, capsules: Float, target: NDArray[np.int64]) -> Float:
+        """Draw (N, H, W[, 3]) in [0, 1] from the `target` (N,) capsule of each `capsules` (N, C, D)."""
+        _require(capsules, np.float32, self.manifest.capsule_shape)
+        (reconstructions,) = await self._decoder.submit(capsules, target)
+        return reconstructions
+
+    async def sweep(
+        self, capsules: Float, index: int, dimensions: Sequence[int], deltas: Sequence[float]
+    ) -> Float:
+        """Move each dimension of capsule `index` through `deltas`: (dimensions, deltas, H, W[, 3]).
+
+        `capsules` is one image's (classes, dimensions); all pictures are drawn in one batch.
+        """
+        swept = sweep_capsules(capsules, index, dimensions, deltas)
+        drawn = await self.reconstruct(swept, np.full(len(swept), index, np.int64))
+        return drawn.reshape(len(dimensions), len(deltas), *drawn.shape[1:])
+
+    def in_distribution(self, errors: Float) -> NDArray[np.bool_]:
+        """Whether each reconstruction error is one that the training distribution's images have."""
+        return errors <= self.manifest.calibration.threshold
+
+    async def close(self, limit: float) -> None:
+        """Finish what waits within `limit` seconds, then fail the rest."""
+        await asyncio.gather(self._encoder.close(limit), self._decoder.close(limit))
+
+
+def _require(array: NDArray[np.generic], dtype: type[np.generic], row: tuple[int, ...]) -> None:
+    """Keep a batch's neighbours safe: an array of another form would spoil all of them."""
+    if array.dtype != dtype or array.shape[1:] != row or len(array) == 0:
+        raise ValueError(
+            f"{array.dtype} {array.shape}, expected {np.dtype(dtype)} (N, {row}) with N at least 1"
+        )
+
+
+class Engine:
+    """All served models by name and version."""
+
+    def __init__(self, models: Sequence[Model], default_model: str | None) -> None:
+        self._models: dict[str, dict[str, Model]] = {}
+        for model in models:
+            self._models.setdefault(model.manifest.name, {})[model.manifest.version] = model
+        self._default = default_model or min(self._models)
+        if self._default not in self._models:
+            raise StartError(
+                f"CAPSNET_DEFAULT_MODEL is {default_model!r}; "
+                f"the models folder holds {', '.join(sorted(self._models))}"
+            )
+        self.ready = True
+        """False from the moment the service begins to stop."""
+
+    def __iter__(self) -> Iterator[Model]:
+        """Models by name, newest version first."""
+        for name in sorted(self._models):
+            yield from (self._models[name][version] for version in self._newest_first(name))
+
+    @property
+    def default(self) -> Model:
+        return self.choose(None)
+
+    def choose(self, reference: str | None) -> Model:
+        """The model that `name` (newest version) or `name/version` refers to; None is the default one.
+
+        Raises:
+            UnknownModel: no such name or version.
+        """
+        name, _, version = (reference or self._default).partition("/")
+        versions = self._models.get(name, {})
+        if versions and not version and "/" not in (reference or ""):
+            version = self._newest_first(name)[0]
+        if version not in versions:
+            served = ", ".join(f"{m.manifest.name}/{m.manifest.version}" for m in self)
+            raise UnknownModel(
+                "This model is not served.",
+                received=repr((reference or "")[:100]),
+                expected=f"a name or name/version among {served}",
+            )
+        return versions[version]
+
+    def _newest_first(self, name: str) -> list[str]:
+        return sorted(self._models[name], key=int, reverse=True)
+
+    async def close(self, limit: float) -> None:
+        """Refuse new work, finish what waits within `limit` seconds, and fail the rest."""
+        self.ready = False
+        await asyncio.gather(*(model.close(limit) for model in self))
+
+
+def model_folders(models: Path) -> list[Path]:
+    """Every `<name>/<version>` folder.
+
+    Raises:
+        StartError: there is none.
+    """
+    folders = sorted(path for path in models.glob("*/*") if path.is_dir() and path.name.isdecimal())
+    if not folders:
+        raise StartError(
+            f"{models.resolve()}: holds no model; expected <name>/<version>/{MANIFEST_FILE} as "
+            "`capsnet export` writes it (set CAPSNET_MODELS to use another folder)"
+        )
+    return folders
+
+
+@asynccontextmanager
+async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
+    """Start in order: manifests verified, sessions opened, warm-up run, then ready.
+
+    Raises:
+        StartError, ManifestError: what the operator has to mend.
+    """
+    device = resolve_device(settings.device)
+    loaded = [load_graphs(folder, settings, device) for folder in model_folders(settings.models)]
+    engine = Engine([Model(graphs, settings) for graphs in loaded], settings.default_model)
+    for model in engine:
+        logger.info(
+            "%s/%s is ready on %s, %d CPU threads",
+            model.manifest.name,
+            model.manifest.version,
+            model.device,
+            model.threads,
+        )
+    try:
+        yield engine
+    finally:
+        await engine.close(settings.drain_timeout)

@@ -1,0 +1,295 @@
+"""From bytes that anybody may have sent to uint8 pixels that the network can take, and back to PNG."""
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from service.errors import InvalidInput, TooLarge
+from service.manifest import ImageSpec
+
+# Sizes are judged from the header by `open_image`, with a limit of our own and an answer for the caller;
+# Pillow's own limit warns or raises before that can happen.
+Image.MAX_IMAGE_PIXELS = None
+
+Preprocess = Literal["auto", "none", "centre"]
+
+FORMATS = {
+    "image/png": "PNG",
+    "image/jpeg": "JPEG",
+    "image/webp": "WEBP",
+    "image/bmp": "BMP",
+    "image/gif": "GIF",
+}
+"""Media types that are taken, and Pillow's names for them."""
+
+# Photographs are laid out at this size: many times the network's input, and cheap whatever was sent.
+_WORKING_SIZE = 256
+
+# Below this many grey levels over the background's noise nothing counts as ink.
+_LEAST_CONTRAST = 16.0
+
+# Median absolute deviation to standard deviation, for normally distributed noise.
+_MAD_TO_SIGMA = 1.4826
+
+Pixels = NDArray[np.uint8]
+
+_T = TypeVar("_T")
+
+
+def open_image(data: bytes, max_pixels: int) -> Image.Image:
+    """Read an image's header; its pixels are not decoded yet.
+
+    Raises:
+        InvalidInput: not an image of a known format.
+        TooLarge: more than `max_pixels` pixels.
+    """
+    image: Image.Image = _guard(
+        lambda: Image.open(io.BytesIO(data), formats=tuple(FORMATS.values())), _describe(data)
+    )
+    if image.width * image.height > max_pixels:
+        raise TooLarge(
+            "The image has too many pixels.",
+            received=f"{image.width}x{image.height} = {image.width * image.height} pixels",
+            expected=f"at most {max_pixels} pixels",
+        )
+    return image
+
+
+def prepare(image: Image.Image, spec: ImageSpec, preprocess: Preprocess) -> Pixels:
+    """Decode an opened image and bring it to the network's form: (H, W), or (H, W, 3) for colour.
+
+    `none` takes only the network's own size. `auto` passes an image of that size and of the network's
+    polarity through untouched and lays out any other as the training pictures were; `centre` lays out
+    every image.
+
+    Raises:
+        InvalidInput: the pixels cannot be decoded, or `preprocess` does not fit the image or the model.
+    """
+    size = (spec.width, spec.height)
+    if preprocess == "none" and image.size != size:
+        raise InvalidInput(
+            "preprocess=none takes images of the model's own size.",
+            received=f"{image.width}x{image.height} pixels",
+            expected=f"{spec.width}x{spec.height} pixels, or preprocess=auto",
+        )
+    if preprocess == "centre" and spec.centring == "none":
+        raise InvalidInput(
+            "This model was trained on pictures that are not centred.",
+            received="preprocess=centre",
+            expected="preprocess=auto or preprocess=none",
+        )
+    pixels = _guard(lambda: _decode(image, spec), "an image that breaks off or is damaged")
+    if preprocess == "none" or (preprocess == "auto" and _fits(pixels, spec)):
+        return pixels
+    if spec.centring == "none":
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))
+    return _lay_out(pixels, spec)
+
+
+def _guard(work: Callable[[], _T], received: str) -> _T:
+    """Run Pillow on bytes that may be anything."""
+    try:
+        return work()
+    # Damaged data makes Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError,
+    # IndexError, zlib.error and more; whichever it is, the image is what is wrong.
+    except Exception as error:
+        raise InvalidInput(
+            "The image cannot be decoded.",
+            received=received,
+            expected=f"a complete image in one of the formats {', '.join(FORMATS.values())}",
+        ) from error
+
+
+def _describe(data: bytes) -> str:
+    return f"{len(data)} bytes beginning with {data[:8].hex(' ')}" if data else "0 bytes"
+
+
+def _decode(image: Image.Image, spec: ImageSpec) -> Pixels:
+    """The image upright, without transparency, in 8 bits: (h, w) or (h, w, 3)."""
+    mode = "L" if spec.channels == 1 else "RGB"
+    least = max(_WORKING_SIZE, spec.height, spec.width)
+    image.draft(mode, (least, least))  # a large JPEG is decoded at a fraction of its size
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
+        levels = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((np.clip(levels, 0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = _flatten(image.convert("RGBA"))
+    return np.asarray(image if image.mode == mode else image.convert(mode))
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Put an RGBA image on the background that its visible part stands out from: white under dark ink."""
+    visible = image.getchannel("A")
+    histogram = image.convert("L").histogram(mask=visible.point(lambda alpha: 255 * (alpha > 127)))
+    dark, light = sum(histogram[:128]), sum(histogram[128:])
+    background = Image.new("RGBA", image.size, "white" if dark >= light else "black")
+    return Image.alpha_composite(background, image)
+
+
+def _fits(pixels: Pixels, spec: ImageSpec) -> bool:
+    if pixels.shape[:2] != (spec.height, spec.width):
+        return False
+    return spec.centring == "none" or _light_on_dark(pixels) == (spec.polarity == "light_on_dark")
+
+
+def _light_on_dark(grey: Pixels) -> bool:
+    """Whether what stands out from the border's level is lighter than it; so for a blank page, too."""
+    border = np.concatenate((grey[0], grey[-1], grey[:, 0], grey[:, -1]))
+    background = float(np.median(border))
+    return float(grey.max()) - background >= background - float(grey.min())
+
+
+def _lay_out(pixels: Pixels, spec: ImageSpec) -> Pixels:
+    """Lay a grey picture out as MNIST was made: ink in a box, placed by its centre of mass."""
+    working = Image.fromarray(pixels)
+    working.thumbnail((_WORKING_SIZE, _WORKING_SIZE), reducing_gap=2.0)
+    ink = _level(np.asarray(working))
+    canvas = np.zeros((spec.height, spec.width), np.uint8)
+    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
+    if rows.size:
+        ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        # The manifest has a box wherever pictures are centred.
+        ink = _scale(ink, spec.box or min(spec.height, spec.width))
+        height, width = ink.shape
+        top = _offset(ink.sum(axis=1), spec.height)
+        left = _offset(ink.sum(axis=0), spec.width)
+        canvas[top : top + height, left : left + width] = np.rint(255 * ink)
+    return canvas if spec.polarity == "light_on_dark" else 255 - canvas
+
+
+def _level(grey: Pixels) -> NDArray[np.float32]:
+    """Ink in [0, 1] on a background of 0, whatever the lighting and the polarity: (h, w)."""
+    levels = grey.astype(np.float32)
+    if not _light_on_dark(grey):
+        levels = 255 - levels
+    levels -= _background(levels)
+    noise = _MAD_TO_SIGMA * float(np.median(np.abs(levels)))
+    floor = 0.5 + 6 * noise  # six standard deviations: no pixel of the background stays
+    highest = float(levels.max())
+    if highest - floor < _LEAST_CONTRAST:
+        return np.zeros_like(levels)
+    full = float(np.median(levels[levels > (floor + highest) / 2]))
+    return np.clip((levels - floor) / (full - floor), 0, 1)
+
+
+def _background(levels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The smooth surface under the ink: a plane from the border, then a quadratic from all that is near."""
+    height, width = levels.shape
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
+    terms = np.stack((np.ones_like(x), x, y, x * y, x * x, y * y), axis=-1)  # (h, w, 6)
+    near = np.ones((height, width), bool)
+    near[1:-1, 1:-1] = False
+    surface = np.zeros_like(levels)
+    for count in (3, 3, 6):
+        coefficients, *_ = np.linalg.lstsq(terms[near][:, :count], levels[near], rcond=None)
+        surface = terms[:, :, :count] @ coefficients
+        distance = np.abs(levels - surface)
+        near = distance <= 0.5 + 3 * _MAD_TO_SIGMA * float(np.median(distance))
+    return surface
+
+
+def _scale(ink: NDArray[np.float32], box: int) -> NDArray[np.float32]:
+    """The ink with its longer side `box` pixels, aspect kept, at full strength."""
+    scale = box / max(ink.shape)
+    height, width = (max(1, round(side * scale)) for side in ink.shape)
+    scaled = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+    return scaled / scaled.max()  # thin strokes fade when they are made smaller
+
+
+def _offset(mass: NDArray[np.float32], size: int) -> int:
+    """Where a strip of this mass begins so that its centre of mass is at size / 2, as in MNIST, if it fits."""
+    centre = float(mass @ np.arange(mass.size) / mass.sum())
+    return min(max(round(size / 2 - centre), 0), size - mass.size)
+
+
+def decode_base64(text: str) -> bytes:
+    """Bytes of a base64 text or of a base64 data URL.
+
+    Raises:
+        InvalidInput: neither of the two.
+    """
+    encoded = text
+    if text.startswith("data:"):
+        head, _, encoded = text.partition(",")
+        if not head.endswith(";base64"):
+            raise InvalidInput(
+                "The data URL is not in base64.", received=repr(text[:40]), expected="data:image/png;base64,…"
+            )
+    try:
+        return binascii.a2b_base64(encoded.replace("\r", "").replace("\n", ""), strict_mode=True)
+    except ValueError as error:
+        raise InvalidInput(
+            "The base64 text is broken.",
+            received=f"{len(text)} characters beginning with {text[:20]!r} ({error})",
+            expected="base64 (RFC 4648) or a data URL in base64",
+        ) from error
+
+
+def read_npy(data: bytes, shape: tuple[int, ...], max_images: int) -> Pixels:
+    """Images from an npy file: uint8 (N, *shape), read without ever unpickling.
+
+    Raises:
+        InvalidInput: not such a file; says what its header holds.
+        TooLarge: more than `max_images` images.
+    """
+    file = io.BytesIO(data)
+    try:
+        found, fortran, dtype = _npy_header(file)
+    # The header is a Python literal from anybody: a deep or odd one raises SyntaxError, RecursionError,
+    # MemoryError, TypeError, UnicodeDecodeError and more.
+    except Exception as error:
+        raise InvalidInput(
+            "The body is not an npy file.",
+            received=_describe(data),
+            expected="an npy file of version 1.0 or 2.0, as numpy.save writes",
+        ) from error
+    if dtype != np.uint8 or found[1:] != shape or not found or found[0] < 1:
+        raise InvalidInput(
+            "The npy array is not a batch of images.",
+            received=f"{dtype} {found}",
+            expected=f"uint8 (N, {', '.join(map(str, shape))}) with N at least 1",
+        )
+    if found[0] > max_images:
+        raise TooLarge("Too many images.", received=str(found[0]), expected=f"at most {max_images} images")
+    values = np.frombuffer(data, np.uint8, offset=file.tell())
+    if values.size != math.prod(found):
+        raise InvalidInput(
+            "The npy file's length does not match its header.",
+            received=f"{values.size} bytes of data",
+            expected=f"{math.prod(found)} bytes for {found}",
+        )
+    return np.ascontiguousarray(values.reshape(found, order="F" if fortran else "C"))
+
+
+def _npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = npy_format.read_magic(file)
+    if version == (1, 0):
+        return npy_format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return npy_format.read_array_header_2_0(file)
+    raise ValueError(f"version {version}")
+
+
+def to_uint8(values: NDArray[np.float32]) -> Pixels:
+    """Grey levels or colours in [0, 1] as 0 … 255."""
+    return np.rint(values * 255).astype(np.uint8)
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """A PNG of (h, w) grey or (h, w, 3) colour."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=1)  # a tenth of the time, a few bytes more
+    return file.getvalue()
+
+
+def data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

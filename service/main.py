@@ -1,0 +1,111 @@
+"""`capsnet-serve`: settings, start, serve, drain, exit."""
+
+import asyncio
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from socket import socket
+from types import FrameType
+
+import uvicorn
+from pydantic import ValidationError
+
+from service.app import create_app
+from service.engine import Engine
+from service.errors import StartError
+from service.manifest import ManifestError
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# What stays of the drain limit's last moments to write out the answers of requests that ran into it.
+_LAST_ANSWERS = 1.0  # seconds
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, draining by our rules and ending with exit code 0."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, settings: Settings) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._settings = settings
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            device = self._engine.default.device
+            address = f"[{host}]" if ":" in host else host
+            logger.info("serving on http://%s:%d (%s), documented at /docs", address, port, device)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._engine.ready = False
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Stop accepting, finish what is in flight; at the limit fail what still waits."""
+        limit = asyncio.create_task(self._close_engine_at_limit())
+        await super().shutdown(sockets)
+        limit.cancel()
+
+    async def _close_engine_at_limit(self) -> None:
+        await asyncio.sleep(self._settings.drain_timeout)
+        await self._engine.close(0)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            yield
+            # Uvicorn would raise them again, and a service that was told to stop would seem to have died.
+            self._captured_signals.clear()
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        StartError, ManifestError: what the operator has to mend before it can start.
+    """
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        lifespan="off",  # entered below, so that a failed start is one line and not a stack
+        log_config=None,
+        access_log=settings.access_log,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout + _LAST_ANSWERS),
+    )
+    async with app.router.lifespan_context(app):
+        await _Server(config, app.state.service.engine, settings).serve()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the service; returns the process's exit code."""
+    try:
+        settings = Settings(_cli_parse_args=list(sys.argv[1:] if arguments is None else arguments))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = "".join(f"CAPSNET_{str(part).upper()}: " for part in first["loc"])
+        sys.stderr.write(f"capsnet-serve: {name}{first['msg']} (received {first['input']!r})\n")
+        return 2
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
+    if settings.access_log:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    try:
+        with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
+            runner.run(serve(settings))
+    except (StartError, ManifestError) as error:
+        sys.stderr.write(f"capsnet-serve: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

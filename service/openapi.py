@@ -1,0 +1,120 @@
+"""The parts of the OpenAPI document that FastAPI cannot see: bodies, queries and errors of plain requests."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service.errors import RequestError
+from service.problems import PROBLEM_MEDIA_TYPE
+from service.schemas import (
+    PredictRequest,
+    Problem,
+    ReconstructChoice,
+    ReconstructRequest,
+    SweepChoice,
+    SweepRequest,
+)
+
+Schema = dict[str, Any]
+
+BINARY: Schema = {"type": "string", "format": "binary"}
+
+# Models that only references name; FastAPI adds those of the answers itself.
+_REFERENCED = (PredictRequest, ReconstructRequest, ReconstructChoice, SweepRequest, SweepChoice, Problem)
+
+
+def reference(model: type[BaseModel]) -> Schema:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def files() -> Schema:
+    return {"type": "array", "items": BINARY, "minItems": 1}
+
+
+def form(required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
+    """The schema of a multipart body."""
+    return {
+        "type": "object",
+        "properties": {**required, **(optional or {})},
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def problems(*statuses: int) -> dict[int | str, Schema]:
+    """Answers with a problem document, in FastAPI's form."""
+    return {
+        status: {
+            "description": " or ".join(_titles().get(status, ["Problem"])),
+            "content": {PROBLEM_MEDIA_TYPE: {"schema": reference(Problem)}},
+        }
+        for status in statuses
+    }
+
+
+def operation(
+    query: type[BaseModel], bodies: dict[str, Schema], answers: dict[str, Schema]
+) -> dict[str, Any]:
+    """Keyword arguments of a route that reads its plain request.
+
+    Args:
+        query: the query parameters.
+        bodies: a schema for each media type of the body.
+        answers: a schema for each media type of the answer beside JSON.
+    """
+    schema = query.model_json_schema()
+    parameters = [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": parameter.pop("description"),
+            "schema": {key: value for key, value in parameter.items() if key != "title"},
+        }
+        for name, parameter in schema["properties"].items()
+    ]
+    content = {media: {"schema": body} for media, body in bodies.items()}
+    return {
+        "openapi_extra": {
+            "parameters": parameters,
+            "requestBody": {"required": True, "content": content},
+        },
+        "responses": {
+            200: {"content": {media: {"schema": answer} for media, answer in answers.items()}},
+            **problems(*_titles()),
+        },
+    }
+
+
+def install(app: FastAPI) -> None:
+    """Serve a document that holds every schema it refers to."""
+
+    def document() -> Schema:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes
+            )
+            _, extra = models_json_schema(
+                [(model, "validation") for model in _REFERENCED],
+                ref_template="#/components/schemas/{model}",
+            )
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(extra["$defs"])
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign] # FastAPI's documented way to extend the document
+
+
+def _titles() -> dict[int, list[str]]:
+    """Titles of every error that a request can end in, by status."""
+    titles: dict[int, list[str]] = {}
+    pending: list[type[RequestError]] = [RequestError]
+    while pending:
+        kind = pending.pop(0)
+        pending.extend(kind.__subclasses__())
+        if "status" in vars(kind):
+            titles.setdefault(kind.status, []).append(kind.title)
+    return dict(sorted(titles.items()))

@@ -1,0 +1,521 @@
+"""The HTTP contract: /predict, /reconstruct, /reconstruct/sweep, /models and health."""
+
+import asyncio
+import io
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
+
+from service import openapi
+from service.bodies import (
+    JSON,
+    MULTIPART,
+    NPY,
+    NPZ,
+    PNG,
+    accepted,
+    file_parts,
+    media_type,
+    only_parts,
+    parse_json,
+    parse_multipart,
+    parse_query,
+    read_body,
+    text_part,
+)
+from service.decoding import Decoder
+from service.engine import Engine, Float, Model, Predictions
+from service.errors import InvalidInput, ShuttingDown, TimedOut
+from service.figures import sweep_figure
+from service.images import FORMATS, Pixels, data_url, decode_base64, encode_png, read_npy, to_uint8
+from service.problems import ClientGone
+from service.schemas import (
+    LiveAnswer,
+    ModelsAnswer,
+    PredictAnswer,
+    PredictQuery,
+    PredictRequest,
+    ReadyAnswer,
+    ReadyModel,
+    ReconstructAnswer,
+    ReconstructChoice,
+    ReconstructQuery,
+    ReconstructRequest,
+    ServedModel,
+    SweepAnswer,
+    SweepChoice,
+    SweepQuery,
+    SweepRequest,
+)
+from service.settings import Settings
+from service.tweaks import apply_tweaks, default_deltas
+
+router = APIRouter()
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes stand on, kept in the application's state."""
+
+    settings: Settings
+    engine: Engine
+    decoder: Decoder
+
+
+def _service(request: Request) -> Service:
+    return cast("Service", request.app.state.service)
+
+
+# The routes of the hot path take the plain request and return bytes: FastAPI's own validation and
+# serialisation cost more than the rest of the handling together. `openapi` documents what they do.
+
+PREDICT_BODIES = (*FORMATS, MULTIPART, JSON, NPY)
+PREDICT_ANSWERS = (JSON, NPY, NPZ)
+
+
+@router.post(
+    "/predict",
+    summary="Classify images",
+    response_model=PredictAnswer,
+    **openapi.operation(
+        PredictQuery,
+        bodies={
+            **dict.fromkeys(FORMATS, openapi.BINARY),
+            MULTIPART: openapi.form({"images": openapi.files()}),
+            JSON: openapi.reference(PredictRequest),
+            NPY: openapi.BINARY,
+        },
+        answers={NPY: openapi.BINARY, NPZ: openapi.BINARY},
+    ),
+)
+async def predict(request: Request) -> Response:
+    """One prediction for each image, in order.
+
+    The body is one image; or a form with parts `images`; or JSON with base64 texts; or an npy array,
+    uint8 (N, H, W) or (N, H, W, 3), that is taken as it is. `Accept: application/x-npy` answers with the
+    capsule lengths, float32 (N, classes); `application/x-npz` with `digit_capsules`, `capsule_lengths`,
+    `index`, `reconstruction_error` and `in_distribution`, and where asked for `reconstructions` and
+    `images`.
+    """
+    service = _service(request)
+    query = parse_query(PredictQuery, request)
+    answer = accepted(request, PREDICT_ANSWERS)
+    kind = media_type(request, PREDICT_BODIES)
+    model = service.engine.choose(query.model or None)
+    body = await read_body(request, service.settings)
+
+    async def work() -> Response:
+        if kind == NPY:
+            images = read_npy(body, model.manifest.image_shape, service.settings.max_images)
+        else:
+            encoded = await _predict_images(request, kind, body, service.settings)
+            images = await service.decoder.decode(encoded, model.manifest.image, query.preprocess)
+        predictions = await model.predict(images)
+        return await _encode(len(images), _predict_answer, answer, model, query, images, predictions)
+
+    return await _answer(request, work())
+
+
+async def _predict_images(request: Request, kind: str, body: bytes, settings: Settings) -> list[bytes]:
+    if kind == JSON:
+        return [decode_base64(text) for text in parse_json(PredictRequest, body).images]
+    if kind == MULTIPART:
+        form = await parse_multipart(request, body, settings.max_images)
+        only_parts(form, ["images"])
+        return file_parts(form, "images")
+    return [body]
+
+
+def _predict_answer(
+    answer: str, model: Model, query: PredictQuery, images: Pixels, found: Predictions
+) -> Response:
+    in_distribution = model.in_distribution(found.errors)
+    if answer == NPY:
+        return _npy(found.lengths)
+    if answer == NPZ:
+        arrays: dict[str, NDArray[Any]] = {
+            "digit_capsules": found.capsules,
+            "capsule_lengths": found.lengths,
+            "index": found.index,
+            "reconstruction_error": found.errors,
+            "in_distribution": in_distribution,
+        }
+        if query.reconstruction:
+            arrays["reconstructions"] = found.reconstructions
+        if query.image:
+            arrays["images"] = images
+        return _npz(arrays)
+    classes = model.manifest.classes
+    ranking = np.argsort(-found.lengths, axis=1, kind="stable")[:, : query.top_k].tolist()
+    lengths = found.lengths.tolist()
+    predictions = []
+    for row, index in enumerate(found.index.tolist()):
+        prediction = {
+            "label": classes[index],
+            "index": index,
+            "length": lengths[row][index],
+            "lengths": lengths[row],
+            "top": [{"label": classes[i], "index": i, "length": lengths[row][i]} for i in ranking[row]],
+            "reconstruction_error": found.errors[row],
+            "in_distribution": in_distribution[row],
+        }
+        if query.capsules:
+            prediction["capsules"] = found.capsules[row]
+        if query.reconstruction:
+            prediction["reconstruction"] = _picture(found.reconstructions[row])
+        if query.image:
+            prediction["image"] = data_url(encode_png(images[row]))
+        predictions.append(prediction)
+    return _json({"model": _name(model), "predictions": predictions})
+
+
+RECONSTRUCT_BODIES = (JSON, MULTIPART)
+RECONSTRUCT_ANSWERS = (JSON, PNG)
+
+
+@router.post(
+    "/reconstruct",
+    summary="Draw an image again from its capsule, changed as asked",
+    response_model=ReconstructAnswer,
+    **openapi.operation(
+        ReconstructQuery,
+        bodies={
+            JSON: openapi.reference(ReconstructRequest),
+            MULTIPART: openapi.form(
+                {"image": openapi.BINARY}, {"request": openapi.reference(ReconstructChoice)}
+            ),
+        },
+        answers={PNG: openapi.BINARY},
+    ),
+)
+async def reconstruct(request: Request) -> Response:
+    """The reconstruction of an image, or from capsules that /predict returned, with tweaks done in order.
+
+    `Accept: image/png` answers with the picture itself.
+    """
+    service = _service(request)
+    query = parse_query(ReconstructQuery, request)
+    answer = accepted(request, RECONSTRUCT_ANSWERS)
+    kind = media_type(request, RECONSTRUCT_BODIES)
+    model = service.engine.choose(query.model or None)
+    body = await read_body(request, service.settings)
+
+    async def work() -> Response:
+        choice, image = await _source(request, kind, body, ReconstructRequest, ReconstructChoice)
+        tweaks = [tweak.tweak() for tweak in choice.tweaks]
+        index = _class_index(model, choice.label)
+        _check_count("tweaks", len(tweaks), service.settings.max_tweaks)
+        _check_dimensions(model, [tweak.dimension for tweak in tweaks])
+        capsules, index = await _capsules(service, model, query, image, index)
+        capsules = apply_tweaks(capsules, index, tweaks)
+        drawn = await model.reconstruct(capsules[np.newaxis], np.array([index]))
+        if answer == PNG:
+            return Response(encode_png(to_uint8(drawn[0])), media_type=PNG)
+        document = {
+            "model": _name(model),
+            "label": model.manifest.classes[index],
+            "index": index,
+            "capsule": capsules[index],
+            "reconstruction": _picture(drawn[0]),
+        }
+        if query.pixels:
+            document["pixels"] = drawn[0]
+        return _json(document)
+
+    return await _answer(request, work())
+
+
+SWEEP_ANSWERS = (JSON, NPZ, PNG)
+
+
+@router.post(
+    "/reconstruct/sweep",
+    summary="Move each dimension of a capsule through its range",
+    response_model=SweepAnswer,
+    **openapi.operation(
+        SweepQuery,
+        bodies={
+            JSON: openapi.reference(SweepRequest),
+            MULTIPART: openapi.form({"image": openapi.BINARY}, {"request": openapi.reference(SweepChoice)}),
+        },
+        answers={NPZ: openapi.BINARY, PNG: openapi.BINARY},
+    ),
+)
+async def sweep(request: Request) -> Response:
+    """The paper's figure 4: one row for each dimension, one picture for each delta.
+
+    `Accept: image/png` answers with the labelled grid; `application/x-npz` with `reconstructions`,
+    float32 (dimensions, deltas, H, W[, 3]), `dimensions`, `deltas` and `capsule`.
+    """
+    service = _service(request)
+    query = parse_query(SweepQuery, request)
+    answer = accepted(request, SWEEP_ANSWERS)
+    kind = media_type(request, RECONSTRUCT_BODIES)
+    model = service.engine.choose(query.model or None)
+    body = await read_body(request, service.settings)
+
+    async def work() -> Response:
+        choice, image = await _source(request, kind, body, SweepRequest, SweepChoice)
+        shape = model.manifest.capsules
+        tweaks = [tweak.tweak() for tweak in choice.tweaks]
+        dimensions = choice.dimensions or list(range(shape.digit_dimensions))
+        deltas = choice.deltas or default_deltas(shape.tweak_range, shape.tweak_step)
+        index = _class_index(model, choice.label)
+        _check_count("tweaks", len(tweaks), service.settings.max_tweaks)
+        _check_count("deltas", len(deltas), service.settings.max_deltas)
+        _check_dimensions(model, [*dimensions, *(tweak.dimension for tweak in tweaks)])
+        capsules, index = await _capsules(service, model, query, image, index)
+        capsules = apply_tweaks(capsules, index, tweaks)
+        drawn = await model.sweep(capsules, index, dimensions, deltas)
+        return await _encode(
+            len(dimensions) * len(deltas),
+            _sweep_answer,
+            answer,
+            model,
+            index,
+            capsules[index],
+            dimensions,
+            deltas,
+            drawn,
+        )
+
+    return await _answer(request, work())
+
+
+def _sweep_answer(
+    answer: str,
+    model: Model,
+    index: int,
+    capsule: Float,
+    dimensions: list[int],
+    deltas: list[float],
+    drawn: Float,
+) -> Response:
+    if answer == NPZ:
+        return _npz(
+            {
+                "reconstructions": drawn,
+                "dimensions": np.array(dimensions),
+                "deltas": np.array(deltas),
+                "capsule": capsule,
+            }
+        )
+    label = model.manifest.classes[index]
+    if answer == PNG:
+        figure = sweep_figure(drawn, f"class {label}: dimension by delta", dimensions, deltas)
+        return Response(encode_png(figure), media_type=PNG)
+    return _json(
+        {
+            "model": _name(model),
+            "label": label,
+            "index": index,
+            "capsule": capsule,
+            "dimensions": dimensions,
+            "deltas": deltas,
+            "reconstructions": [[_picture(picture) for picture in row] for row in drawn],
+        }
+    )
+
+
+# What a reconstruction starts from -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Given:
+    """An encoded image, or capsules (classes, dimensions)."""
+
+    image: bytes | None
+    capsules: Float | None
+
+
+Whole = TypeVar("Whole", ReconstructRequest, SweepRequest)
+Choice = TypeVar("Choice", ReconstructChoice, SweepChoice)
+
+
+async def _source(
+    request: Request, kind: str, body: bytes, whole: type[Whole], choice: type[Choice]
+) -> tuple[Whole | Choice, _Given]:
+    """What is asked for, and what of: from one JSON text, or from the parts `image` and `request`."""
+    if kind == JSON:
+        parsed = parse_json(whole, body)
+        if parsed.image:
+            return parsed, _Given(decode_base64(parsed.image), None)
+        return parsed, _Given(None, _array(parsed.capsules))
+    form = await parse_multipart(request, body, max_files=2)
+    only_parts(form, ["image", "request"])
+    images = file_parts(form, "image")
+    if len(images) > 1:
+        raise InvalidInput(
+            "There are several parts named 'image'.", received=str(len(images)), expected="one"
+        )
+    text = text_part(form, "request")
+    return parse_json(choice, text) if text else choice(), _Given(images[0], None)
+
+
+def _array(vectors: list[list[float]]) -> Float:
+    widths = sorted({len(vector) for vector in vectors})
+    if len(widths) > 1:
+        raise InvalidInput(
+            "The capsules differ in length.",
+            received=f"vectors of {widths[0]} to {widths[-1]} components",
+            expected="as many components in each vector",
+        )
+    return np.array(vectors, np.float32)
+
+
+async def _capsules(
+    service: Service, model: Model, query: ReconstructQuery | SweepQuery, given: _Given, index: int | None
+) -> tuple[Float, int]:
+    """Capsules (classes, dimensions), and the class asked for or else the one with the longest capsule."""
+    if given.capsules is not None:
+        if given.capsules.shape != model.manifest.capsule_shape:
+            raise InvalidInput(
+                "The capsules are not those of this model.",
+                received=" x ".join(map(str, given.capsules.shape)),
+                expected="{} classes x {} dimensions".format(*model.manifest.capsule_shape),
+            )
+        lengths = np.linalg.norm(given.capsules, axis=1)
+        return given.capsules, int(lengths.argmax()) if index is None else index
+    images = await service.decoder.decode([given.image or b""], model.manifest.image, query.preprocess)
+    found = await model.predict(images)
+    return found.capsules[0], int(found.index[0]) if index is None else index
+
+
+def _class_index(model: Model, label: str) -> int | None:
+    if not label:
+        return None
+    classes = model.manifest.classes
+    if label not in classes:
+        raise InvalidInput(
+            "This model has no such class.",
+            received=repr(label[:100]),
+            expected=f"one of {', '.join(classes)}",
+        )
+    return classes.index(label)
+
+
+def _check_count(what: str, found: int, limit: int) -> None:
+    if found > limit:
+        raise InvalidInput(f"Too many {what}.", received=str(found), expected=f"at most {limit}")
+
+
+def _check_dimensions(model: Model, dimensions: list[int]) -> None:
+    count = model.manifest.capsules.digit_dimensions
+    beyond = [dimension for dimension in dimensions if dimension >= count]
+    if beyond:
+        raise InvalidInput(
+            "The capsules have no such dimension.", received=str(beyond[0]), expected=f"0 to {count - 1}"
+        )
+
+
+# Models and health ---------------------------------------------------------------------------------
+
+
+@router.get("/models", summary="What is served")
+async def models(request: Request) -> ModelsAnswer:
+    """Every served version with its manifest, newest first."""
+    engine = _service(request).engine
+    return ModelsAnswer(
+        models=[
+            ServedModel(
+                name=model.manifest.name,
+                version=model.manifest.version,
+                default=model is engine.default,
+                device=model.device,
+                threads=model.threads,
+                manifest=model.manifest,
+            )
+            for model in engine
+        ]
+    )
+
+
+@router.get("/livez", summary="Whether the process answers at all")
+async def live() -> LiveAnswer:
+    """Restart the process when this fails."""
+    return LiveAnswer(status="live")
+
+
+@router.get("/readyz", summary="Whether requests should be sent here", responses=openapi.problems(503))
+async def ready(request: Request) -> ReadyAnswer:
+    """Ready once every model has been warmed up on its device, until the service begins to stop."""
+    engine = _service(request).engine
+    if not engine.ready:
+        raise ShuttingDown("The service is stopping; another instance has to take new requests.")
+    return ReadyAnswer(
+        status="ready",
+        models=[
+            ReadyModel(name=model.manifest.name, version=model.manifest.version, device=model.device)
+            for model in engine
+        ],
+    )
+
+
+# Answers -------------------------------------------------------------------------------------------
+
+
+async def _answer(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Run `work` while the caller is there, up to the time limit."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    limit = _service(request).settings.request_timeout
+    watcher = asyncio.create_task(watch())
+    try:
+        async with asyncio.timeout(limit):
+            return await work
+    except TimeoutError as error:
+        raise TimedOut(f"There was no answer within {limit:g} s.", retry_after=1) from error
+    except asyncio.CancelledError:
+        if gone:
+            task.uncancel()
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+async def _encode(pictures: int, encode: Callable[..., Response], *arguments: object) -> Response:
+    """Build an answer, on a thread where it is large enough to hold up the event loop."""
+    if pictures <= 8:
+        return encode(*arguments)
+    return await asyncio.to_thread(encode, *arguments)
+
+
+def _name(model: Model) -> dict[str, str]:
+    return {"name": model.manifest.name, "version": model.manifest.version}
+
+
+def _picture(values: Float) -> str:
+    return data_url(encode_png(to_uint8(values)))
+
+
+def _json(document: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), media_type=JSON)
+
+
+def _npy(array: NDArray[Any]) -> Response:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return Response(file.getvalue(), media_type=NPY)
+
+
+def _npz(arrays: dict[str, NDArray[Any]]) -> Response:
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return Response(file.getvalue(), media_type=NPZ)

@@ -1,0 +1,281 @@
+"""The forms of requests and answers, for parsing and for the OpenAPI document."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from service.images import Preprocess
+from service.manifest import Manifest
+from service.sessions import UsedDevice
+from service.tweaks import MAX_COMPONENT, Tweak
+
+
+def _from_query(text: object) -> object:
+    """A query parameter's text as the JSON value that it spells, so that `capsules=yes` is refused."""
+    if isinstance(text, str):
+        if text in ("true", "false"):
+            return text == "true"
+        if text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 10:
+            return int(text)
+    return text
+
+
+Flag = Annotated[bool, BeforeValidator(_from_query)]
+Component = Annotated[float, Field(ge=-MAX_COMPONENT, le=MAX_COMPONENT, allow_inf_nan=False)]
+Base64 = Annotated[
+    str, Field(min_length=1, description="Base64 or data URL of a PNG, JPEG, WebP, BMP or GIF")
+]
+DataUrl = Annotated[str, Field(description="PNG as a data URL")]
+ModelReference = Annotated[
+    str,
+    Field(
+        min_length=1,
+        description="`name` (its newest version) or `name/version`, as /models lists them; the default model otherwise",
+    ),
+]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+# Queries -------------------------------------------------------------------------------------------
+
+
+class _ModelQuery(_Request):
+    model: ModelReference = ""
+    preprocess: Annotated[
+        Preprocess,
+        Field(
+            description="`auto` lays out any picture as the training pictures were, and leaves one of the "
+            "model's size and polarity alone; `none` takes only the model's own size; `centre` lays out all"
+        ),
+    ] = "auto"
+
+
+class PredictQuery(_ModelQuery):
+    capsules: Annotated[Flag, Field(description="Add the capsule vectors")] = False
+    reconstruction: Annotated[Flag, Field(description="Add the reconstruction from the longest capsule")] = (
+        False
+    )
+    image: Annotated[Flag, Field(description="Add the picture as the network saw it")] = False
+    top_k: Annotated[
+        int,
+        BeforeValidator(_from_query),
+        Field(ge=1, le=1000, description="How many of the longest capsules `top` lists"),
+    ] = 3
+
+
+class ReconstructQuery(_ModelQuery):
+    pixels: Annotated[Flag, Field(description="Add the picture as numbers in [0, 1]")] = False
+
+
+class SweepQuery(_ModelQuery):
+    pass
+
+
+# Bodies --------------------------------------------------------------------------------------------
+
+
+class PredictRequest(_Request):
+    images: Annotated[list[Base64], Field(min_length=1)]
+
+
+def _exactly_one(first: str, second: str) -> Any:
+    return {"oneOf": [{"required": [first]}, {"required": [second]}]}
+
+
+class TweakRequest(_Request):
+    """Moves one dimension of the class's capsule by `delta`, or sets it to `value`."""
+
+    model_config = ConfigDict(json_schema_extra=_exactly_one("delta", "value"))
+
+    dimension: Annotated[int, Field(ge=0)]
+    delta: Component = 0.0
+    value: Component = 0.0
+
+    @model_validator(mode="after")
+    def _delta_or_value(self) -> Self:
+        if len(self.model_fields_set & {"delta", "value"}) != 1:
+            raise ValueError("a tweak has either a delta or a value")
+        return self
+
+    def tweak(self) -> Tweak:
+        if "value" in self.model_fields_set:
+            return Tweak(self.dimension, value=self.value)
+        return Tweak(self.dimension, delta=self.delta)
+
+
+class _Choice(_Request):
+    """What every request for reconstructions holds beside its image."""
+
+    model_config = ConfigDict(populate_by_name=False)
+
+    label: Annotated[
+        str, Field(alias="class", min_length=1, description="Label; the predicted one if absent")
+    ] = ""
+    tweaks: Annotated[list[TweakRequest], Field(description="Done in order")] = []
+
+
+class _Source(_Request):
+    """An image, or capsules as /predict returned them."""
+
+    model_config = ConfigDict(json_schema_extra=_exactly_one("image", "capsules"))
+
+    image: Base64 = ""
+    capsules: Annotated[
+        list[list[Component]], Field(min_length=1, description="One vector for each class")
+    ] = []
+
+    @model_validator(mode="after")
+    def _image_or_capsules(self) -> Self:
+        if bool(self.image) == bool(self.capsules):
+            raise ValueError("give either an image or capsules")
+        return self
+
+
+class _SweepChoice(_Choice):
+    dimensions: Annotated[
+        list[Annotated[int, Field(ge=0)]],
+        Field(
+            min_length=1,
+            json_schema_extra={"uniqueItems": True},
+            description="Dimensions to sweep; all of them if absent",
+        ),
+    ] = []
+    deltas: Annotated[
+        list[Component],
+        Field(min_length=1, description="The model's tweak range by its tweak step if absent"),
+    ] = []
+
+    @model_validator(mode="after")
+    def _different_dimensions(self) -> Self:
+        if len(set(self.dimensions)) != len(self.dimensions):
+            raise ValueError("a dimension is swept once")
+        return self
+
+
+class ReconstructChoice(_Choice):
+    """The part `request` beside a part `image` in multipart/form-data."""
+
+
+class ReconstructRequest(_Source, _Choice):
+    model_config = ConfigDict(
+        json_schema_extra={
+            **_exactly_one("image", "capsules"),
+            "examples": [
+                {
+                    "image": "data:image/png;base64,…",
+                    "class": "5",
+                    "tweaks": [{"dimension": 3, "delta": 0.15}],
+                }
+            ],
+        }
+    )
+
+
+class SweepChoice(_SweepChoice):
+    """The part `request` beside a part `image` in multipart/form-data."""
+
+
+class SweepRequest(_Source, _SweepChoice):
+    model_config = ConfigDict(
+        json_schema_extra={
+            **_exactly_one("image", "capsules"),
+            "examples": [
+                {"image": "data:image/png;base64,…", "dimensions": [0, 3], "deltas": [-0.2, 0, 0.2]}
+            ],
+        }
+    )
+
+
+# Answers -------------------------------------------------------------------------------------------
+
+
+class ModelName(BaseModel):
+    name: str
+    version: str
+
+
+class RankedClass(BaseModel):
+    label: str
+    index: int
+    length: float
+
+
+class Prediction(BaseModel):
+    label: str
+    index: int
+    length: Annotated[float, Field(description="Length of the label's capsule, the longest")]
+    lengths: Annotated[list[float], Field(description="Capsule lengths in the order of the classes")]
+    top: Annotated[list[RankedClass], Field(description="The longest capsules, longest first")]
+    reconstruction_error: Annotated[float, Field(description="Summed squared error against the image")]
+    in_distribution: Annotated[bool, Field(description="Whether that error is one of ordinary images")]
+    capsules: list[list[float]] | None = None
+    reconstruction: DataUrl | None = None
+    image: DataUrl | None = None
+
+
+class PredictAnswer(BaseModel):
+    model: ModelName
+    predictions: list[Prediction]
+
+
+class ReconstructAnswer(BaseModel):
+    model: ModelName
+    label: str
+    index: int
+    capsule: Annotated[list[float], Field(description="The class's capsule after the tweaks")]
+    reconstruction: DataUrl
+    pixels: Annotated[list[Any] | None, Field(description="(H, W), or (H, W, 3) for colour")] = None
+
+
+class SweepAnswer(BaseModel):
+    model: ModelName
+    label: str
+    index: int
+    capsule: Annotated[list[float], Field(description="The class's capsule that the sweep starts from")]
+    dimensions: list[int]
+    deltas: list[float]
+    reconstructions: Annotated[
+        list[list[DataUrl]], Field(description="A row for each dimension, a picture for each delta")
+    ]
+
+
+class ServedModel(BaseModel):
+    name: str
+    version: str
+    default: Annotated[bool, Field(description="Whether it answers requests that name no model")]
+    device: UsedDevice
+    threads: Annotated[int, Field(description="CPU threads of a session")]
+    manifest: Manifest
+
+
+class ModelsAnswer(BaseModel):
+    models: list[ServedModel]
+
+
+class ReadyModel(BaseModel):
+    name: str
+    version: str
+    device: UsedDevice
+
+
+class ReadyAnswer(BaseModel):
+    status: Literal["ready"]
+    models: list[ReadyModel]
+
+
+class LiveAnswer(BaseModel):
+    status: Literal["live"]
+
+
+class Problem(BaseModel):
+    """An error after RFC 9457."""
+
+    type: Annotated[str, Field(description="Stable name of the kind of problem, a URN")]
+    title: str
+    status: int
+    detail: str
+    received: str | None = None
+    expected: str | None = None

@@ -1,0 +1,161 @@
+"""ONNX Runtime sessions: the device that was asked for, the CPU that there is, the tensors that were promised."""
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from service.errors import DeviceError
+from service.manifest import Graph, ManifestError, TensorSpec
+from service.settings import Device
+
+logger = logging.getLogger(__name__)
+
+UsedDevice = Literal["cpu", "cuda"]
+
+_ELEMENT_TYPES = {"UINT8": "tensor(uint8)", "INT64": "tensor(int64)", "FP32": "tensor(float)"}
+
+
+@dataclass(frozen=True)
+class Session:
+    """One graph, loaded on one device. `run` may be called from any thread."""
+
+    device: UsedDevice
+    threads: int
+    input_names: tuple[str, ...]
+    inference: onnxruntime.InferenceSession
+
+    def run(self, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        """Inputs and outputs in the order of the graph."""
+        return tuple(self.inference.run(None, dict(zip(self.input_names, inputs, strict=True))))
+
+
+def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processors that this process may keep busy: the smaller of its affinity and its container's quota."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota(cgroup)
+    return available if quota is None else max(1, min(available, math.ceil(quota)))
+
+
+def _cgroup_quota(cgroup: Path) -> float | None:
+    """Processors by the CFS quota of control groups v2 (`cpu.max`) or v1; None where there is no limit."""
+    try:
+        if (cgroup / "cpu.max").exists():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            quota = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text().strip()
+            period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
+
+
+def resolve_device(device: Device) -> Device:
+    """What `auto` comes down to where this ONNX Runtime has no CUDA at all, said once in the log."""
+    if device == "auto" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        logger.info("CUDA is not in use, the CPU is: this ONNX Runtime has no CUDA provider")
+        return "cpu"
+    return device
+
+
+def open_session(path: Path, graph: Graph, *, device: Device, threads: int | None) -> Session:
+    """Load a graph on `device` and check that its tensors are those of the manifest.
+
+    Args:
+        path: the ONNX file.
+        graph: what the manifest says about it.
+        device: `cuda` runs on CUDA or fails; `auto` falls back to the CPU and logs why.
+        threads: CPU threads for one operator; None takes the CPU limit.
+
+    Raises:
+        DeviceError: `cuda` was asked for and is not in use.
+        ManifestError: the file cannot be loaded, or the tensor it names is not as promised.
+    """
+    threads = threads or cpu_limit()
+    used, inference = _load_on(device, path, threads)
+    _check_tensors(path, "input", inference.get_inputs(), graph.inputs)
+    _check_tensors(path, "output", inference.get_outputs(), graph.outputs)
+    return Session(used, threads, tuple(spec.name for spec in graph.inputs), inference)
+
+
+def _load_on(device: Device, path: Path, threads: int) -> tuple[UsedDevice, onnxruntime.InferenceSession]:
+    if device != "cpu":
+        try:
+            return "cuda", _load_on_cuda(path, threads)
+        except DeviceError as error:
+            if device == "cuda":
+                raise
+            logger.info("CUDA is not in use, the CPU is: %s", error)
+    return "cpu", _load(path, threads, ["CPUExecutionProvider"])
+
+
+def _load_on_cuda(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    available = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" not in available:
+        raise DeviceError(
+            f"this ONNX Runtime has no CUDA provider (it has {', '.join(available)}); "
+            "install the extra `gpu` in place of `cpu`, or set CAPSNET_DEVICE=cpu"
+        )
+    # The CUDA and cuDNN libraries of the nvidia-* wheels lie where the loader does not look by itself.
+    onnxruntime.preload_dlls()
+    # kSameAsRequested: the arena otherwise doubles with each new batch size.
+    cuda = ("CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})
+    try:
+        inference = _load(path, threads, [cuda, "CPUExecutionProvider"])
+    except ManifestError as error:
+        raise DeviceError(f"CUDA cannot take the graph: {error}") from error
+    in_use = inference.get_providers()
+    if in_use[0] != "CUDAExecutionProvider":
+        raise DeviceError(
+            f"ONNX Runtime could not start CUDA and uses {', '.join(in_use)}; "
+            "its own message above names the library or driver that is missing"
+        )
+    inference.disable_fallback()  # a failing CUDA run must fail, not move to the CPU in silence
+    return inference
+
+
+def _load(path: Path, threads: int, providers: Sequence[Any]) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    # Spinning threads take the cores from the event loop between two batches.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # ONNX Runtime's exceptions share no base but this
+        raise ManifestError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+
+
+def _check_tensors(path: Path, kind: str, found: Iterable[Any], expected: Iterable[TensorSpec]) -> None:
+    tensors = {node.name: (node.type, tuple(node.shape)) for node in found}
+    specs = {spec.name: spec for spec in expected}
+    if tensors.keys() != specs.keys():
+        raise ManifestError(f"{path}: {kind}s are {', '.join(tensors)}; the manifest says {', '.join(specs)}")
+    for name, spec in specs.items():
+        datatype, shape = tensors[name]
+        # A free axis is a name or None in ONNX and -1 in the manifest.
+        axes = tuple(axis if isinstance(axis, int) else -1 for axis in shape)
+        if (datatype, axes) != (_ELEMENT_TYPES[spec.datatype], spec.shape):
+            raise ManifestError(
+                f"{path}: {kind} {name!r} is {datatype} {list(axes)}; "
+                f"the manifest says {_ELEMENT_TYPES[spec.datatype]} {list(spec.shape)}"
+            )
+
+
+def warm_up(session: Session, graph: Graph, max_batch: int) -> None:
+    """Run the session once for each power of two up to `max_batch` rows, and for `max_batch` itself.
+
+    The first run of a shape allocates memory and, on CUDA, chooses algorithms.
+    """
+    sizes = {max_batch, *(1 << power for power in range(max_batch.bit_length()))}
+    dtypes = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
+    for rows in sorted(sizes):
+        session.run(*(np.zeros((rows, *spec.shape[1:]), dtypes[spec.datatype]) for spec in graph.inputs))

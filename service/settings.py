@@ -1,0 +1,99 @@
+"""Every setting of the service: a `CAPSNET_…` variable or the command-line option of the same name."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Settings(BaseSettings):
+    """Serve capsule networks over HTTP. Options override CAPSNET_… environment variables."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="CAPSNET_",
+        frozen=True,
+        cli_prog_name="capsnet-serve",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+    )
+
+    host: Annotated[str, Field(min_length=1, description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 takes any free one.")] = 8000
+    models: Annotated[Path, Field(description="Folder that holds <name>/<version>/manifest.json.")] = Path(
+        "models"
+    )
+    default_model: Annotated[
+        str | None,
+        Field(
+            description="Model that answers when a request names none; unset: the first name in the alphabet."
+        ),
+    ] = None
+    device: Annotated[
+        Device,
+        Field(
+            description="Where graphs run: auto takes CUDA where it works and says so; cuda never falls back."
+        ),
+    ] = "auto"
+    threads: Annotated[
+        int | None,
+        Field(ge=1, le=1024, description="CPU threads per session; unset: the container's CPU limit."),
+    ] = None
+
+    max_batch: Annotated[int, Field(ge=1, le=4096, description="Images in one encoder batch.")] = 32
+    queue_length: Annotated[
+        int, Field(ge=1, le=1_000_000, description="Images that may wait for the encoder; beyond: 503.")
+    ] = 256
+    max_decoder_batch: Annotated[
+        int, Field(ge=1, le=65536, description="Capsule sets in one decoder batch.")
+    ] = 256
+    decoder_queue_length: Annotated[
+        int, Field(ge=1, le=1_000_000, description="Capsule sets that may wait for the decoder; beyond: 503.")
+    ] = 4096
+
+    max_body: Annotated[
+        int, Field(ge=1024, le=1024 * MIB, description="Bytes of a request body; beyond: 413.")
+    ] = 16 * MIB
+    max_pixels: Annotated[
+        int, Field(ge=1, le=1 << 30, description="Pixels of one image, read from its header; beyond: 413.")
+    ] = 1 << 24
+    max_request_pixels: Annotated[
+        int, Field(ge=1, le=1 << 32, description="Pixels of all images of one request; beyond: 413.")
+    ] = 1 << 26
+    max_images: Annotated[int, Field(ge=1, le=100_000, description="Images in one request; beyond: 413.")] = (
+        1024
+    )
+    max_tweaks: Annotated[int, Field(ge=1, le=10_000, description="Tweaks in one request; beyond: 422.")] = 64
+    max_deltas: Annotated[int, Field(ge=1, le=1_000, description="Deltas in one sweep; beyond: 422.")] = 64
+    max_decoding: Annotated[
+        int,
+        Field(ge=1, le=10_000, description="Requests with large images that wait for decoding; beyond: 503."),
+    ] = 64
+
+    body_timeout: Annotated[
+        float, Field(gt=0, le=3600, description="Seconds for a request body to arrive; beyond: 408.")
+    ] = 10
+    request_timeout: Annotated[
+        float,
+        Field(gt=0, le=3600, description="Seconds for the answer once the body is there; beyond: 503."),
+    ] = 30
+    drain_timeout: Annotated[
+        float, Field(ge=0, le=3600, description="Seconds to finish requests in flight after SIGTERM.")
+    ] = 8
+
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="Least severe level that is logged.")
+    ] = "info"
+    access_log: Annotated[bool, Field(description="Log a line for every request.")] = False
+
+    @model_validator(mode="after")
+    def _queues_hold_a_batch(self) -> Self:
+        for queue, batch in (("queue_length", "max_batch"), ("decoder_queue_length", "max_decoder_batch")):
+            if getattr(self, queue) < getattr(self, batch):
+                raise ValueError(f"{queue} must be at least {batch}, or a full batch could never be admitted")
+        return self
