@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from functools import cache
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -150,7 +149,7 @@ def parse_query(form: type[Form], request: Request) -> Form:
         InvalidInput: an unknown name, one given twice, or a value out of range.
     """
     if not request.scope["query_string"]:
-        return _defaults(form)
+        return form()
     items = request.query_params.multi_items()
     values = dict(items)
     if len(values) != len(items):
@@ -162,11 +161,6 @@ def parse_query(form: type[Form], request: Request) -> Form:
         return form.model_validate(values)
     except ValidationError as error:
         raise _explain(error, "query") from error
-
-
-@cache
-def _defaults(form: type[Form]) -> Form:
-    return form()
 
 
 def _explain(error: ValidationError, where: str) -> MalformedBody | InvalidInput:

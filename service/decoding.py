@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -59,30 +60,37 @@ class Decoder:
     def _decode(
         self, images: Sequence[bytes], spec: ImageSpec, preprocess: Preprocess, abandoned: threading.Event
     ) -> Pixels:
+        shape = (spec.height, spec.width) if spec.channels == 1 else (spec.height, spec.width, spec.channels)
         opened: list[Image.Image] = []
-        pixels = 0
-        prepared: list[Pixels] = []
-        position = 0
-        try:
-            for position, data in enumerate(images):
+        for position, data in enumerate(images):
+            with _naming(position, len(images)):
                 opened.append(open_image(data, self._settings.max_pixels))
-                pixels += opened[-1].width * opened[-1].height
-                if pixels > self._settings.max_request_pixels:
-                    raise TooLarge(
-                        "The images have too many pixels in all.",
-                        received=f"more than {self._settings.max_request_pixels} pixels",
-                        expected=f"at most {self._settings.max_request_pixels} pixels in one request",
-                    )
-            for position, image in enumerate(opened):
-                if abandoned.is_set():
-                    break  # the caller left or ran out of time: nobody reads the result
-                prepared.append(prepare(image, spec, preprocess))
-                image.close()
-        except RequestError as error:
-            if len(images) > 1:
-                error.detail = f"Image {position}: {error.detail}"
-            raise
-        return np.stack(prepared)
+        pixels = sum(image.width * image.height for image in opened)
+        if pixels > self._settings.max_request_pixels:
+            raise TooLarge(
+                "The images have too many pixels in all.",
+                received=f"{pixels} pixels",
+                expected=f"at most {self._settings.max_request_pixels} pixels in one request",
+            )
+        prepared = np.empty((len(images), *shape), np.uint8)
+        for position, image in enumerate(opened):
+            if abandoned.is_set():
+                break  # the caller left or ran out of time: nobody reads the result
+            with _naming(position, len(images)):
+                prepared[position] = prepare(image, spec, preprocess)
+            image.close()
+        return prepared
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _naming(position: int, count: int) -> Iterator[None]:
+    """Say in an error which of several images is at fault."""
+    try:
+        yield
+    except RequestError as error:
+        if count > 1:
+            error.detail = f"Image {position}: {error.detail}"
+        raise

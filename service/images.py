@@ -178,7 +178,7 @@ def _level(grey: Pixels) -> NDArray[np.float32]:
     if highest - floor < _LEAST_CONTRAST:
         return np.zeros_like(levels)
     full = float(np.median(levels[levels > (floor + highest) / 2]))
-    return np.clip((levels - floor) / (full - floor), 0, 1)
+    return ((levels - floor) / (full - floor)).clip(0, 1)
 
 
 def _background(levels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -201,12 +201,14 @@ def _scale(ink: NDArray[np.float32], box: int) -> NDArray[np.float32]:
     """The ink with its longer side `box` pixels, aspect kept, at full strength."""
     scale = box / max(ink.shape)
     height, width = (max(1, round(side * scale)) for side in ink.shape)
-    scaled = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
-    return scaled / scaled.max()  # thin strokes fade when they are made smaller
+    scaled: NDArray[np.float32] = np.asarray(
+        Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)
+    ).clip(0, 1)
+    return scaled / np.float32(scaled.max())  # thin strokes fade when they are made smaller
 
 
 def _offset(mass: NDArray[np.float32], size: int) -> int:
-    """Where a strip of this mass begins so that its centre of mass is at size / 2, as in MNIST, if it fits."""
+    """Where a strip of this mass begins so that its centre of mass is at size / 2, as MNIST does."""
     centre = float(mass @ np.arange(mass.size) / mass.sum())
     return min(max(round(size / 2 - centre), 0), size - mass.size)
 

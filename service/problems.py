@@ -3,12 +3,12 @@
 import logging
 from http import HTTPStatus
 
-import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service.errors import RequestError, UnableToAnswer
+from service.schemas import Problem
 
 logger = logging.getLogger(__name__)
 
@@ -21,36 +21,40 @@ class ClientGone(Exception):
 
 def install(app: FastAPI) -> None:
     """Answer every error with a problem document."""
-    app.add_exception_handler(RequestError, _request_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientGone, _nobody_there)
-    app.add_exception_handler(ClientDisconnect, _nobody_there)
-    app.add_exception_handler(Exception, _unexpected)
+    app.exception_handler(RequestError)(_request_error)
+    app.exception_handler(HTTPException)(_http_error)
+    app.exception_handler(ClientGone)(_nobody_there)
+    app.exception_handler(ClientDisconnect)(_nobody_there)
+    app.exception_handler(Exception)(_unexpected)
 
 
-async def _request_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
+async def _request_error(_: Request, error: RequestError) -> Response:
     if isinstance(error, UnableToAnswer):
         logger.warning("%s: %s", error.title, error.detail)
-    return _problem(
-        error.status, error.slug, error.title, error.detail, error.received, error.expected, error.headers
+    problem = Problem(
+        type=_urn(error.slug),
+        title=error.title,
+        status=error.status,
+        detail=error.detail,
+        received=error.received,
+        expected=error.expected,
     )
+    return _respond(problem, error.headers)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: HTTPException) -> Response:
     """Starlette's own: no such path, or a method that the path does not have."""
-    assert isinstance(error, HTTPException)
     status = HTTPStatus(error.status_code)
     headers = dict(error.headers or {})
-    return _problem(
-        status,
-        status.phrase.lower().replace(" ", "-"),
-        status.phrase,
-        str(error.detail),
-        f"{request.method} {request.url.path[:200]}",
-        headers.get("Allow") or "a path that /docs lists",
-        headers,
+    problem = Problem(
+        type=_urn(status.phrase.lower().replace(" ", "-")),
+        title=status.phrase,
+        status=status,
+        detail=str(error.detail),
+        received=f"{request.method} {request.url.path[:200]}",
+        expected=headers.get("Allow") or "a path that /docs lists",
     )
+    return _respond(problem, headers)
 
 
 async def _nobody_there(_: Request, __: Exception) -> Response:
@@ -59,25 +63,19 @@ async def _nobody_there(_: Request, __: Exception) -> Response:
 
 async def _unexpected(_: Request, __: Exception) -> Response:
     """A fault of ours. The server logs the stack; the caller sees neither it nor any path."""
-    return _problem(500, "internal-error", "Internal error", "The service failed; its log says why.")
+    problem = Problem(
+        type=_urn("internal-error"),
+        title="Internal error",
+        status=500,
+        detail="The service failed; its log says why.",
+    )
+    return _respond(problem, {})
 
 
-def _problem(
-    status: int,
-    slug: str,
-    title: str,
-    detail: str,
-    received: str | None = None,
-    expected: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> Response:
-    document = {
-        "type": f"urn:capsnet:problem:{slug}",
-        "title": title,
-        "status": int(status),
-        "detail": detail,
-        "received": received,
-        "expected": expected,
-    }
-    body = orjson.dumps({name: value for name, value in document.items() if value is not None})
-    return Response(body, status, headers, PROBLEM_MEDIA_TYPE)
+def _urn(slug: str) -> str:
+    return f"urn:capsnet:problem:{slug}"
+
+
+def _respond(problem: Problem, headers: dict[str, str]) -> Response:
+    body = problem.model_dump_json(exclude_none=True)
+    return Response(body, problem.status, headers, PROBLEM_MEDIA_TYPE)

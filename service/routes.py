@@ -274,52 +274,45 @@ async def sweep(request: Request) -> Response:
         capsules, index = await _capsules(service, model, query, image, index)
         capsules = apply_tweaks(capsules, index, tweaks)
         drawn = await model.sweep(capsules, index, dimensions, deltas)
-        return await _encode(
-            len(dimensions) * len(deltas),
-            _sweep_answer,
-            answer,
-            model,
-            index,
-            capsules[index],
-            dimensions,
-            deltas,
-            drawn,
-        )
+        swept = _Sweep(index, capsules[index], dimensions, deltas, drawn)
+        return await _encode(len(dimensions) * len(deltas), _sweep_answer, answer, model, swept)
 
     return await _answer(request, work())
 
 
-def _sweep_answer(
-    answer: str,
-    model: Model,
-    index: int,
-    capsule: Float,
-    dimensions: list[int],
-    deltas: list[float],
-    drawn: Float,
-) -> Response:
+@dataclass(frozen=True)
+class _Sweep:
+    index: int
+    capsule: Float  # the one that the sweep starts from
+    dimensions: list[int]
+    deltas: list[float]
+    drawn: Float  # (dimensions, deltas, H, W[, 3])
+
+
+def _sweep_answer(answer: str, model: Model, swept: _Sweep) -> Response:
     if answer == NPZ:
         return _npz(
             {
-                "reconstructions": drawn,
-                "dimensions": np.array(dimensions),
-                "deltas": np.array(deltas),
-                "capsule": capsule,
+                "reconstructions": swept.drawn,
+                "dimensions": np.array(swept.dimensions),
+                "deltas": np.array(swept.deltas),
+                "capsule": swept.capsule,
             }
         )
-    label = model.manifest.classes[index]
+    label = model.manifest.classes[swept.index]
     if answer == PNG:
-        figure = sweep_figure(drawn, f"class {label}: dimension by delta", dimensions, deltas)
+        title = f"class {label}: dimension by delta"
+        figure = sweep_figure(swept.drawn, title, swept.dimensions, swept.deltas)
         return Response(encode_png(figure), media_type=PNG)
     return _json(
         {
             "model": _name(model),
             "label": label,
-            "index": index,
-            "capsule": capsule,
-            "dimensions": dimensions,
-            "deltas": deltas,
-            "reconstructions": [[_picture(picture) for picture in row] for row in drawn],
+            "index": swept.index,
+            "capsule": swept.capsule,
+            "dimensions": swept.dimensions,
+            "deltas": swept.deltas,
+            "reconstructions": [[_picture(picture) for picture in row] for row in swept.drawn],
         }
     )
 
@@ -463,8 +456,7 @@ async def ready(request: Request) -> ReadyAnswer:
 
 async def _answer(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Run `work` while the caller is there, up to the time limit."""
-    task = asyncio.current_task()
-    assert task is not None
+    task = cast("asyncio.Task[Any]", asyncio.current_task())  # a coroutine always runs in a task
     gone = False
 
     async def watch() -> None:

@@ -30,7 +30,7 @@ ModelReference = Annotated[
     str,
     Field(
         min_length=1,
-        description="`name` (its newest version) or `name/version`, as /models lists them; the default model otherwise",
+        description="`name` (its newest version) or `name/version`, as /models lists them",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: the device that was asked for, the CPU that there is, the tensors that were promised."""
+"""ONNX Runtime sessions: on the device that was asked for, with the tensors that were promised."""
 
 import logging
 import math
