@@ -17,6 +17,8 @@ CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.14 python3.13 python3.12 python
 HOLD := onnxruntime==1.31.1 torch==2.13.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# ONNX Runtime's packages report their use to Microsoft unless told not to before they are imported.
+export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
