@@ -1,21 +1,22 @@
 """What can go wrong, whose fault it is, and which HTTP status says so.
 
 ServiceError
-├── StartError                     the operator's: the service does not start
-│   └── DeviceError                the device that was asked for is not there
-├── CallerError                    the caller's: send something else
-│   ├── MalformedBody        400   cannot be parsed at all
-│   ├── UnknownModel         404
-│   ├── NotAcceptable        406
-│   ├── BodyTimeout          408
-│   ├── TooLarge             413   over a limit of bytes, pixels or images
-│   ├── UnsupportedMediaType 415
-│   └── InvalidInput         422   can be parsed, but is not what the model takes
-└── UnableToAnswer                 ours: the same request may succeed later
-    ├── InferenceFailed      500
-    ├── Overloaded           503
-    ├── ShuttingDown         503
-    └── TimedOut             503
+├── StartError                         the operator's: the service does not start
+│   └── DeviceError                    the device that was asked for is not there
+└── RequestError                       one request gets no result
+    ├── CallerError                    the caller's: send something else
+    │   ├── MalformedBody        400   cannot be parsed at all
+    │   ├── UnknownModel         404
+    │   ├── NotAcceptable        406
+    │   ├── BodyTimeout          408
+    │   ├── TooLarge             413   over a limit of bytes, pixels or images
+    │   ├── UnsupportedMediaType 415
+    │   └── InvalidInput         422   can be parsed, but is not what the model takes
+    └── UnableToAnswer                 ours: the same request may succeed later
+        ├── InferenceFailed      500
+        ├── Overloaded           503
+        ├── ShuttingDown         503
+        └── TimedOut             503
 """
 
 from typing import ClassVar

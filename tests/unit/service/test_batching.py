@@ -1,0 +1,297 @@
+"""Every promise of the batcher, on a device that starts and ends each run when the test says so."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.batching import Arrays, Batcher
+from service.errors import InferenceFailed, Overloaded, ShuttingDown
+
+pytestmark = pytest.mark.anyio
+
+LIMIT = 10.0  # seconds after which a test that hangs has failed
+
+
+class Device:
+    """Doubles its input, once it is told to go on; keeps what each batch held."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.broken = False
+        self._started = threading.Semaphore(0)
+        self._go_on = threading.Semaphore(0)
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        (values,) = inputs
+        self.batches.append(values[:, 0].tolist())
+        self._started.release()
+        assert self._go_on.acquire(timeout=LIMIT)
+        if self.broken:
+            raise RuntimeError("the device is broken")
+        return (values * 2, values + 1)
+
+    async def started(self) -> None:
+        """Wait until the device begins its next batch."""
+        assert await asyncio.to_thread(self._started.acquire, timeout=LIMIT)
+
+    def go_on(self, batches: int = 1) -> None:
+        self._go_on.release(batches)
+
+
+def rows(*values: int) -> NDArray[Any]:
+    return np.array(values)[:, np.newaxis]
+
+
+@asynccontextmanager
+async def batcher(
+    run: Callable[[Arrays], Arrays], max_batch: int = 4, queue_length: int = 8
+) -> AsyncIterator[Batcher]:
+    made = Batcher("test", run, max_batch=max_batch, queue_length=queue_length)
+    try:
+        async with asyncio.timeout(LIMIT):
+            yield made
+    finally:
+        if isinstance(run, Device):
+            run.go_on(100)
+        await made.close(LIMIT)
+
+
+async def submitted(made: Batcher, *items: NDArray[Any]) -> list[asyncio.Task[Arrays]]:
+    """Tasks whose items wait in the batcher by now, in this order."""
+    tasks = [asyncio.create_task(made.submit(item)) for item in items]
+    await asyncio.sleep(0)  # each task runs up to its first wait, which is for its answer
+    return tasks
+
+
+async def busy(made: Batcher, device: Device) -> asyncio.Task[Arrays]:
+    """A lone item 0 that keeps the device busy until it may go on."""
+    (task,) = await submitted(made, rows(0))
+    await device.started()
+    return task
+
+
+async def test_a_lone_item_does_not_wait() -> None:
+    """With an idle device an item runs at once, alone, and gets both outputs."""
+    device = Device()
+    async with batcher(device) as made:
+        (task,) = await submitted(made, rows(7))
+        await device.started()
+        device.go_on()
+        doubled, incremented = await task
+    assert device.batches == [[7]]
+    assert (doubled.tolist(), incremented.tolist()) == ([[14]], [[8]])
+
+
+async def test_what_waits_becomes_one_batch() -> None:
+    """Items that arrive while the device is busy run together, and each gets its own rows."""
+    device = Device()
+    async with batcher(device) as made:
+        first = await busy(made, device)
+        tasks = await submitted(made, rows(1), rows(2, 3), rows(4))
+        device.go_on(2)
+        answers = [(await task)[0].tolist() for task in (first, *tasks)]
+    assert device.batches == [[0], [1, 2, 3, 4]]
+    assert answers == [[[0]], [[2]], [[4], [6]], [[8]]]
+
+
+async def test_a_full_batch_leaves_without_the_rest() -> None:
+    """A batch never holds more rows than the limit; what does not fit is in the next one."""
+    device = Device()
+    async with batcher(device, max_batch=2) as made:
+        await busy(made, device)
+        tasks = await submitted(made, rows(1), rows(2), rows(3))
+        device.go_on(3)
+        await asyncio.gather(*tasks)
+    assert device.batches == [[0], [1, 2], [3]]
+
+
+async def test_an_item_larger_than_a_batch_is_split_and_joined() -> None:
+    """An item with more rows than a batch, and than the queue, comes back whole and in order."""
+    device = Device()
+    device.go_on(100)
+    values = np.arange(25)[:, np.newaxis]
+    async with batcher(device, max_batch=4, queue_length=4) as made:
+        doubled, incremented = await made.submit(values)
+    assert [len(batch) for batch in device.batches] == [4, 4, 4, 4, 4, 4, 1]
+    np.testing.assert_array_equal(doubled, values * 2)
+    np.testing.assert_array_equal(incremented, values + 1)
+
+
+async def test_a_large_item_takes_turns() -> None:
+    """Small items that arrive behind a large one run after one batch of it, not after all of it."""
+    device = Device()
+    async with batcher(device, max_batch=2) as made:
+        await busy(made, device)
+        tasks = await submitted(made, rows(1, 2, 3, 4, 5, 6), rows(70), rows(80))
+        device.go_on(5)
+        await asyncio.gather(*tasks)
+    assert device.batches == [[0], [1, 2], [70, 80], [3, 4], [5, 6]]
+
+
+async def test_a_full_queue_refuses_at_once() -> None:
+    """The row that exceeds the queue is refused while the device is still busy; the others are served."""
+    device = Device()
+    async with batcher(device, max_batch=2, queue_length=3) as made:
+        await busy(made, device)
+        tasks = await submitted(made, rows(1), rows(2, 3))
+        assert made.depth == 3
+        with pytest.raises(Overloaded) as refused:
+            await made.submit(rows(4))
+        device.go_on(3)
+        await asyncio.gather(*tasks)
+        assert made.depth == 0
+    assert int(refused.value.headers["Retry-After"]) >= 1
+    assert [4] not in device.batches
+
+
+async def test_retry_after_follows_the_measured_speed() -> None:
+    """A queue that takes long to empty says so to those whom it refuses."""
+    device = Device()
+    async with batcher(device, max_batch=1, queue_length=1) as made:
+        made._seconds_per_row = 12.5  # a measurement that would take the test as long
+        await busy(made, device)
+        await submitted(made, rows(1))
+        with pytest.raises(Overloaded) as refused:
+            await made.submit(rows(2))
+    assert refused.value.retry_after == 13
+
+
+async def test_a_cancelled_caller_is_not_computed_and_spares_its_neighbours() -> None:
+    """Who leaves while waiting never reaches the device, frees the queue, and the neighbours are answered."""
+    device = Device()
+    async with batcher(device, queue_length=4) as made:
+        await busy(made, device)
+        one, two, three = await submitted(made, rows(1), rows(2, 2), rows(3))
+        two.cancel()
+        await asyncio.wait([two])
+        assert made.depth == 2
+        device.go_on(2)
+        assert ((await one)[0].tolist(), (await three)[0].tolist()) == ([[2]], [[6]])
+    assert two.cancelled()
+    assert device.batches == [[0], [1, 3]]
+
+
+async def test_a_caller_that_leaves_during_its_run_spares_its_neighbours() -> None:
+    """Cancelling one caller of a batch that is on the device leaves the others' answers whole."""
+    device = Device()
+    async with batcher(device) as made:
+        await busy(made, device)
+        one, two = await submitted(made, rows(1), rows(2))
+        device.go_on()
+        await device.started()
+        one.cancel()
+        await asyncio.wait([one])
+        device.go_on()
+        assert (await two)[0].tolist() == [[4]]
+    assert one.cancelled()
+
+
+async def test_the_rest_of_a_large_item_is_dropped_when_its_caller_leaves() -> None:
+    """Of a split item no further batch runs once its caller has gone."""
+    device = Device()
+    async with batcher(device, max_batch=2) as made:
+        (task,) = await submitted(made, rows(1, 2, 3, 4, 5, 6))
+        await device.started()
+        task.cancel()
+        await asyncio.wait([task])
+        assert made.depth == 0
+        (other,) = await submitted(made, rows(9))
+        device.go_on(2)
+        await other
+    assert device.batches == [[1, 2], [9]]
+
+
+async def test_a_failing_run_fails_only_its_batch() -> None:
+    """Everybody in the failed batch hears of it, and the next batch is served."""
+    device = Device()
+    async with batcher(device) as made:
+        first = await busy(made, device)
+        device.broken = True
+        failing = await submitted(made, rows(1), rows(2))
+        device.go_on()
+        with pytest.raises(InferenceFailed):
+            await first
+        await device.started()
+        device.go_on()
+        results = await asyncio.gather(*failing, return_exceptions=True)
+        device.broken = False
+        device.go_on()
+        (healthy,) = await submitted(made, rows(3))
+        assert (await healthy)[0].tolist() == [[6]]
+    assert [type(result) for result in results] == [InferenceFailed, InferenceFailed]
+    assert results[0] is not results[1]  # a shared exception would collect every caller's traceback
+
+
+async def test_a_large_item_with_a_failed_part_is_dropped() -> None:
+    """When one part of a split item fails, its caller hears of it and the rest does not run."""
+    device = Device()
+    device.broken = True
+    async with batcher(device, max_batch=1) as made:
+        (task,) = await submitted(made, rows(1, 2, 3, 4))
+        await device.started()
+        device.go_on()
+        with pytest.raises(InferenceFailed):
+            await task
+        assert made.depth == 0
+    assert len(device.batches) <= 2  # the second part may have been on its way
+
+
+async def test_closing_finishes_what_waits() -> None:
+    """close() within its limit answers every waiting caller with a result and refuses new ones."""
+    device = Device()
+    async with batcher(device, max_batch=1) as made:
+        first = await busy(made, device)
+        tasks = await submitted(made, rows(1), rows(2))
+        closing = asyncio.create_task(made.close(LIMIT))
+        await asyncio.sleep(0)
+        with pytest.raises(ShuttingDown):
+            await made.submit(rows(3))
+        device.go_on(3)
+        await closing
+        assert [(await task)[0].tolist() for task in (first, *tasks)] == [[[0]], [[2]], [[4]]]
+
+
+async def test_closing_at_its_limit_answers_everyone() -> None:
+    """When the limit passes, callers on the device and in the queue hear that the service stops."""
+    device = Device()
+    async with batcher(device, max_batch=1) as made:
+        first = await busy(made, device)
+        tasks = await submitted(made, rows(1), rows(2, 3))
+        await made.close(0)
+        results = await asyncio.gather(first, *tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [ShuttingDown] * 3
+        assert made.depth == 0
+    assert device.batches == [[0]]
+
+
+async def test_the_event_loop_is_free_while_the_device_works() -> None:
+    """A run on the device does not hold up the event loop."""
+    device = Device()
+    async with batcher(device) as made:
+        task = await busy(made, device)
+        ticks = 0
+        while ticks < 100:
+            await asyncio.sleep(0)
+            ticks += 1
+        assert not task.done()
+        device.go_on()
+        await task
+
+
+async def test_many_callers_each_get_their_own_rows() -> None:
+    """Under hundreds of concurrent callers of different sizes every row goes back to who sent it."""
+
+    def run(inputs: Arrays) -> Arrays:
+        return (inputs[0] * 2,)
+
+    async with batcher(run, max_batch=8, queue_length=10_000) as made:
+        items = [rows(*range(start, start + 1 + start % 20)) for start in range(300)]
+        answers = await asyncio.gather(*(made.submit(item) for item in items))
+    for item, (doubled,) in zip(items, answers, strict=True):
+        np.testing.assert_array_equal(doubled, item * 2)
