@@ -1,0 +1,111 @@
+"""Images are decoded off the event loop where they are large, within limits for the whole request."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from service import decoding
+from service.decoding import Decoder
+from service.errors import InvalidInput, Overloaded, TooLarge
+from service.images import prepare
+from service.manifest import ImageSpec
+from service.settings import Settings
+from tests.support.encoded import encode
+from tests.support.tiny_model import picture
+
+pytestmark = pytest.mark.anyio
+
+SPEC = ImageSpec(
+    height=28, width=28, channels=1, polarity="light_on_dark", centring="centre_of_mass", box=20
+)
+SMALL = encode(picture(1))
+LARGE = encode(np.zeros((300, 300), np.uint8))
+
+
+def decoder(**changes: object) -> Decoder:
+    return Decoder(Settings.model_validate(changes))
+
+
+async def test_images_come_back_in_order() -> None:
+    """Many images make one batch in their order."""
+    got = await decoder().decode([encode(picture(index)) for index in range(10)], SPEC, "auto")
+    np.testing.assert_array_equal(got, np.stack([picture(index) for index in range(10)]))
+
+
+async def test_only_a_small_image_is_decoded_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small image is decoded where it is; a large one, or several, on a thread."""
+    threads = []
+
+    def spy(*arguments: object) -> object:
+        threads.append(threading.current_thread())
+        return prepare(*arguments)  # type: ignore[arg-type] # passed on as they came
+
+    monkeypatch.setattr(decoding, "prepare", spy)
+    here = decoder()
+    await here.decode([SMALL], SPEC, "auto")
+    await here.decode([LARGE], SPEC, "auto")
+    await here.decode([SMALL, SMALL], SPEC, "auto")
+    main = threading.main_thread()
+    assert [thread is main for thread in threads] == [True, False, False, False]
+
+
+async def test_the_image_at_fault_is_named() -> None:
+    """Of several images the error says which one, counting from 0."""
+    with pytest.raises(InvalidInput) as refused:
+        await decoder().decode([SMALL, SMALL, b"nonsense"], SPEC, "auto")
+    assert refused.value.detail.startswith("Image 2: ")
+
+
+async def test_limits_are_met_exactly() -> None:
+    """Images and their pixels may reach each limit; one more is too many."""
+    limited = decoder(max_images=2, max_request_pixels=2 * 28 * 28)
+    assert len(await limited.decode([SMALL, SMALL], SPEC, "auto")) == 2
+    with pytest.raises(TooLarge, match="Too many images"):
+        await limited.decode([SMALL] * 3, SPEC, "auto")
+    with pytest.raises(TooLarge, match="in all"):
+        await limited.decode([SMALL, encode(np.zeros((29, 28), np.uint8))], SPEC, "auto")
+
+
+async def test_waiting_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the threads are busy one more request than may wait is refused; later ones are served."""
+    blocked = threading.Event()
+
+    def wait(*arguments: object) -> object:
+        assert blocked.wait(10)
+        return prepare(*arguments)  # type: ignore[arg-type] # passed on as they came
+
+    monkeypatch.setattr(decoding, "prepare", wait)
+    limited = decoder(max_decoding=2)
+    tasks = [asyncio.create_task(limited.decode([LARGE], SPEC, "auto")) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await limited.decode([LARGE], SPEC, "auto")
+    blocked.set()
+    await asyncio.gather(*tasks)
+    assert (await limited.decode([LARGE], SPEC, "auto")).shape == (1, 28, 28)
+
+
+async def test_decoding_stops_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the caller has gone no further image of its request is decoded."""
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+    decoded = []
+
+    def wait(*arguments: object) -> object:
+        begun.set()
+        assert go_on.wait(10)
+        decoded.append(1)
+        return prepare(*arguments)  # type: ignore[arg-type] # passed on as they came
+
+    monkeypatch.setattr(decoding, "prepare", wait)
+    here = decoder()
+    task = asyncio.create_task(here.decode([SMALL] * 50, SPEC, "auto"))
+    await asyncio.to_thread(begun.wait, 10)
+    task.cancel()
+    await asyncio.wait([task])
+    go_on.set()
+    here._threads.submit(done.set)
+    here._threads.shutdown(wait=True)
+    assert done.is_set()
+    assert len(decoded) == 1

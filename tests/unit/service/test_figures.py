@@ -1,0 +1,31 @@
+"""The figure of a sweep holds every picture where its labels say."""
+
+import numpy as np
+import pytest
+
+from service.figures import sweep_figure
+
+
+@pytest.mark.parametrize("colour", [(), (3,)])
+def test_every_picture_is_in_its_row_and_column(colour: tuple[int, ...]) -> None:
+    """Each tile of the grid has its picture's level, rows by dimension and columns by delta."""
+    levels = np.linspace(0.1, 0.9, 6, dtype=np.float32).reshape(2, 3)
+    pictures = np.broadcast_to(levels.reshape(2, 3, *[1] * (2 + len(colour))), (2, 3, 28, 28, *colour))
+    figure = sweep_figure(pictures, "title", [4, 7], [-0.1, 0, 0.1])
+    tiles = figure[48:, 48:].reshape(2, 58, 3, 58, *colour)[:, :56, :, :56]
+    expected = np.rint(levels * 255)
+    assert (tiles.min(axis=(1, 3)) == expected.reshape(2, 3, *[1] * len(colour))).all()
+    assert (tiles.max(axis=(1, 3)) == expected.reshape(2, 3, *[1] * len(colour))).all()
+
+
+def test_the_labels_are_drawn() -> None:
+    """Title, deltas and dimensions leave ink in the margins, and other labels leave other ink."""
+    pictures = np.ones((2, 3, 28, 28), np.float32)
+    one = sweep_figure(pictures, "one", [0, 1], [-0.1, 0, 0.1])
+    two = sweep_figure(pictures, "one", [0, 2], [-0.1, 0, 0.2])
+    for figure in (one, two):
+        assert (figure[:48] < 128).any()
+        assert (figure[48:, :48] < 128).any()
+    assert (one[:48] != two[:48]).any()
+    assert (one[48:106, :48] == two[48:106, :48]).all()
+    assert (one[106:, :48] != two[106:, :48]).any()

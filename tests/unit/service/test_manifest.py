@@ -1,0 +1,88 @@
+"""A model folder is served whole and unaltered, or refused with the file and the reason."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.manifest import MANIFEST_FILE, ManifestError, read_manifest, write_manifest
+
+
+@pytest.fixture
+def folder(tiny_models: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tiny_models / "tiny" / "1", tmp_path / "tiny" / "1"))
+
+
+def change(folder: Path, *place: str, value: Any) -> None:
+    path = folder / MANIFEST_FILE
+    document = json.loads(path.read_text())
+    inner = document
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(document))
+
+
+def test_what_is_written_is_what_is_read(folder: Path) -> None:
+    """A manifest survives writing and reading, and no partial file stays."""
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest)
+    assert read_manifest(folder) == manifest
+    assert {path.name for path in folder.iterdir()} == {"encoder.onnx", "decoder.onnx", MANIFEST_FILE}
+
+
+def test_a_missing_manifest_is_named(folder: Path) -> None:
+    """A folder without a manifest is an error that names the file."""
+    (folder / MANIFEST_FILE).unlink()
+    with pytest.raises(ManifestError, match=r"manifest\.json: cannot be read"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 1}'])
+def test_a_broken_manifest_is_named(folder: Path, text: str) -> None:
+    """What is not a manifest is an error that names the file."""
+    (folder / MANIFEST_FILE).write_text(text)
+    with pytest.raises(ManifestError, match=r"manifest\.json"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        (("schema_version",), 2, "schema_version"),
+        (("surprise",), 1, "surprise"),
+        (("version",), "2", "version is '2', expected '1'"),
+        (("name",), "other", "name is 'other', expected 'tiny'"),
+        (("version",), "latest", "version"),
+        (("classes",), ["0"] * 10, "class labels must differ"),
+        (("classes",), ["a", "b"], "encoder.outputs"),
+        (("image", "height"), 27, "encoder.inputs"),
+        (("image", "box"), 29, "image"),
+        (("image", "centring"), "none", "image"),
+        (("capsules", "digit_dimensions"), 8, "encoder.outputs"),
+        (("encoder", "file"), "../encoder.onnx", "encoder.file"),
+        (("encoder", "file"), "absent.onnx", "absent.onnx: missing"),
+        (("decoder", "sha256"), "0" * 64, "decoder.onnx: sha256"),
+        (("decoder", "outputs", ), [], "decoder.outputs"),
+        (("calibration", "threshold"), 0, "calibration.threshold"),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(folder: Path, place: tuple[str, ...], value: Any, named: str) -> None:
+    """Whatever in the manifest does not fit the folder or itself is named."""
+    change(folder, *place, value=value)
+    with pytest.raises(ManifestError) as refused:
+        read_manifest(folder)
+    assert named in str(refused.value)
+
+
+def test_an_altered_graph_is_named(folder: Path) -> None:
+    """One flipped bit in a graph is found by its checksum."""
+    path = folder / "encoder.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ManifestError, match=r"encoder\.onnx: sha256"):
+        read_manifest(folder)

@@ -1,0 +1,146 @@
+"""Sessions run on what was asked for, within the container's limits, with the promised tensors."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from service.errors import DeviceError
+from service.manifest import Graph, ManifestError, TensorSpec, read_manifest
+from service.sessions import cpu_limit, open_session, resolve_device, warm_up
+from tests.support.tiny_model import DIMENSIONS, picture
+
+
+@pytest.fixture
+def folder(tiny_models: Path) -> Path:
+    return tiny_models / "tiny" / "1"
+
+
+@pytest.fixture
+def encoder(folder: Path) -> Graph:
+    return read_manifest(folder).encoder
+
+
+def test_a_graph_runs(folder: Path, encoder: Graph) -> None:
+    """Outputs come in the manifest's order, for every batch size."""
+    session = open_session(folder / encoder.file, encoder, device="cpu", threads=None)
+    warm_up(session, encoder, max_batch=3)
+    for rows in (1, 2, 7):
+        capsules, lengths = session.run(np.stack([picture(4)] * rows))
+        assert capsules.shape == (rows, 10, DIMENSIONS)
+        np.testing.assert_allclose(lengths, np.eye(10)[[4] * rows], atol=1e-3)
+
+
+def test_warm_up_covers_the_batch_sizes(folder: Path, encoder: Graph) -> None:
+    """Powers of two up to the largest batch, and that batch itself, have run before the first request."""
+
+    class Recorder:
+        def __init__(self) -> None:
+            self.rows: list[int] = []
+
+        def run(self, images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
+            assert (images.dtype, images.shape[1:]) == (np.uint8, (28, 28))
+            self.rows.append(len(images))
+
+    recorder = Recorder()
+    warm_up(recorder, encoder, max_batch=24)  # type: ignore[arg-type] # all that it needs is run()
+    assert recorder.rows == [1, 2, 4, 8, 16, 24]
+
+
+def test_threads_do_not_spin(folder: Path, encoder: Graph) -> None:
+    """Idle threads leave the cores to the event loop, and their number is what was asked for."""
+    session = open_session(folder / encoder.file, encoder, device="cpu", threads=2)
+    options = session.inference.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.intra_op_num_threads == 2
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has CUDA"
+)
+def test_cuda_never_falls_back(folder: Path, encoder: Graph) -> None:
+    """Without a CUDA provider `cuda` fails and says what to install; `auto` takes the CPU and says so."""
+    with pytest.raises(DeviceError, match="extra `gpu`"):
+        open_session(folder / encoder.file, encoder, device="cuda", threads=None)
+    assert open_session(folder / encoder.file, encoder, device="auto", threads=None).device == "cpu"
+    assert resolve_device("auto") == "cpu"
+    assert resolve_device("cuda") == "cuda"
+
+
+def test_a_cuda_provider_that_does_not_start_is_an_error(
+    folder: Path, encoder: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime drops a provider that cannot start with no more than a message; `cuda` must not."""
+    monkeypatch.setattr(
+        onnxruntime,
+        "get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
+    # The real loader, asked for a provider that this build lacks, warns and goes on with the CPU.
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(DeviceError, match="CPU"):
+        open_session(folder / encoder.file, encoder, device="cuda", threads=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"name": "pictures"}, "images"),
+        ({"datatype": "FP32"}, "'images' is tensor(uint8)"),
+        ({"shape": (-1, 28, 27)}, "'images' is tensor(uint8) [-1, 28, 28]"),
+        ({"shape": (1, 28, 28)}, "'images' is"),
+    ],
+)
+def test_a_tensor_that_is_not_as_promised_is_named(
+    folder: Path, encoder: Graph, change: dict[str, object], named: str
+) -> None:
+    """The error names file, tensor, what it is and what the manifest says."""
+    spec = TensorSpec.model_validate(encoder.inputs[0].model_dump() | change)
+    with pytest.raises(ManifestError) as refused:
+        open_session(
+            folder / encoder.file,
+            encoder.model_copy(update={"inputs": (spec,)}),
+            device="cpu",
+            threads=None,
+        )
+    assert "encoder.onnx" in str(refused.value)
+    assert named in str(refused.value)
+
+
+def test_a_missing_output_is_named(folder: Path, encoder: Graph) -> None:
+    """A graph with another set of outputs than the manifest's is refused with both."""
+    graph = encoder.model_copy(update={"outputs": encoder.outputs[:1]})
+    with pytest.raises(ManifestError, match="digit_capsules, capsule_lengths; the manifest says digit_capsules"):
+        open_session(folder / encoder.file, graph, device="cpu", threads=None)
+
+
+def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, encoder: Graph) -> None:
+    """ONNX Runtime's complaint comes with the file's name."""
+    (tmp_path / "encoder.onnx").write_bytes(b"nonsense")
+    with pytest.raises(ManifestError, match=r"encoder\.onnx: ONNX Runtime cannot load it"):
+        open_session(tmp_path / "encoder.onnx", encoder, device="cpu", threads=None)
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "10000 100000"}, 1),
+        ({"cpu.max": "9900000 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+    ],
+)
+def test_threads_respect_the_containers_quota(
+    files: dict[str, str], limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine of eight processors the quota of control groups v1 or v2 decides where it is smaller."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert cpu_limit(tmp_path) == limit

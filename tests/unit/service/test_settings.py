@@ -1,0 +1,61 @@
+"""Settings come from CAPSNET_… variables and options, within bounds."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings
+
+
+def test_every_setting_is_described() -> None:
+    """Each field has a description, from which the table of settings is made."""
+    undescribed = [name for name, field in Settings.model_fields.items() if not field.description]
+    assert undescribed == []
+
+
+def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CAPSNET_PORT and its like are honoured."""
+    monkeypatch.setenv("CAPSNET_PORT", "9001")
+    monkeypatch.setenv("CAPSNET_MODELS", "elsewhere")
+    settings = Settings()
+    assert (settings.port, settings.models) == (9001, Path("elsewhere"))
+
+
+def test_options_override_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands on the command line wins over the environment."""
+    monkeypatch.setenv("CAPSNET_PORT", "9001")
+    settings = Settings(_cli_parse_args=["--port", "9002", "--max-batch", "8"])
+    assert (settings.port, settings.max_batch) == (9002, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", -1),
+        ("port", 65536),
+        ("device", "tpu"),
+        ("threads", 0),
+        ("max_batch", 0),
+        ("max_body", 1023),
+        ("max_pixels", 0),
+        ("max_images", 0),
+        ("max_tweaks", 0),
+        ("request_timeout", 0),
+        ("request_timeout", float("inf")),
+        ("drain_timeout", -1),
+        ("log_level", "loud"),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused(name: str, value: object) -> None:
+    """One beyond each bound is an error that names the setting."""
+    with pytest.raises(ValidationError) as refused:
+        Settings.model_validate({name: value})
+    assert refused.value.errors()[0]["loc"] == (name,)
+
+
+@pytest.mark.parametrize("value", [{"queue_length": 31}, {"decoder_queue_length": 255}])
+def test_a_queue_shorter_than_a_batch_is_refused(value: dict[str, int]) -> None:
+    """A queue that no full batch fits into would refuse large items for ever."""
+    with pytest.raises(ValidationError, match="full batch"):
+        Settings.model_validate(value)
