@@ -2,11 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.errors import (
@@ -29,6 +28,11 @@ PNG = "image/png"
 # parsing takes. The largest honest body, 1,024 data URLs with two commas each, stays far below.
 _MAX_COMMAS = 32_768
 
+Part = bytes | str
+"""A file's content, or the text of a part without a file name."""
+Parts = dict[str, list[Part]]
+
+AnyPart = TypeVar("AnyPart", bound=Part)
 Form = TypeVar("Form", bound=BaseModel)
 
 
@@ -177,12 +181,17 @@ class _Parser(MultiPartParser):
     spool_max_size = 1 << 62  # the body is already in memory; nothing goes to disk
 
 
-async def parse_multipart(request: Request, body: bytes, max_files: int) -> FormData:
-    """The parts of a multipart body; files stay in memory.
+async def parse_multipart(request: Request, body: bytes, names: Sequence[str], max_files: int) -> Parts:
+    """The parts of a multipart body by name, in order; files stay in memory.
+
+    Args:
+        names: the parts that are taken.
+        max_files: how many files, and how many texts, there may be.
 
     Raises:
         MalformedBody: not well formed.
         TooLarge: more parts than may be.
+        InvalidInput: a part that nobody asked for.
     """
 
     async def stream() -> AsyncGenerator[bytes, None]:
@@ -192,62 +201,61 @@ async def parse_multipart(request: Request, body: bytes, max_files: int) -> Form
         request.headers, stream(), max_files=max_files, max_fields=max_files, max_part_size=len(body)
     )
     try:
-        return await parser.parse()
+        form = await parser.parse()
     except MultiPartException as error:
-        kind: type[TooLarge | MalformedBody] = (
-            TooLarge if error.message.startswith("Too many") else MalformedBody
-        )
+        kind = TooLarge if error.message.startswith("Too many") else MalformedBody
         raise kind(
             "The multipart body cannot be parsed.",
             received=error.message,
             expected=f"multipart/form-data (RFC 7578) with at most {max_files} files",
         ) from error
+    parts: Parts = {}
+    for name, part in form.multi_items():
+        if isinstance(part, str):
+            parts.setdefault(name, []).append(part)
+        else:
+            with part.file as file:
+                parts.setdefault(name, []).append(file.read())
+    unknown = parts.keys() - set(names)
+    if unknown:
+        raise InvalidInput(
+            "The form has parts that are not taken here.",
+            received=", ".join(sorted(unknown))[:100],
+            expected=" and ".join(names),
+        )
+    return parts
 
 
-def file_parts(form: FormData, name: str) -> list[bytes]:
+def file_parts(parts: Parts, name: str) -> list[bytes]:
     """The contents of all file parts with this name, in order.
 
     Raises:
         InvalidInput: there is none, or one without a file name.
     """
     contents = []
-    for part in form.getlist(name):
+    for part in parts.get(name, []):
         if isinstance(part, str):
             raise InvalidInput(
                 f"The part {name!r} is not a file.", received="a part without a filename", expected="a file"
             )
-        contents.append(part.file.read())
+        contents.append(part)
     if not contents:
         raise InvalidInput(
             f"There is no part named {name!r}.",
-            received=", ".join(dict.fromkeys(form.keys()))[:100] or "no parts",
+            received=", ".join(parts)[:100] or "no parts",
             expected=f"a file part named {name!r}",
         )
     return contents
 
 
-def only_parts(form: FormData, names: Sequence[str]) -> None:
-    """Refuse parts that nobody asked for.
+def only_part(parts: Sequence[AnyPart], name: str) -> AnyPart:
+    """The one part of a name that may come once.
 
     Raises:
-        InvalidInput: naming them.
+        InvalidInput: there are several.
     """
-    unknown = [name for name in form if name not in names]
-    if unknown:
-        raise InvalidInput(
-            "The form has parts that are not taken here.",
-            received=", ".join(unknown)[:100],
-            expected=" and ".join(names),
-        )
-
-
-def text_part(form: FormData, name: str) -> str | bytes | None:
-    """The content of a single text or file part, or None."""
-    parts: list[Any] = form.getlist(name)
     if len(parts) > 1:
         raise InvalidInput(
             f"There are several parts named {name!r}.", received=str(len(parts)), expected="one"
         )
-    if not parts:
-        return None
-    return parts[0] if isinstance(parts[0], str) else parts[0].file.read()
+    return parts[0]

@@ -21,12 +21,11 @@ from service.bodies import (
     accepted,
     file_parts,
     media_type,
-    only_parts,
+    only_part,
     parse_json,
     parse_multipart,
     parse_query,
     read_body,
-    text_part,
 )
 from service.decoding import Decoder
 from service.engine import Engine, Float, Model, Predictions
@@ -127,9 +126,8 @@ async def _predict_images(request: Request, kind: str, body: bytes, settings: Se
     if kind == JSON:
         return [decode_base64(text) for text in parse_json(PredictRequest, body).images]
     if kind == MULTIPART:
-        form = await parse_multipart(request, body, settings.max_images)
-        only_parts(form, ["images"])
-        return file_parts(form, "images")
+        parts = await parse_multipart(request, body, ["images"], settings.max_images)
+        return file_parts(parts, "images")
     return [body]
 
 
@@ -341,15 +339,11 @@ async def _source(
         if parsed.image:
             return parsed, _Given(decode_base64(parsed.image), None)
         return parsed, _Given(None, _array(parsed.capsules))
-    form = await parse_multipart(request, body, max_files=2)
-    only_parts(form, ["image", "request"])
-    images = file_parts(form, "image")
-    if len(images) > 1:
-        raise InvalidInput(
-            "There are several parts named 'image'.", received=str(len(images)), expected="one"
-        )
-    text = text_part(form, "request")
-    return parse_json(choice, text) if text else choice(), _Given(images[0], None)
+    parts = await parse_multipart(request, body, ["image", "request"], max_files=2)
+    image = only_part(file_parts(parts, "image"), "image")
+    given = _Given(image, None)
+    texts = parts.get("request")
+    return parse_json(choice, only_part(texts, "request")) if texts else choice(), given
 
 
 def _array(vectors: list[list[float]]) -> Float:

@@ -17,9 +17,7 @@ from tests.support.tiny_model import picture
 
 pytestmark = pytest.mark.anyio
 
-SPEC = ImageSpec(
-    height=28, width=28, channels=1, polarity="light_on_dark", centring="centre_of_mass", box=20
-)
+SPEC = ImageSpec(height=28, width=28, channels=1, polarity="light_on_dark", centring="centre_of_mass", box=20)
 SMALL = encode(picture(1))
 LARGE = encode(np.zeros((300, 300), np.uint8))
 

@@ -214,7 +214,16 @@ def test_a_truncated_image_is_refused(image_format: str) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"%PDF-1.7", b"<svg/>", b"RIFF\x00\x00\x00\x00WEBP", bytes(99)],
+    [
+        b"",
+        b"hello",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"%PDF-1.7",
+        b"<svg/>",
+        b"RIFF\x00\x00\x00\x00WEBP",
+        bytes(99),
+    ],
 )
 def test_what_is_no_image_is_refused(data: bytes) -> None:
     """Other bytes, and mere beginnings of images, are refused with what they begin with."""

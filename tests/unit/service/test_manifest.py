@@ -66,7 +66,14 @@ def test_a_broken_manifest_is_named(folder: Path, text: str) -> None:
         (("encoder", "file"), "../encoder.onnx", "encoder.file"),
         (("encoder", "file"), "absent.onnx", "absent.onnx: missing"),
         (("decoder", "sha256"), "0" * 64, "decoder.onnx: sha256"),
-        (("decoder", "outputs", ), [], "decoder.outputs"),
+        (
+            (
+                "decoder",
+                "outputs",
+            ),
+            [],
+            "decoder.outputs",
+        ),
         (("calibration", "threshold"), 0, "calibration.threshold"),
     ],
 )

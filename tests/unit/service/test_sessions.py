@@ -111,7 +111,9 @@ def test_a_tensor_that_is_not_as_promised_is_named(
 def test_a_missing_output_is_named(folder: Path, encoder: Graph) -> None:
     """A graph with another set of outputs than the manifest's is refused with both."""
     graph = encoder.model_copy(update={"outputs": encoder.outputs[:1]})
-    with pytest.raises(ManifestError, match="digit_capsules, capsule_lengths; the manifest says digit_capsules"):
+    with pytest.raises(
+        ManifestError, match="digit_capsules, capsule_lengths; the manifest says digit_capsules"
+    ):
         open_session(folder / encoder.file, graph, device="cpu", threads=None)
 
 
