@@ -124,11 +124,11 @@ define MAKE_VENV
 found=; chosen=; \
 for python in $(CANDIDATES); do \
 	version=$$("$$python" -c 'import platform; print(platform.python_version())' 2>/dev/null) || continue; \
-	found="$$found $$python is $$version;"; \
+	found="$$found $$python ($$version)"; \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && { chosen=$$python; break; }; \
 done; \
 [ -n "$$chosen" ] || { \
-	echo "make: Python 3.11 or newer is needed; found:$${found:- none of $(subst ",,$(CANDIDATES)).}" \
+	echo "make: Python 3.11 or newer is needed; found:$${found:- none of $(subst ",,$(CANDIDATES))}." \
 		"Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }; \
 "$$chosen" -c 'import ensurepip, venv' 2>/dev/null || { \
 	echo "make: $$chosen cannot make virtual environments: its modules venv and ensurepip are missing." \

@@ -181,7 +181,7 @@ def test_is_small(image: str) -> None:
 
 def test_misspelt_runtime_is_refused(image: str) -> None:
     """The build says which values it takes, rather than making an image without ONNX Runtime."""
-    done = run("docker", "build", "--build-arg", "RUNTIME=cuda", str(ROOT), timeout=300)
+    done = run("docker", "build", "--force-rm", "--build-arg", "RUNTIME=cuda", str(ROOT), timeout=300)
 
     assert done.returncode != 0
     assert "RUNTIME is 'cuda', expected cpu or gpu" in done.stdout + done.stderr
