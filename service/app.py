@@ -31,6 +31,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("capsnet"),
         description="Class predictions, capsule vectors, reconstructions and perturbed reconstructions.",
         lifespan=lifespan,
+        redirect_slashes=False,  # what /docs does not list is not there
     )
     app.include_router(routes.router)
     problems.install(app)

@@ -15,7 +15,7 @@ IMAGE = encode(picture(3, level=102))  # a capsule of length 0.4
 ENCODED = base64_text(IMAGE)
 
 
-def ask(client: TestClient, path: str = "/reconstruct", **body: Any) -> dict[str, Any]:
+def ask(client: TestClient, path: str = "/reconstruct", /, **body: Any) -> dict[str, Any]:
     answer = client.post(path, json=body)
     assert answer.status_code == 200, answer.text
     document: dict[str, Any] = answer.json()
@@ -96,7 +96,7 @@ def test_the_picture_itself(client: TestClient) -> None:
 @pytest.mark.parametrize("as_file", [False, True])
 def test_a_form_says_the_same(client: TestClient, as_file: bool) -> None:
     """Parts `image` and `request`, as text or as file, are answered like the JSON body."""
-    request = {"class": "3", "tweaks": [{"dimension": 0, "delta": 0.1}]}
+    request: dict[str, Any] = {"class": "3", "tweaks": [{"dimension": 0, "delta": 0.1}]}
     text = json.dumps(request).encode()
     part = ("request.json", text, "application/json") if as_file else (None, text, "application/json")
     answer = client.post("/reconstruct", files={"image": ("i.png", IMAGE, "image/png"), "request": part})

@@ -41,7 +41,8 @@ def test_warm_up_covers_the_batch_sizes(folder: Path, encoder: Graph) -> None:
             self.rows: list[int] = []
 
         def run(self, images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
-            assert (images.dtype, images.shape[1:]) == (np.uint8, (28, 28))
+            assert images.dtype == np.uint8
+            assert images.shape[1:] == (28, 28)
             self.rows.append(len(images))
 
     recorder = Recorder()

@@ -1,0 +1,275 @@
+"""Overload, time limits, slow and vanishing callers, and failures of our own."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+
+from service.app import create_app
+from service.batching import Arrays, Batcher
+from service.routes import Service
+from service.settings import Settings
+from tests.api.conftest import problem
+from tests.support.encoded import base64_text, encode, npy
+from tests.support.tiny_model import picture
+
+pytestmark = pytest.mark.anyio
+
+PNG = encode(picture(3))
+IMAGE = {"content-type": "image/png"}
+LIMIT = 10.0  # seconds after which a test that hangs has failed
+
+
+class Running:
+    """A service on the test's own event loop, whose encoder waits while `go_on` is cleared."""
+
+    def __init__(self, app: FastAPI) -> None:
+        service: Service = app.state.service
+        self.app = app
+        self.engine = service.engine
+        self.encoder: Batcher = service.engine.default._encoder
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.started = threading.Semaphore(0)
+        self.rows: list[int] = []
+        self._run: Callable[[Arrays], Arrays] = self.encoder._run
+        self.encoder._run = self._wait_and_run
+        transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
+        self.client = httpx2.AsyncClient(transport=transport, base_url="http://test")
+
+    def _wait_and_run(self, inputs: Arrays) -> Arrays:
+        self.rows.append(len(inputs[0]))
+        self.started.release()
+        assert self.go_on.wait(LIMIT)
+        return self._run(inputs)
+
+    def predict(self) -> asyncio.Task[httpx2.Response]:
+        return asyncio.create_task(self.client.post("/predict", content=PNG, headers=IMAGE))
+
+    async def busy(self) -> asyncio.Task[httpx2.Response]:
+        """A request that keeps the encoder busy until it may go on."""
+        self.go_on.clear()
+        task = self.predict()
+        assert await asyncio.to_thread(self.started.acquire, timeout=LIMIT)
+        return task
+
+    async def waiting(self, rows: int) -> None:
+        """Return when this many rows wait for the encoder."""
+        while self.encoder.depth != rows:
+            await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def running(models: Path, **changes: Any) -> AsyncIterator[Running]:
+    values = {"models": models, "device": "cpu", "default_model": "tiny", **changes}
+    app = create_app(Settings.model_validate(values))
+    async with asyncio.timeout(LIMIT), app.router.lifespan_context(app):
+        service = Running(app)
+        try:
+            yield service
+        finally:
+            service.go_on.set()
+
+
+async def test_overload_is_refused_at_once(tiny_models: Path) -> None:
+    """With the queue full the next request gets 503 and Retry-After while the others are still served."""
+    async with running(tiny_models, max_batch=2, queue_length=2) as service:
+        admitted = [await service.busy(), service.predict(), service.predict()]
+        await service.waiting(2)
+        refused = await service.predict()
+        problem(refused, 503)
+        assert int(refused.headers["retry-after"]) >= 1
+        service.go_on.set()
+        assert [(await task).status_code for task in admitted] == [200, 200, 200]
+        assert (await service.predict()).status_code == 200
+
+
+async def test_health_answers_while_the_device_is_busy(tiny_models: Path) -> None:
+    """A busy device holds up neither liveness nor readiness."""
+    async with running(tiny_models) as service:
+        await service.busy()
+        assert (await service.client.get("/livez")).status_code == 200
+        assert (await service.client.get("/readyz")).status_code == 200
+
+
+async def test_an_answer_that_takes_too_long_is_a_503(tiny_models: Path) -> None:
+    """At the request's time limit its caller is told, and its rows leave the queue."""
+    async with running(tiny_models, request_timeout=0.05) as service:
+        first = await service.busy()
+        second = service.predict()
+        for task in (first, second):
+            problem(await task, 503)
+        assert service.encoder.depth == 0
+        service.go_on.set()
+    assert service.rows == [1]
+
+
+async def test_a_failing_model_is_a_500_without_its_insides(tiny_models: Path) -> None:
+    """What the runtime complains of is logged and not told, and the next request is served."""
+    async with running(tiny_models) as service:
+        healthy = service._run
+
+        def broken(_: Arrays) -> Arrays:
+            raise RuntimeError("/secret/path is broken")
+
+        service._run = broken
+        answer = await service.predict()
+        assert "secret" not in answer.text
+        problem(answer, 500)
+        service._run = healthy
+        assert (await service.predict()).status_code == 200
+
+
+async def test_an_unforeseen_error_is_a_500_without_its_insides(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault in our own code is a problem document too."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("/secret/path is broken")
+
+    async with running(tiny_models) as service:
+        monkeypatch.setattr(service.engine, "choose", broken)
+        answer = await service.predict()
+        assert "secret" not in answer.text
+        problem(answer, 500)
+
+
+async def ask(
+    app: FastAPI, messages: Iterable[dict[str, Any]], headers: Iterable[tuple[bytes, bytes]] = ()
+) -> tuple[int, int]:
+    """POST /predict by hand: the status, and how many messages were taken; after the last, silence."""
+    taken, status = 0, 0
+    pending = iter(messages)
+
+    async def receive() -> dict[str, Any]:
+        nonlocal taken
+        message = next(pending, None)
+        if message is None:
+            await asyncio.Event().wait()
+            raise AssertionError
+        taken += 1
+        return message
+
+    async def send(message: dict[str, Any]) -> None:
+        nonlocal status
+        status = message.get("status", status)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/predict",
+        "query_string": b"",
+        "headers": [(b"content-type", b"image/png"), *headers],
+    }
+    await app(scope, receive, send)  # type: ignore[arg-type] # narrower than ASGI's any mapping
+    return status, taken
+
+
+def chunk(size: int, *, more: bool) -> dict[str, Any]:
+    return {"type": "http.request", "body": bytes(size), "more_body": more}
+
+
+async def test_a_body_over_the_limit_is_never_held(tiny_models: Path) -> None:
+    """Without Content-Length reading stops with the chunk that exceeds the limit."""
+    async with running(tiny_models, max_body=10_000) as service:
+        endless = (chunk(1000, more=True) for _ in range(10**9))
+        assert await ask(service.app, endless) == (413, 11)
+
+
+async def test_a_body_of_exactly_the_limit_is_read(tiny_models: Path) -> None:
+    """The limit itself is not over the limit: this one fails only as an image."""
+    async with running(tiny_models, max_body=10_000) as service:
+        assert await ask(service.app, [chunk(5000, more=True), chunk(5000, more=False)]) == (422, 2)
+
+
+async def test_a_declared_length_over_the_limit_is_refused_unread(tiny_models: Path) -> None:
+    """By its Content-Length a body is refused before a byte of it is read."""
+    async with running(tiny_models, max_body=10_000) as service:
+        assert await ask(service.app, [], [(b"content-length", b"10001")]) == (413, 0)
+        assert await ask(service.app, [], [(b"content-length", b"9" * 30)]) == (413, 0)
+
+
+async def test_a_body_that_does_not_arrive_is_a_408(tiny_models: Path) -> None:
+    """A half-sent body holds nothing longer than its time limit."""
+    async with running(tiny_models, body_timeout=0.05) as service:
+        assert await ask(service.app, [chunk(10, more=True)]) == (408, 1)
+
+
+async def test_a_caller_that_leaves_while_sending_harms_nothing(tiny_models: Path) -> None:
+    """A disconnect in the middle of a body ends the request without an error of ours."""
+    async with running(tiny_models) as service:
+        status, _ = await ask(service.app, [chunk(10, more=True), {"type": "http.disconnect"}])
+        assert status == 499
+        assert (await service.predict()).status_code == 200
+
+
+async def test_a_caller_that_leaves_while_waiting_is_not_computed(tiny_models: Path) -> None:
+    """A disconnect takes the request's rows out of the queue; the neighbours are served."""
+    async with running(tiny_models) as service:
+        first = await service.busy()
+        left = asyncio.Event()
+
+        async def body_then_leave() -> AsyncIterator[dict[str, Any]]:
+            yield {"type": "http.request", "body": PNG, "more_body": False}
+            await left.wait()
+            yield {"type": "http.disconnect"}
+
+        messages = body_then_leave()
+        statuses = []
+
+        async def send(message: dict[str, Any]) -> None:
+            statuses.append(message.get("status"))
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/predict",
+            "query_string": b"",
+            "headers": [(b"content-type", b"image/png")],
+        }
+        leaving = asyncio.create_task(
+            service.app(scope, messages.__anext__, send)  # type: ignore[arg-type] # narrower than ASGI
+        )
+        await service.waiting(1)
+        neighbour = service.predict()
+        await service.waiting(2)
+        left.set()
+        await leaving
+        assert statuses[0] == 499
+        assert service.encoder.depth == 1
+        service.go_on.set()
+        assert (await first).status_code == (await neighbour).status_code == 200
+    assert service.rows == [1, 1]
+
+
+async def test_a_closing_engine_answers_everyone(tiny_models: Path) -> None:
+    """Requests that cannot be finished in time get 503 and not a broken connection."""
+    async with running(tiny_models) as service:
+        tasks = [await service.busy(), service.predict()]
+        await service.waiting(1)
+        await service.engine.close(0)
+        for task in tasks:
+            assert "shutting-down" in problem(await task, 503)["type"]
+
+
+async def test_the_number_of_images_has_a_limit_in_every_form(tiny_models: Path) -> None:
+    """As many images as allowed pass as npy, form and JSON; one more does not."""
+    async with running(tiny_models, max_images=3) as service:
+        for count, status in ((3, 200), (4, 413)):
+            bodies: list[dict[str, Any]] = [
+                {
+                    "content": npy(picture(0)[None].repeat(count, 0)),
+                    "headers": {"content-type": "application/x-npy"},
+                },
+                {"files": [("images", ("a.png", PNG, "image/png"))] * count},
+                {"json": {"images": [base64_text(PNG)] * count}},
+            ]
+            for body in bodies:
+                assert (await service.client.post("/predict", **body)).status_code == status

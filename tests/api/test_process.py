@@ -1,0 +1,230 @@
+"""The real process: start, serve, drain, exit."""
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+
+from tests.support.encoded import encode, npy, png_bomb
+from tests.support.tiny_model import picture, write_tiny_model
+
+PNG = encode(picture(3))
+IMAGE = {"content-type": "image/png"}
+LIMIT = 10.0  # seconds: a container's runtime kills what takes longer to stop
+
+
+class Served:
+    """A started process and its address."""
+
+    def __init__(self, process: subprocess.Popen[str], log: list[str], port: int) -> None:
+        self.process = process
+        self.log = log
+        self.port = port
+        self.client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT)
+
+    def predict(self) -> str:
+        answer = self.client.post("/predict", content=PNG, headers=IMAGE)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["predictions"][0]["label"])
+
+    def peak_memory(self) -> int:
+        """Bytes that were resident at most."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+    def refuses_connections(self) -> None:
+        """Return when the process accepts no more connections."""
+        deadline = time.monotonic() + LIMIT
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=LIMIT).close()
+            except ConnectionError:  # refused, or reset where the socket closed in between
+                return
+        raise AssertionError("the process still accepts connections")
+
+
+def environment(models: Path, **settings: str) -> dict[str, str]:
+    names = {f"CAPSNET_{name.upper()}": value for name, value in settings.items()}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CAPSNET_")}
+    return {**kept, "CAPSNET_MODELS": str(models), "CAPSNET_DEFAULT_MODEL": "tiny", **names}
+
+
+@contextmanager
+def served(models: Path, **settings: str) -> Iterator[Served]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service.main", "--port", "0"],
+        env=environment(models, **settings),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    log: list[str] = []
+    try:
+        for line in process.stderr:
+            log.append(line)
+            if found := re.search(r"serving on http://127\.0\.0\.1:(\d+) \(cpu\)", line):
+                break
+        else:
+            raise AssertionError("the process did not start:\n" + "".join(log))
+        drain = threading.Thread(target=log.extend, args=(process.stderr,), daemon=True)
+        drain.start()
+        service = Served(process, log, int(found[1]))
+        with service.client:
+            yield service
+    finally:
+        process.kill()
+        process.wait()
+        drain.join(LIMIT)
+        process.stderr.close()
+
+
+def test_a_request_in_flight_at_sigterm_is_answered_and_the_exit_code_is_0(tiny_models: Path) -> None:
+    """After SIGTERM nothing new is accepted, a request half sent is answered, and the exit is clean."""
+    with served(tiny_models) as service:
+        assert service.predict() == "3"
+        with socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT) as connection:
+            head = (
+                f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(PNG)}"
+            )
+            connection.sendall(head.encode() + b"\r\nExpect: 100-continue\r\n\r\n")
+            assert b"100 Continue" in connection.recv(1000)  # the request is in the application's hands
+            connection.sendall(PNG[:20])
+            stopping = time.monotonic()
+            service.process.send_signal(signal.SIGTERM)
+            service.refuses_connections()
+            connection.sendall(PNG[20:])
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"][0]["label"] == "3"
+        assert service.process.wait(LIMIT) == 0
+        assert time.monotonic() - stopping < LIMIT
+
+
+def test_a_request_that_never_ends_does_not_hold_up_the_exit(tiny_models: Path) -> None:
+    """At the drain limit a half-sent request is given up, and the exit is clean all the same."""
+    with (
+        served(tiny_models, drain_timeout="0.2") as service,
+        socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT) as connection,
+    ):
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n")
+        connection.sendall(b"Content-Length: 1000\r\nExpect: 100-continue\r\n\r\n")
+        assert b"100 Continue" in connection.recv(1000)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(LIMIT) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_process_stops_at_once(tiny_models: Path, number: signal.Signals) -> None:
+    """An open connection without a request does not hold up the exit, whichever the signal."""
+    with served(tiny_models) as service:
+        assert service.predict() == "3"  # leaves a keep-alive connection
+        service.process.send_signal(number)
+        assert service.process.wait(5) == 0
+    assert not any("Traceback" in line for line in service.log)
+
+
+def test_hostile_requests_take_bounded_memory(tiny_models: Path) -> None:
+    """Bombs, large bodies and millions of values leave the process small and serving."""
+    with served(tiny_models) as service:
+        assert service.predict() == "3"
+        before = service.peak_memory()
+        values = b'{"images": [' + b"0," * 8_000_000 + b"0]}"
+        attacks = [
+            (png_bomb(20_000, 20_000), "image/png"),
+            (bytes(17 * 2**20), "image/png"),
+            (bytes(15 * 2**20), "image/png"),
+            (values[: 16 * 2**20], "application/json"),
+            (b'{"a":' * 3_000_000, "application/json"),
+            (b"{" + b'"a":0,' * 2_000_000 + b'"b":0}', "application/json"),
+            (b"--x\r\n" * 3_000_000, "multipart/form-data; boundary=x"),
+            (npy(np.zeros(15 * 2**20, np.uint8)), "application/x-npy"),
+        ]
+        for body, kind in attacks:
+            answer = service.client.post("/predict", content=body, headers={"content-type": kind})
+            assert 400 <= answer.status_code < 500
+        assert service.predict() == "3"
+        assert service.peak_memory() - before < 128 * 2**20
+
+
+def start(models: Path, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603 # our own interpreter and module
+        [sys.executable, "-m", "service.main", *options],
+        env=environment(models, **settings),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"port": "99999"}, "CAPSNET_PORT: Input should be less than or equal to 65535 (received '99999')"),
+        ({"device": "tpu"}, "CAPSNET_DEVICE: Input should be 'auto', 'cpu' or 'cuda' (received 'tpu')"),
+        ({"max_batch": "512"}, "queue_length must be at least max_batch"),
+    ],
+)
+def test_a_bad_setting_stops_the_start_with_one_line(
+    tiny_models: Path, settings: dict[str, str], says: str
+) -> None:
+    """The line names the setting, what was received and what is expected."""
+    ended = start(tiny_models, **settings)
+    assert ended.returncode == 2
+    assert says in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_broken_model_stops_the_start_with_its_file_and_reason(tmp_path: Path) -> None:
+    """An altered graph is named on the last line, without a stack."""
+    folder = write_tiny_model(tmp_path)
+    with (folder / "decoder.onnx").open("ab") as file:
+        file.write(b"x")
+    ended = start(tmp_path)
+    assert ended.returncode == 1
+    assert re.search(r"capsnet-serve: .*tiny/1/decoder\.onnx: sha256 is .*, expected .*\n$", ended.stderr)
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_taken_port_stops_the_start(tiny_models: Path) -> None:
+    """The operator is told that the address is in use."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = start(tiny_models, "--port", str(taken.getsockname()[1]))
+    assert ended.returncode != 0
+    assert "address already in use" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def imported_by(module: str) -> set[str]:
+    """Top-level names of everything that importing a module brings in."""
+    ended = subprocess.run(  # noqa: S603 # our own interpreter
+        [sys.executable, "-c", f"import {module}, sys; print(*sys.modules, sep='\\n')"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name.partition(".")[0] for name in io.StringIO(ended.stdout).read().split()}
+
+
+def test_serving_never_imports_torch_or_training() -> None:
+    """Importing the service brings in neither, whatever is installed."""
+    assert imported_by("service.main").isdisjoint({"torch", "training", "onnx", "matplotlib"})
+
+
+def test_the_engine_is_plain_python() -> None:
+    """From the engine down nothing knows of HTTP."""
+    assert imported_by("service.engine").isdisjoint({"fastapi", "starlette", "uvicorn"})
+    assert imported_by("service.decoding").isdisjoint({"fastapi", "starlette", "uvicorn"})
