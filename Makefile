@@ -59,7 +59,7 @@ types: $(EVERYTHING)
 	$(PY) -m mypy
 
 imports: $(EVERYTHING)
-	$(VENV)/bin/lint-imports
+	$(VENV)/bin/lint-imports --no-logo
 
 # pip-audit exits with 1 for a vulnerability as for a service that it cannot reach; only the first writes a report.
 audit: $(EVERYTHING)
