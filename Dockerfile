@@ -16,14 +16,14 @@ COPY pyproject.toml constraints.txt ./
 # The project without its code: metadata and dependencies, in a layer that outlives every change of the code.
 RUN case "$RUNTIME" in cpu | gpu) ;; *) echo "RUNTIME is '$RUNTIME', expected cpu or gpu" >&2; exit 1 ;; esac; \
     pip --python /opt/capsnet/bin/python install --no-cache-dir --no-compile --constraint constraints.txt ".[$RUNTIME]"
-# A third of what was installed is never opened here: the packages' own tests and type stubs, what others compile against
-# NumPy with, the tools with which ONNX Runtime edits models, its second copy of itself, for C programs, and our
-# commands, since the code runs from /app. The rest is compiled now, since the running container cannot write;
-# unchecked, since nobody edits it any more.
+# More than a quarter of what was installed is never opened here: the packages' own tests and type stubs, what others
+# compile against NumPy with, the tools with which ONNX Runtime edits models, its second copy of itself, for C
+# programs, and our commands, since the code runs from /app. The rest is compiled now, since the running container
+# cannot write; unchecked, since nobody edits it any more.
 RUN rm /opt/capsnet/bin/capsnet* && cd /opt/capsnet/lib/python3*/site-packages \
     && rm -rf onnxruntime/backend onnxruntime/datasets onnxruntime/quantization onnxruntime/tools \
         onnxruntime/transformers onnxruntime/capi/libonnxruntime.so* numpy/f2py numpy/_core/include \
-    && find . -depth \( -type d -name tests -o -name '*.pyi' -o -name '*.a' \) -exec rm -rf {} + \
+    && find . -depth \( -type d -name tests -o -name '*.py[ix]' -o -name '*.pxd' -o -name '*.a' \) -exec rm -rf {} + \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash .
 
 FROM ${BASE} AS code

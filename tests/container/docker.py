@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 # How docs and compose file run it. Whatever the service needs beyond this is a fault of the image.
@@ -33,9 +33,9 @@ def wait_until_ready(url: str, *, log: tuple[str, ...]) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         try:
-            if httpx.get(f"{url}/readyz").is_success:
+            if httpx2.get(f"{url}/readyz").is_success:
                 return
-        except httpx.TransportError:
+        except httpx2.TransportError:
             pass  # the engine accepts connections before the service does, and resets them
         time.sleep(0.05)
     done = run(*log)

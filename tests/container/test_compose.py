@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from service.settings import Settings
@@ -84,6 +84,6 @@ def test_up_serves(up: str, png: bytes) -> None:
     """`up` answers where CAPSNET_PORT says, under the restrictions that the file sets."""
     wait_until_ready(up, log=("docker", "ps", "--all"))
 
-    answer = httpx.post(f"{up}/predict", content=png, headers={"Content-Type": "image/png"})
+    answer = httpx2.post(f"{up}/predict", content=png, headers={"Content-Type": "image/png"})
 
     assert answer.json()["predictions"][0]["label"] == str(DIGIT)

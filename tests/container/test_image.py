@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.container.conftest import DIGIT, ROOT
@@ -25,7 +25,7 @@ def python(image: str, program: str, *options: str) -> str:
 
 def test_predicts_with_a_read_only_root_and_no_capabilities(container: Container, png: bytes) -> None:
     """Nothing that serving needs is lost to the strictest flags."""
-    answer = httpx.post(f"{container.url}/predict", content=png, headers={"Content-Type": "image/png"})
+    answer = httpx2.post(f"{container.url}/predict", content=png, headers={"Content-Type": "image/png"})
 
     assert answer.status_code == 200, answer.text
     assert answer.json()["predictions"][0]["label"] == str(DIGIT)
@@ -35,7 +35,7 @@ def test_reconstructs_with_a_read_only_root_and_no_capabilities(container: Conta
     """A multipart body, which may be spooled to disk, works as well."""
     request = json.dumps({"tweaks": [{"dimension": 0, "delta": 0.1}]})
 
-    answer = httpx.post(
+    answer = httpx2.post(
         f"{container.url}/reconstruct",
         files={"image": ("digit.png", png, "image/png"), "request": (None, request, "application/json")},
         headers={"Accept": "image/png"},
@@ -93,8 +93,8 @@ def test_stop_answers_what_is_in_flight(container: Container, png: bytes) -> Non
 
 def _is_ready(container: Container) -> bool:
     try:
-        return httpx.get(f"{container.url}/readyz").is_success
-    except httpx.TransportError:
+        return httpx2.get(f"{container.url}/readyz").is_success
+    except httpx2.TransportError:
         return False
 
 
