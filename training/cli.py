@@ -6,11 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from service.manifest import MANIFEST_FILE, ManifestError
+from training import checkpoint as checkpoints
 from training import data
 from training.checkpoint import CheckpointError
 from training.config import ModelConfig, TrainConfig
 from training.data import DataError, Dataset
-from training.train import TrainingError, train
+from training.evaluate import evaluate
+from training.export import ExportError, Name, export
+from training.predictor import OnnxPredictor, Predictor, TorchPredictor
+from training.train import TrainingError, resolve_device, train
+from training.visualize import draw_dimensions, draw_reconstructions
 
 DEFAULTS = TrainConfig()
 
@@ -21,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
-    except (CheckpointError, DataError, TrainingError, ValueError) as error:
+    except (CheckpointError, DataError, ExportError, ManifestError, TrainingError, ValueError) as error:
         print(f"capsnet: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -36,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="command")
     _add_train(commands)
+    _add_evaluate(commands)
+    _add_export(commands)
+    _add_visualize(commands)
     return top
 
 
@@ -149,6 +158,81 @@ def _train(options: argparse.Namespace) -> None:
         load_test=_loader(options, "test"),
         resume=options.resume,
     )
+
+
+def _add_network(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "network", type=Path, help="a run's folder, a checkpoint.pt, or an exported model folder"
+    )
+
+
+def _predictor(path: Path, device: str = "cpu") -> Predictor:
+    if (path / MANIFEST_FILE).is_file():
+        return OnnxPredictor(path)
+    return TorchPredictor(checkpoints.read(path).network().to(resolve_device(device)))
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _command(commands, "evaluate", _evaluate, "Report a network's error on the test images.")
+    _add_network(command)
+    _add_dataset(command)
+    command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="for checkpoints")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    result = evaluate(_predictor(options.network, options.device), _loader(options, "test")())
+    print(f"test error {result.error:.2f} % ({result.mistakes} of {result.images})")
+    print(f"mean reconstruction error {result.reconstruction_errors.mean():.2f} (summed squared, per image)")
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _command(
+        commands, "export", _export, "Write a checkpoint as ONNX graphs with manifest and model card."
+    )
+    command.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint.pt")
+    _add_dataset(command)
+    command.add_argument("--models", type=Path, default=Path("models"), help="folder of exported models")
+    command.add_argument("--name", default="mnist", help="the model's name")
+    command.add_argument("--version", default="1", help="a whole number; the service takes the newest")
+
+
+def _export(options: argparse.Namespace) -> None:
+    checkpoint = checkpoints.read(options.checkpoint)
+    if not checkpoint.finished:
+        print(f"note: this run has finished {checkpoint.epoch} of {checkpoint.train_config['epochs']} epochs")
+    place = Name(options.models, options.name, options.version)
+    manifest = export(checkpoint, place, partial(_load_split, options))
+    print(f"{place.folder}: test error {manifest.measured.test_error:.2f} %")
+
+
+def _load_split(options: argparse.Namespace, split: data.Split) -> Dataset:
+    return _loader(options, split)()
+
+
+def _add_visualize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _command(
+        commands,
+        "visualize",
+        _visualize,
+        "Draw reconstructions.png and, for each class, dimensions-<class>.png: what each dimension changes.",
+    )
+    _add_network(command)
+    _add_dataset(command)
+    command.add_argument("--output", type=Path, default=Path("runs/figures"), help="folder for the pictures")
+    command.add_argument("--label", action="append", help="a class to draw; repeat for more (default: all)")
+
+
+def _visualize(options: argparse.Namespace) -> None:
+    predictor, dataset = _predictor(options.network), _loader(options, "test")()
+    options.output.mkdir(parents=True, exist_ok=True)
+    draw_reconstructions(predictor, dataset, options.output / "reconstructions.png")
+    for label in options.label or dataset.classes:
+        draw_dimensions(predictor, dataset, label, options.output / f"dimensions-{_file_name(label)}.png")
+    print(f"pictures are in {options.output}")
+
+
+def _file_name(label: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in label)
 
 
 if __name__ == "__main__":

@@ -97,3 +97,7 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+TWEAK_RANGE = (-0.25, 0.25)
+"""Smallest and largest change of one digit capsule dimension in figure 4."""
+TWEAK_STEP = 0.05

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+
+from training.cli import main
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "export", "visualize"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command explains itself and where its data come from."""
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "--data-dir" in capsys.readouterr().out
+
+
+def test_from_pictures_to_model(
+    mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of one's own pictures becomes a trained, evaluated, exported and drawn network."""
+    source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder)]
+    run, models = str(tmp_path / "run"), str(tmp_path / "models")
+    settings = ["--epochs", "1", "--batch-size", "4", "--validation-images", "2", "--device", "cpu"]
+    assert main(["train", *source, "--output", run, *settings]) == 0
+    assert main(["evaluate", run, *source, "--device", "cpu"]) == 0
+    assert main(["export", run, *source, "--models", models, "--name", "shapes", "--version", "3"]) == 0
+    exported = f"{models}/shapes/3"
+    assert main(["evaluate", exported, *source]) == 0
+    assert main(["visualize", exported, *source, "--output", str(tmp_path / "figures"), "--label", "bar"]) == 0
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"reconstructions.png", "dimensions-bar.png"}
+    printed = capsys.readouterr().out
+    assert printed.count("test error") == 4, "training, both evaluations, and the export"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "nowhere"], "nowhere: no such checkpoint"),
+        (["export", "nowhere"], "nowhere: no such checkpoint"),
+        (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere/train: no such folder"),
+    ],
+)
+def test_errors(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault ends the command with status 1 and one line, not a traceback."""
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

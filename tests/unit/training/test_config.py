@@ -1,0 +1,51 @@
+import pytest
+
+from training.config import ModelConfig
+
+DIGITS = tuple("0123456789")
+
+
+def test_papers_grid() -> None:
+    """A 28x28 picture gives the paper's 32 groups of 6x6 primary capsules."""
+    config = ModelConfig(classes=DIGITS)
+    assert config.grid == (6, 6)
+    assert config.primary_count == 32 * 36
+
+
+@pytest.mark.parametrize(("size", "grid"), [((17, 17), (1, 1)), ((32, 32), (8, 8)), ((40, 28), (12, 6))])
+def test_grid_is_computed(size: tuple[int, int], grid: tuple[int, int]) -> None:
+    """The grid follows from the picture's height and width."""
+    assert ModelConfig(classes=DIGITS, height=size[0], width=size[1]).grid == grid
+
+
+def test_too_small_a_picture() -> None:
+    """A picture too small for any primary capsule is refused, with the smallest size that is not."""
+    with pytest.raises(ValueError, match="16x28 pixels leave no primary capsules.*at least 17x17"):
+        ModelConfig(classes=DIGITS, height=16)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"channels": 2}, "2 channels, expected 1"),
+        ({"classes": ("one",)}, "1 classes, expected at least 2"),
+        ({"routing_iterations": 0}, "routing_iterations is 0"),
+    ],
+)
+def test_impossible_settings(setting: dict[str, object], message: str) -> None:
+    """A shape that cannot be built is refused where it is written down."""
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict({"classes": DIGITS, **setting})
+
+
+def test_round_trip() -> None:
+    """A shape survives being stored as plain values, lists in place of tuples included."""
+    config = ModelConfig(classes=DIGITS, width=40, decoder_units=(7, 9))
+    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in config.as_dict().items()}
+    assert ModelConfig.from_dict(plain) == config
+
+
+def test_unknown_setting() -> None:
+    """A setting that this code does not know is named, not ignored."""
+    with pytest.raises(ValueError, match="unknown network settings \\['dropout'\\]"):
+        ModelConfig.from_dict({"classes": DIGITS, "dropout": 0.5})

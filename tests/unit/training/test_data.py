@@ -1,0 +1,222 @@
+import gzip
+import hashlib
+import struct
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training import data
+from training.data import DataError, Dataset, hold_out, load, random_shift, shift
+
+
+def idx(array: np.ndarray) -> bytes:  # type: ignore[type-arg] # bytes of any shape
+    return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
+
+
+IMAGES = np.arange(5 * 6 * 4, dtype=np.uint8).reshape(5, 6, 4)
+LABELS = np.array([0, 1, 2, 1, 0], dtype=np.uint8)
+FILES = {"train-images-idx3-ubyte": idx(IMAGES), "train-labels-idx1-ubyte": idx(LABELS)}
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A tiny published set named `mnist`, served by a mirror on this machine; yields the mirror's folder."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    files = []
+    for name, content in FILES.items():
+        packed = gzip.compress(content, mtime=0)
+        (folder / f"{name}.gz").write_bytes(packed)
+        files.append(
+            data._IdxFile(name, hashlib.md5(packed).hexdigest(), hashlib.sha256(content).hexdigest())  # noqa: S324 - as published
+        )
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    mirrors = ("http://127.0.0.1:9/nobody-listens-here/", f"http://127.0.0.1:{server.server_port}/")
+    source = data._IdxSource(("a", "b", "c"), mirrors, {"train": (files[0], files[1]), "test": (files[0], files[1])})
+    monkeypatch.setitem(data.IDX_SOURCES, "mnist", source)
+    yield folder
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_download(published: Path, tmp_path: Path) -> None:
+    """What is missing is fetched from the first mirror that has it, and kept for the next time."""
+    dataset = load("mnist", "train", tmp_path / "data")
+    assert torch.equal(dataset.images, torch.from_numpy(IMAGES))
+    assert dataset.labels.tolist() == LABELS.tolist()
+    assert dataset.labels.dtype == torch.int64
+    for file in published.iterdir():
+        file.unlink()
+    assert len(load("mnist", "train", tmp_path / "data")) == 5
+
+
+def test_altered_download(published: Path, tmp_path: Path) -> None:
+    """A mirror that serves something else is not believed, and nothing of it is kept."""
+    (published / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(IMAGES + 1)))
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte.gz: not in .* no mirror served it.*hash"):
+        load("mnist", "train", tmp_path / "data")
+    assert not list((tmp_path / "data").rglob("*images*"))
+
+
+def test_no_download(published: Path, tmp_path: Path) -> None:
+    """Downloading can be ruled out; the error names the file that is missing."""
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte.gz: missing"):
+        load("mnist", "train", tmp_path, download=False)
+
+
+@pytest.mark.parametrize("folder", [".", "mnist"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_own_copy(published: Path, tmp_path: Path, folder: str, pack: bool) -> None:
+    """Files compressed again or unpacked, in the folder named or in one named after the set, are taken."""
+    (tmp_path / "own" / folder).mkdir(parents=True, exist_ok=True)
+    for name, content in FILES.items():
+        path = tmp_path / "own" / folder / (f"{name}.gz" if pack else name)
+        path.write_bytes(gzip.compress(content, compresslevel=1) if pack else content)
+    dataset = load("mnist", "train", tmp_path / "own", download=False)
+    assert dataset.checksums == {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(FILES["train-images-idx3-ubyte"])[:-20], "cannot be read"),
+        (b"<html>not here</html>", "cannot be read"),
+        (gzip.compress(b""), "starts with nothing, expected 00000803"),
+        (gzip.compress(FILES["train-labels-idx1-ubyte"]), "starts with 00000801, expected 00000803"),
+        (gzip.compress(FILES["train-images-idx3-ubyte"][:-7]), r"113 bytes of data, expected 120"),
+        (gzip.compress(idx(IMAGES + 1)), "sha256 of the content is .* altered"),
+    ],
+    ids=["truncated", "a web page", "empty", "labels for images", "short", "altered"],
+)
+def test_damaged_file(published: Path, tmp_path: Path, content: bytes, message: str) -> None:
+    """A truncated or altered file is refused by name, with what was found and what was expected."""
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{path}: {message}"):
+        load("mnist", "train", tmp_path)
+
+
+def test_md5_where_nothing_else_is_published(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set whose content has no published checksum is held to the archive's."""
+    source = data.IDX_SOURCES["mnist"]
+    images, labels = source.files["train"]
+    files = {"train": (data._IdxFile(images.name, images.md5), labels), "test": (images, labels)}
+    monkeypatch.setitem(data.IDX_SOURCES, "mnist", data._IdxSource(source.classes, source.mirrors, files))  # type: ignore[arg-type] # plain strings as keys
+    assert len(load("mnist", "train", tmp_path)) == 5
+    (tmp_path / "mnist" / f"{images.name}.gz").write_bytes(gzip.compress(idx(IMAGES + 1)))
+    with pytest.raises(DataError, match=r"md5 is .*, expected .* altered"):
+        load("mnist", "train", tmp_path)
+
+
+def test_unknown_dataset(tmp_path: Path) -> None:
+    """An unknown name is answered with the known ones."""
+    with pytest.raises(DataError, match="dataset is 'cifar', expected one of .*'mnist'.*'folder'"):
+        load("cifar", "train", tmp_path)
+
+
+def picture(path: Path, mode: str = "L", size: tuple[int, int] = (20, 18), value: object = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)  # type: ignore[arg-type] # a number or a colour
+
+
+def test_folder_of_grey_pictures(tmp_path: Path) -> None:
+    """Folder names are the classes, in order; grey pictures stay grey; other files are left alone."""
+    picture(tmp_path / "train" / "cat" / "b.png", value=7)
+    picture(tmp_path / "train" / "cat" / "a.bmp", value=9)
+    picture(tmp_path / "train" / "ant" / "c.png", value=5)
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("not a picture")
+    dataset = load("folder", "train", tmp_path)
+    assert dataset.classes == ("ant", "cat")
+    assert dataset.images.shape == (3, 18, 20)
+    assert dataset.images[:, 0, 0].tolist() == [5, 9, 7]
+    assert dataset.labels.tolist() == [0, 1, 1]
+
+
+def test_folder_of_mixed_pictures(tmp_path: Path) -> None:
+    """One colour picture makes all of them colour."""
+    picture(tmp_path / "train" / "a" / "1.png", value=7)
+    picture(tmp_path / "train" / "b" / "1.png", "RGB", value=(1, 2, 3))
+    dataset = load("folder", "train", tmp_path)
+    assert dataset.images.shape == (2, 18, 20, 3)
+    assert dataset.images[:, 0, 0].tolist() == [[7, 7, 7], [1, 2, 3]]
+
+
+def test_checksum_of_a_folder(tmp_path: Path) -> None:
+    """A folder's checksum changes with a picture's content."""
+    for label in "ab":
+        picture(tmp_path / "train" / label / "1.png")
+    before = load("folder", "train", tmp_path).checksums
+    picture(tmp_path / "train" / "a" / "1.png", value=1)
+    assert load("folder", "train", tmp_path).checksums != before
+
+
+def test_folder_faults(tmp_path: Path) -> None:
+    """A missing folder, a lonely class, an empty class, a wrong size and a broken picture are named."""
+    with pytest.raises(DataError, match=r"train: no such folder"):
+        load("folder", "train", tmp_path)
+    picture(tmp_path / "train" / "a" / "1.png")
+    with pytest.raises(DataError, match=r"train: 1 class folders, expected at least 2"):
+        load("folder", "train", tmp_path)
+    (tmp_path / "train" / "b").mkdir()
+    with pytest.raises(DataError, match=r"b: no pictures; expected files ending in"):
+        load("folder", "train", tmp_path)
+    picture(tmp_path / "train" / "b" / "2.png", size=(21, 18))
+    with pytest.raises(DataError, match=r"2.png: 21x18 pixels, expected 20x18 as in .*1.png"):
+        load("folder", "train", tmp_path)
+    (tmp_path / "train" / "b" / "2.png").write_bytes(b"GIF89a?")
+    with pytest.raises(DataError, match=r"2.png: not a readable picture"):
+        load("folder", "train", tmp_path)
+
+
+def test_shift_by_hand() -> None:
+    """Each image moves its own way; what enters is zero and what leaves is lost."""
+    images = torch.tensor([[[1, 2], [3, 4]]] * 3, dtype=torch.uint8)
+    moved = shift(images, torch.tensor([1, 0, 0]), torch.tensor([0, -1, 0]))
+    assert moved.tolist() == [[[0, 0], [1, 2]], [[2, 0], [4, 0]], [[1, 2], [3, 4]]]
+    assert moved.dtype == torch.uint8
+
+
+def test_shift_of_colour_pictures() -> None:
+    """The three channels of a pixel move together."""
+    images = torch.arange(12, dtype=torch.uint8).reshape(1, 2, 2, 3)
+    moved = shift(images, torch.tensor([0]), torch.tensor([1]))
+    assert moved.tolist() == [[[[0, 0, 0], [0, 1, 2]], [[0, 0, 0], [6, 7, 8]]]]
+
+
+def test_random_shift_covers_its_range() -> None:
+    """Shifts of up to 2 pixels: all 25 occur, images differ within one batch, and none goes further."""
+    images = torch.zeros(2000, 9, 9, dtype=torch.uint8)
+    images[:, 4, 4] = 1
+    moved = random_shift(images, 2, torch.Generator().manual_seed(0))
+    places = {tuple(place) for place in moved.nonzero()[:, 1:].tolist()}
+    assert places == {(y, x) for y in range(2, 7) for x in range(2, 7)}
+
+
+def test_hold_out() -> None:
+    """The held-out images and the rest are disjoint, complete, and the same for the same seed."""
+    labels = torch.arange(50)
+    dataset = Dataset("numbers", ("a", "b"), labels.to(torch.uint8).reshape(50, 1, 1), labels, {})
+    rest, held = hold_out(dataset, 12, seed=3)
+    assert len(held) == 12
+    assert sorted([*rest.labels.tolist(), *held.labels.tolist()]) == list(range(50))
+    assert torch.equal(held.images.flatten().long(), held.labels)
+    assert held.labels.tolist() == hold_out(dataset, 12, seed=3)[1].labels.tolist()
+    assert held.labels.tolist() != hold_out(dataset, 12, seed=4)[1].labels.tolist()
+    with pytest.raises(DataError, match="50 images to hold out, expected 0 to 49"):
+        hold_out(dataset, 50, seed=0)

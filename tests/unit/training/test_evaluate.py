@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from training.data import Dataset
+from training.evaluate import evaluate
+
+
+class Brightest:
+    """Says class 1 for pictures whose first pixel is bright, and draws a half-grey picture of anything."""
+
+    classes = ("dark", "bright")
+
+    def __init__(self) -> None:
+        self.seen: list[NDArray[np.uint8]] = []
+        self.drawn: list[int] = []
+
+    def encode(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        self.seen.extend(images)
+        bright = (images[:, 0, 0] > 127).astype(np.float32)
+        lengths = np.stack([1 - bright, bright], axis=1)
+        return lengths[..., None], lengths
+
+    def decode(self, capsules: NDArray[np.float32], target: NDArray[np.int64]) -> NDArray[np.float32]:
+        self.drawn.extend(target.tolist())
+        return np.full((len(capsules), 2, 2), 0.5, dtype=np.float32)
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    images = torch.zeros(5, 2, 2, dtype=torch.uint8)
+    images[3:] = 255
+    return Dataset("pairs", Brightest.classes, images, torch.tensor([0, 1, 0, 1, 1]), {})
+
+
+def test_error_by_hand(dataset: Dataset) -> None:
+    """One picture in five is labelled otherwise than predicted: 20 % error, one mistake."""
+    result = evaluate(Brightest(), dataset, batch_size=2)
+    assert result.predictions.tolist() == [0, 0, 0, 1, 1]
+    assert (result.images, result.mistakes, result.error) == (5, 1, 20.0)
+    assert result.reconstruction_errors.tolist() == [1.0] * 5
+
+
+def test_labels_do_not_leak(dataset: Dataset) -> None:
+    """The labels change the count of mistakes and nothing else: the mask is the prediction's."""
+    predictor = Brightest()
+    wrong = Dataset(dataset.name, dataset.classes, dataset.images, 1 - dataset.labels, {})
+    first, second = evaluate(predictor, dataset), evaluate(predictor, wrong)
+    assert predictor.drawn == [0, 0, 0, 1, 1] * 2
+    assert first.predictions.tolist() == second.predictions.tolist()
+    assert second.mistakes == 4
+
+
+def test_images_are_not_augmented(dataset: Dataset) -> None:
+    """The network is shown every image once, in order, as it is."""
+    predictor = Brightest()
+    evaluate(predictor, dataset, batch_size=2)
+    assert np.array_equal(np.stack(predictor.seen), dataset.images.numpy())

@@ -1,0 +1,201 @@
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from service.manifest import read_manifest, sha256
+from training import export as exporting
+from training.checkpoint import Checkpoint
+from training.config import ModelConfig, TrainConfig
+from training.data import Dataset, Split
+from training.evaluate import evaluate
+from training.export import ExportError, Name, export, image_spec, round_to_half
+from training.model import CapsNet
+from training.predictor import OnnxPredictor, TorchPredictor
+from training.train import train
+
+Load = Callable[[Split], Dataset]
+
+
+@pytest.fixture(scope="module")
+def state(
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    load_split: Load,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Checkpoint:
+    """A short run; like the export below, it serves all tests of this file."""
+    return train(
+        load_split("train"),
+        model_config,
+        replace(train_config, epochs=6),
+        tmp_path_factory.mktemp("run"),
+        load_test=lambda: load_split("test"),
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(state: Checkpoint, load_split: Load, tmp_path_factory: pytest.TempPathFactory) -> Name:
+    place = Name(tmp_path_factory.mktemp("export") / "models", "shapes", "1")
+    export(state, place, load_split)
+    return place
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Name:
+    return Name(tmp_path / "models", "shapes", "1")
+
+
+def test_export(exported: Name, load_split: Load) -> None:
+    """An export is a complete model folder that the service's own reader accepts."""
+    manifest = read_manifest(exported.folder)
+    assert sorted(path.name for path in exported.folder.iterdir()) == [
+        "MODEL_CARD.md",
+        "decoder.onnx",
+        "encoder.onnx",
+        "manifest.json",
+    ]
+    assert manifest.classes == ("bar", "pole", "dot")
+    assert manifest.image_shape == (13, 12)
+    assert manifest.capsule_shape == (3, 6)
+    result = evaluate(OnnxPredictor(exported.folder), load_split("test"))
+    assert (manifest.measured.test_images, manifest.measured.test_mistakes) == (66, result.mistakes)
+    assert manifest.measured.test_error == result.error
+    assert manifest.measured.parity_error < 1e-4
+    assert manifest.calibration.source == "held-out"
+    assert manifest.calibration.threshold > 0
+    assert manifest.provenance.dataset_checksums == {"train": "train shapes", "test": "test shapes"}
+    card = (exported.folder / "MODEL_CARD.md").read_text()
+    assert f"({manifest.measured.test_mistakes} of 66)" in card
+    assert list(exported.root.iterdir()) == [exported.root / "shapes"], "the workshop is cleared away"
+
+
+def test_parity_at_many_batch_sizes(state: Checkpoint, exported: Name, load_split: Load) -> None:
+    """ONNX Runtime and PyTorch agree to 1e-4 at batch sizes 1, 2, 7 and 64."""
+    network = state.network()
+    round_to_half(network)
+    found, reference = OnnxPredictor(exported.folder), TorchPredictor(network)
+    images = load_split("test").images.numpy()
+    for size in (1, 2, 7, 64):
+        capsules, lengths = found.encode(images[:size])
+        expected_capsules, expected_lengths = reference.encode(images[:size])
+        np.testing.assert_allclose(capsules, expected_capsules, atol=1e-4)
+        np.testing.assert_allclose(lengths, expected_lengths, atol=1e-4)
+        target = np.arange(size) % 3
+        np.testing.assert_allclose(
+            found.decode(capsules, target), reference.decode(expected_capsules, target), atol=1e-4
+        )
+
+
+def test_masking_is_in_the_graph(exported: Name) -> None:
+    """The exported decoder draws from the target's capsule alone, for each row's own target."""
+    predictor = OnnxPredictor(exported.folder)
+    capsules = np.random.default_rng(0).normal(size=(3, 3, 6)).astype(np.float32)
+    target = np.array([2, 0, 1])
+    before = predictor.decode(capsules, target)
+    for row, k in enumerate(target):
+        capsules[row, np.arange(3) != k] = 9
+    np.testing.assert_array_equal(predictor.decode(capsules, target), before)
+
+
+def test_weights_are_stored_in_half_precision(exported: Name) -> None:
+    """Large weights take two bytes each in the file, and ONNX Runtime computes with them in single precision."""
+    model = onnx.load(exported.folder / "encoder.onnx")
+    large = [t for t in model.graph.initializer if np.prod(t.dims) >= 1024]
+    assert large
+    assert all(t.data_type == onnx.TensorProto.FLOAT16 for t in large)
+    session = ort.InferenceSession(exported.folder / "encoder.onnx", providers=["CPUExecutionProvider"])
+    assert {output.type for output in session.get_outputs()} == {"tensor(float)"}
+
+
+def test_no_notes_of_the_exporters_machine(exported: Name) -> None:
+    """The graphs name no file of the machine that made them."""
+    for name in ("encoder.onnx", "decoder.onnx"):
+        assert str(Path(exporting.__file__).parent).encode() not in (exported.folder / name).read_bytes()
+
+
+def test_a_version_is_never_overwritten(state: Checkpoint, exported: Name, load_split: Load) -> None:
+    """Exporting to an existing version is refused and leaves it as it was."""
+    before = {path.name: sha256(path) for path in exported.folder.iterdir()}
+    with pytest.raises(ExportError, match=r"1 exists; a version is never overwritten"):
+        export(state, exported, load_split)
+    assert {path.name: sha256(path) for path in exported.folder.iterdir()} == before
+
+
+def test_other_data(state: Checkpoint, load_split: Load, place: Name) -> None:
+    """Images other than those trained on cannot calibrate a model."""
+
+    def other(split: Split) -> Dataset:
+        return replace(load_split(split), checksums={split: "something else"})
+
+    with pytest.raises(ExportError, match="training images differ"):
+        export(state, place, other)
+    assert not place.root.exists()
+
+
+def test_baked_in_mask(
+    state: Checkpoint, load_split: Load, place: Name, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder that always draws the traced class is found out, and nothing is written."""
+
+    class Baked(torch.nn.Module):
+        def __init__(self, network: CapsNet) -> None:
+            super().__init__()
+            self.decoder = network.decoder
+
+        def forward(self, capsules: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            pictures: torch.Tensor = self.decoder(capsules, target * 0)
+            return pictures
+
+    def write_baked(network: CapsNet, path: Path) -> None:
+        capsules, target = exporting.decoder_example(network.config)
+        exporting._write(Baked(network), {"digit_capsules": capsules, "target": target}, ["reconstructions"], path)
+
+    monkeypatch.setattr(exporting, "write_decoder", write_baked)
+    with pytest.raises(ExportError, match="ONNX Runtime and PyTorch differ by"):
+        export(state, place, load_split)
+    assert list(place.root.iterdir()) == []
+
+
+def test_fixed_batch_axis(exported: Name, place: Name) -> None:
+    """A graph whose batch size is frozen is refused by the reader of manifests."""
+    shutil.copytree(exported.folder, place.folder)
+    path = place.folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content["encoder"]["inputs"][0]["shape"][0] = 3
+    path.write_text(json.dumps(content))
+    with pytest.raises(Exception, match=r"encoder.inputs is .*, expected"):
+        read_manifest(place.folder)
+
+
+def test_colour_network(tmp_path: Path, model_config: ModelConfig, train_config: TrainConfig, load_split: Load) -> None:
+    """A network for colour pictures exports with (B, H, W, 3) in and out."""
+
+    def colour(split: Split) -> Dataset:
+        grey = load_split(split)
+        return replace(grey, images=grey.images.unsqueeze(-1) * torch.tensor([1, 1, 0], dtype=torch.uint8))
+
+    state = train(
+        colour("train"), replace(model_config, channels=3, shared_weights=True),
+        replace(train_config, epochs=1), tmp_path / "run", load_test=lambda: colour("test"),
+    )  # fmt: skip
+    manifest = export(state, Name(tmp_path / "models", "colour", "2"), colour)
+    assert manifest.encoder.inputs[0].shape == (-1, 13, 12, 3)
+    assert manifest.decoder.outputs[0].shape == (-1, 13, 12, 3)
+
+
+def test_image_spec_reads_the_polarity(load_split: Load) -> None:
+    """Dark borders mean light ink, light borders dark ink; only MNIST is centred by its centre of mass."""
+    dataset = load_split("test")
+    assert image_spec(dataset).polarity == "light_on_dark"
+    assert image_spec(replace(dataset, images=255 - dataset.images)).polarity == "dark_on_light"
+    assert image_spec(dataset).centring == "none"
+    mnist = replace(dataset, name="mnist", images=torch.zeros(2, 28, 28, dtype=torch.uint8))
+    assert image_spec(mnist).centring == "centre_of_mass"

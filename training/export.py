@@ -1,0 +1,347 @@
+"""From a checkpoint to a model folder: two ONNX graphs, a manifest and a model card, or nothing at all."""
+
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from service.manifest import (
+    Calibration,
+    CapsuleSpec,
+    Graph,
+    ImageSpec,
+    Manifest,
+    Measured,
+    Provenance,
+    TensorSpec,
+    sha256,
+    write_manifest,
+)
+from training.checkpoint import Checkpoint
+from training.config import TWEAK_RANGE, TWEAK_STEP, ModelConfig, TrainConfig
+from training.data import Dataset, Split, hold_out
+from training.evaluate import Evaluation, evaluate
+from training.model import CapsNet, Encoder, length
+from training.model_card import model_card
+from training.predictor import OnnxPredictor, Predictor, TorchPredictor
+from training.train import precision
+
+OPSET = 20
+PARITY_BATCHES = (1, 2, 7, 64)
+PARITY_TOLERANCE = 1e-4
+"""Largest difference between ONNX Runtime and PyTorch that an exported model may show, in any output."""
+CALIBRATION_IMAGES = 5000
+CALIBRATION_QUANTILE = 0.95
+
+
+class ExportError(Exception):
+    """An export that was refused; nothing was written. The message says why."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A model's place: `<root>/<name>/<version>`."""
+
+    root: Path
+    name: str
+    version: str
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name / self.version
+
+
+def export(
+    checkpoint: Checkpoint,
+    place: Name,
+    load_split: Callable[[Split], Dataset],
+    *,
+    say: Callable[[str], None] = print,
+) -> Manifest:
+    """Export a checkpoint to `place.folder`, which appears complete or not at all.
+
+    The weights are stored, and were rounded beforehand, in half precision; everything is computed in
+    single precision. All figures in the manifest are of these exported graphs.
+
+    Args:
+        load_split: gives the `train` and `test` images that the checkpoint's network was trained for.
+
+    Raises:
+        ExportError: if the folder exists, if the data are not those of the training run, or if ONNX
+            Runtime and PyTorch differ by more than `PARITY_TOLERANCE`.
+    """
+    if place.folder.exists():
+        raise ExportError(f"{place.folder} exists; a version is never overwritten: choose the next one")
+    training, test = load_split("train"), load_split("test")
+    if training.checksums != checkpoint.dataset_checksums:
+        raise ExportError(
+            f"the {training.name} training images differ from those that the checkpoint was trained on: "
+            f"sha256 {training.checksums}, expected {checkpoint.dataset_checksums}"
+        )
+    place.root.mkdir(parents=True, exist_ok=True)
+    workshop = Path(tempfile.mkdtemp(prefix=".export-", dir=place.root))
+    try:
+        # The same last two folder names as the final place, since the manifest is checked against them.
+        folder = workshop / place.name / place.version
+        folder.mkdir(parents=True)
+        manifest = _fill(folder, checkpoint, place, training, test, say)
+        place.folder.parent.mkdir(exist_ok=True)
+        os.rename(folder, place.folder)  # noqa: PTH104 - one atomic step, as os.replace elsewhere
+    finally:
+        shutil.rmtree(workshop)
+    return manifest
+
+
+def _fill(  # noqa: PLR0913 - the parts of one export
+    folder: Path,
+    checkpoint: Checkpoint,
+    place: Name,
+    training: Dataset,
+    test: Dataset,
+    say: Callable[[str], None],
+) -> Manifest:
+    network = checkpoint.network()
+    round_to_half(network)
+    config, train_config = network.config, TrainConfig(**checkpoint.train_config)
+    say("writing encoder.onnx and decoder.onnx")
+    encoder = folder / "encoder.onnx"
+    decoder = folder / "decoder.onnx"
+    write_encoder(network, encoder)
+    write_decoder(network, decoder)
+
+    held_out = hold_out(training, train_config.validation_images, train_config.seed)[1]
+    source = held_out if len(held_out) else training
+    calibration_images = hold_out(source, min(CALIBRATION_IMAGES, len(source) - 1), seed=0)[1]
+
+    manifest = Manifest(
+        name=place.name,
+        version=place.version,
+        created=datetime.now(UTC).replace(microsecond=0),
+        classes=config.classes,
+        image=image_spec(training),
+        capsules=CapsuleSpec(
+            primary_count=config.primary_count,
+            primary_dimensions=config.primary_dimensions,
+            digit_dimensions=config.digit_dimensions,
+            routing_iterations=config.routing_iterations,
+            tweak_range=TWEAK_RANGE,
+            tweak_step=TWEAK_STEP,
+        ),
+        encoder=describe(encoder),
+        decoder=describe(decoder),
+        # Measured below, by the graphs that this first manifest lets us open.
+        calibration=Calibration(
+            threshold=1, quantile=CALIBRATION_QUANTILE, images=len(calibration_images), source="training"
+        ),
+        measured=Measured(test_images=0, test_mistakes=0, parity_error=0),
+        provenance=Provenance(
+            code_revision=checkpoint.code_revision,
+            dataset=checkpoint.dataset,
+            dataset_checksums={**training.checksums, **test.checksums},
+            training_images=checkpoint.training_images,
+            seed=train_config.seed,
+            epochs=checkpoint.epoch,
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            precision=precision(train_config),
+        ),
+    )
+    write_manifest(folder, manifest)
+    exported = OnnxPredictor(folder)
+    parity = parity_error(exported, TorchPredictor(network), test)
+    say(f"largest difference between ONNX Runtime and PyTorch: {parity:.2g}")
+    if not parity <= PARITY_TOLERANCE:
+        raise ExportError(
+            f"ONNX Runtime and PyTorch differ by {parity:.3g}, expected at most {PARITY_TOLERANCE}; "
+            "this is a fault of the exporter, please report it with the versions of torch and onnxruntime"
+        )
+    say(f"measuring on {len(test):,} test and {len(calibration_images):,} calibration images")
+    result = evaluate(exported, test)
+    threshold = quantile(evaluate(exported, calibration_images), CALIBRATION_QUANTILE)
+    manifest = manifest.model_copy(
+        update={
+            "calibration": Calibration(
+                threshold=threshold,
+                quantile=CALIBRATION_QUANTILE,
+                images=len(calibration_images),
+                source="held-out" if len(held_out) else "training",
+            ),
+            "measured": Measured(
+                test_images=result.images, test_mistakes=result.mistakes, parity_error=parity
+            ),
+        }
+    )
+    write_manifest(folder, manifest)
+    (folder / "MODEL_CARD.md").write_text(
+        model_card(manifest, config, train_config, result), encoding="utf-8"
+    )
+    return manifest
+
+
+def quantile(evaluation: Evaluation, share: float) -> float:
+    """Reconstruction error below which `share` of the images lie."""
+    return float(np.quantile(evaluation.reconstruction_errors, share))
+
+
+def image_spec(dataset: Dataset) -> ImageSpec:
+    """What a picture must look like to be like those of `dataset`; the ink's polarity is read off its borders."""
+    images = dataset.images
+    border = torch.cat([images[:, 0].flatten(), images[:, -1].flatten()])
+    mnist = dataset.name == "mnist"
+    return ImageSpec(
+        height=images.shape[1],
+        width=images.shape[2],
+        channels=3 if images.ndim == 4 else 1,
+        polarity="light_on_dark" if border.float().mean() < 128 else "dark_on_light",
+        centring="centre_of_mass" if mnist else "none",
+        box=20 if mnist else None,  # the side of the box that MNIST's digits were scaled into
+    )
+
+
+@torch.no_grad()
+def round_to_half(network: nn.Module) -> None:
+    """Round the weights to what half precision can hold, so that storing them in it loses nothing more."""
+    for parameter in network.parameters():
+        parameter.copy_(parameter.half())
+
+
+class _EncoderGraph(nn.Module):
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        capsules = self.encoder(images)
+        return capsules, length(capsules)
+
+
+def write_encoder(network: CapsNet, path: Path) -> None:
+    """Write the graph `images` -> `digit_capsules`, `capsule_lengths`."""
+    images = torch.zeros(3, *network.config.image_shape, dtype=torch.uint8)
+    _write(
+        _EncoderGraph(network.encoder), {"images": images}, ["digit_capsules", "capsule_lengths"], path
+    )
+
+
+def write_decoder(network: CapsNet, path: Path) -> None:
+    """Write the graph `digit_capsules`, `target` -> `reconstructions`."""
+    capsules, target = decoder_example(network.config)
+    _write(network.decoder, {"digit_capsules": capsules, "target": target}, ["reconstructions"], path)
+
+
+def decoder_example(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    return (
+        torch.zeros(3, len(config.classes), config.digit_dimensions),
+        torch.zeros(3, dtype=torch.int64),
+    )
+
+
+def _write(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], path: Path) -> None:
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings():
+        # PyTorch's exporter warns of its own internals: of an axis name given twice, of a class it replaces.
+        warnings.filterwarnings("ignore", "# The axis name", UserWarning)
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        # …and logs each operator of torchvision, which is not used here, as missing.
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError("PyTorch's exporter returned no program")
+    model = program.model_proto
+    store_in_half(model)
+    del model.metadata_props[:]
+    for node in model.graph.node:  # the exporter's notes name files on this machine
+        del node.metadata_props[:]
+        node.doc_string = ""
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def store_in_half(model: onnx.ModelProto) -> None:
+    """Store large fp32 weights as fp16 with a Cast behind them, which ONNX Runtime folds when it loads."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or int(np.prod(tensor.dims)) < 1024:
+            continue
+        name = tensor.name
+        stored = f"{name}.half"
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), stored))
+        casts.append(helper.make_node("Cast", [stored], [name], name=f"{name}.single", to=TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    del model.graph.value_info[:]  # shapes of intermediate values are inferred again by every runtime
+
+
+_DATATYPES = {TensorProto.UINT8: "UINT8", TensorProto.INT64: "INT64", TensorProto.FLOAT: "FP32"}
+
+
+def describe(path: Path) -> Graph:
+    """What the manifest says of a graph, read from the file itself."""
+    model = onnx.load(path)
+
+    def tensors(values: list[onnx.ValueInfoProto]) -> Iterator[TensorSpec]:
+        for value in values:
+            kind = value.type.tensor_type
+            yield TensorSpec.model_validate(
+                {
+                    "name": value.name,
+                    "datatype": _DATATYPES[kind.elem_type],
+                    "shape": [axis.dim_value or -1 for axis in kind.shape.dim],
+                }
+            )
+
+    return Graph(
+        file=path.name,
+        sha256=sha256(path),
+        opset=next(entry.version for entry in model.opset_import if entry.domain == ""),
+        inputs=tuple(tensors(list(model.graph.input))),
+        outputs=tuple(tensors(list(model.graph.output))),
+    )
+
+
+def parity_error(exported: Predictor, reference: Predictor, dataset: Dataset) -> float:
+    """Largest absolute difference of any output at several batch sizes, on images of different classes.
+
+    The class to draw differs from row to row too, so that a graph with one mask baked in is found out.
+    """
+    worst = 0.0
+    indices = _spread(dataset)
+    for size in PARITY_BATCHES:
+        images = dataset.images[indices[:size]].numpy()
+        capsules, lengths = reference.encode(images)
+        target = np.arange(len(images), dtype=np.int64) % len(dataset.classes)
+        pairs = [
+            *zip(exported.encode(images), (capsules, lengths), strict=True),
+            (exported.decode(capsules, target), reference.decode(capsules, target)),
+        ]
+        worst = max(worst, *(float(np.abs(found - expected).max()) for found, expected in pairs))
+    return worst
+
+
+def _spread(dataset: Dataset) -> NDArray[np.int64]:
+    """Indices of images, class after class in turn."""
+    labels = dataset.labels.numpy()
+    by_class = [np.flatnonzero(labels == k) for k in range(len(dataset.classes))]
+    rounds = max(PARITY_BATCHES)
+    return np.concatenate([[rows[i] for rows in by_class if i < len(rows)] for i in range(rounds)])

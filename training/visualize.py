@@ -1,0 +1,98 @@
+"""Pictures of what a network sees: reconstructions, and the continuous change of each capsule dimension."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from training.config import TWEAK_RANGE, TWEAK_STEP
+from training.data import Dataset
+from training.predictor import Predictor
+
+mpl.use("Agg")  # files only: no window, no display needed
+
+
+def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, columns: int = 12) -> None:
+    """Draw pictures above their reconstructions: some of every class, then mistakes, as in figure 3.
+
+    Each column is titled (label, prediction).
+    """
+    images = dataset.images.numpy()
+    labels = dataset.labels.numpy()
+    capsules, lengths = _encode_all(predictor, images)
+    predictions = lengths.argmax(axis=-1)
+    right = _spread(labels, np.flatnonzero(predictions == labels), columns)
+    wrong = np.flatnonzero(predictions != labels)[:columns]
+    rows = [row for row in (right, wrong) if len(row)]
+    figure = Figure(figsize=(columns, 2.5 * len(rows)), layout="constrained")
+    axes = figure.subplots(2 * len(rows), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, row in enumerate(rows):
+        pictures = predictor.decode(capsules[row], predictions[row])
+        for j, index in enumerate(row):
+            _show(axes[2 * i, j], images[index] / 255)
+            _show(axes[2 * i + 1, j], pictures[j])
+            axes[2 * i, j].set_title(
+                f"{dataset.classes[labels[index]]}, {dataset.classes[predictions[index]]}",
+                fontsize=9,
+                color="black" if labels[index] == predictions[index] else "firebrick",
+            )
+    figure.suptitle("input above reconstruction; (label, prediction)", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def draw_dimensions(predictor: Predictor, dataset: Dataset, label: str, path: Path) -> None:
+    """Draw figure 4 for one picture of class `label`: a row for each dimension, a column for each change."""
+    index, target = typical(predictor, dataset, label)
+    capsules, _ = predictor.encode(dataset.images[index : index + 1].numpy())
+    deltas = np.arange(TWEAK_RANGE[0], TWEAK_RANGE[1] + TWEAK_STEP / 2, TWEAK_STEP, dtype=np.float32)
+    dimensions = capsules.shape[-1]
+    changed = np.repeat(capsules, dimensions * len(deltas), axis=0)
+    for row in range(dimensions):
+        changed[row * len(deltas) : (row + 1) * len(deltas), target, row] += deltas
+    pictures = predictor.decode(changed, np.full(len(changed), target))
+    figure = Figure(figsize=(len(deltas) * 0.75, dimensions * 0.75), layout="constrained")
+    axes = figure.subplots(dimensions, len(deltas))
+    for row in range(dimensions):
+        for column in range(len(deltas)):
+            axis = axes[row, column]
+            _show(axis, pictures[row * len(deltas) + column])
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        axes[row, 0].set_ylabel(str(row), rotation=0, labelpad=10, va="center")
+    for column, delta in enumerate(deltas):
+        axes[0, column].set_title(f"{delta:+.2f}", fontsize=8)
+    figure.suptitle(f"each dimension of the capsule for {label}, changed by {deltas[0]:+.2f} … {deltas[-1]:+.2f}")
+    figure.savefig(path, dpi=110)
+
+
+def typical(predictor: Predictor, dataset: Dataset, label: str) -> tuple[int, int]:
+    """Index of the image of class `label` with the longest capsule of the first hundred, and that class's index."""
+    if label not in dataset.classes:
+        raise ValueError(f"class {label!r} is unknown, expected one of {list(dataset.classes)}")
+    target = dataset.classes.index(label)
+    candidates = np.flatnonzero(dataset.labels.numpy() == target)[:100]
+    _, lengths = predictor.encode(dataset.images[candidates].numpy())
+    return int(candidates[lengths[:, target].argmax()]), target
+
+
+def _encode_all(
+    predictor: Predictor, images: NDArray[np.uint8], batch_size: int = 250
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    parts = [predictor.encode(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+    return np.concatenate([capsules for capsules, _ in parts]), np.concatenate([lengths for _, lengths in parts])
+
+
+def _spread(labels: NDArray[np.int64], candidates: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Up to `count` of `candidates`, as evenly over the classes as they allow, in the order of their labels."""
+    order = candidates[np.argsort(labels[candidates], kind="stable")]
+    return order[np.linspace(0, len(order) - 1, min(count, len(order))).astype(int)]
+
+
+def _show(axis, picture: NDArray[np.floating]) -> None:  # type: ignore[no-untyped-def] # an Axes of matplotlib's untyped grid
+    axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
