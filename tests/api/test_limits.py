@@ -69,12 +69,13 @@ class Running:
 async def running(models: Path, **changes: Any) -> AsyncIterator[Running]:
     values = {"models": models, "device": "cpu", "default_model": "tiny", **changes}
     app = create_app(Settings.model_validate(values))
-    async with asyncio.timeout(LIMIT), app.router.lifespan_context(app):
+    async with asyncio.timeout(LIMIT) as limit, app.router.lifespan_context(app):
         service = Running(app)
         try:
             yield service
         finally:
             service.go_on.set()
+        assert not limit.expired()  # a request that swallowed the cancellation would hide it
 
 
 async def test_overload_is_refused_at_once(tiny_models: Path) -> None:

@@ -54,8 +54,9 @@ async def batcher(
 ) -> AsyncIterator[Batcher]:
     made = Batcher("test", run, max_batch=max_batch, queue_length=queue_length)
     try:
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT) as limit:
             yield made
+        assert not limit.expired()  # a task that swallowed the cancellation would hide it
     finally:
         if isinstance(run, Device):
             run.go_on(100)
