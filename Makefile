@@ -95,7 +95,7 @@ constraints: ## renew every pin in constraints.txt; needs Python 3.11
 		echo '$(filter onnxruntime==%,$(HOLD))' | sed 's/==/-gpu==/'; \
 	} >build/constraints.txt
 	build/constraints/bin/python -m pip install --dry-run --quiet --constraint build/constraints.txt '.[gpu]'
-	mv build/constraints.txt constraints.txt
+	mv build/constraints.txt constraints.txt && rm -rf build/constraints
 
 clean: ## remove environments and caches; keeps data/, models/ and runs/
 	rm -rf .venv .venv-gpu build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
