@@ -98,5 +98,3 @@ def require_same(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any])
                 f"{path}: was trained with {name} = {saved.get(name)!r}, but {value!r} was asked for; "
                 "resume with the same settings or choose another --output"
             )
-
-

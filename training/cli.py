@@ -84,10 +84,15 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     _add_dataset(command)
     command.add_argument(
-        "--output", type=Path, default=Path("runs/mnist"), help="folder for checkpoint, TensorBoard log, result"
+        "--output",
+        type=Path,
+        default=Path("runs/mnist"),
+        help="folder for checkpoint, TensorBoard log, result",
     )
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
-    command.add_argument("--epochs", type=int, default=DEFAULTS.epochs, help="passes over the training images")
+    command.add_argument(
+        "--epochs", type=int, default=DEFAULTS.epochs, help="passes over the training images"
+    )
     command.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size, help="images a step")
     command.add_argument(
         "--learning-rate", type=float, default=DEFAULTS.learning_rate, help="Adam's rate at the first step"
@@ -99,7 +104,10 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="its rate at the last step; it decays exponentially in between",
     )
     command.add_argument(
-        "--max-shift", type=int, default=DEFAULTS.max_shift, help="largest random shift of an image, in pixels"
+        "--max-shift",
+        type=int,
+        default=DEFAULTS.max_shift,
+        help="largest random shift of an image, in pixels",
     )
     command.add_argument(
         "--reconstruction-weight",
@@ -119,7 +127,9 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="one transformation matrix for each group of primary capsules instead of one for each capsule",
     )
-    command.add_argument("--seed", type=int, default=DEFAULTS.seed, help="same seed, same machine, same weights")
+    command.add_argument(
+        "--seed", type=int, default=DEFAULTS.seed, help="same seed, same machine, same weights"
+    )
     command.add_argument("--device", choices=["auto", "cpu", "cuda"], default=DEFAULTS.device)
     command.add_argument(
         "--precision",

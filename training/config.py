@@ -69,7 +69,8 @@ class ModelConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown network settings {unknown}; this code knows {sorted(known)}")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**settings)
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
 
 TWEAK_RANGE = (-0.25, 0.25)
 """Smallest and largest change of one digit capsule dimension in figure 4."""

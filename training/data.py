@@ -171,7 +171,9 @@ def _find(root: Path, name: str, file: _IdxFile, source: _IdxSource, download: b
             if candidate.is_file():
                 return candidate
     if not download:
-        raise DataError(f"{root / name / file.name}.gz: missing; run again without --no-download, or copy it there")
+        raise DataError(
+            f"{root / name / file.name}.gz: missing; run again without --no-download, or copy it there"
+        )
     failures = []
     for mirror in source.mirrors:
         try:
@@ -198,7 +200,9 @@ def _read_idx(path: Path, file: _IdxFile, axes: int) -> tuple[NDArray[np.uint8],
         packed = path.read_bytes()
         content = gzip.decompress(packed) if path.suffix == ".gz" else packed
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); delete it and it will be downloaded again") from error
+        raise DataError(
+            f"{path}: cannot be read ({error}); delete it and it will be downloaded again"
+        ) from error
     header = 4 + 4 * axes
     magic = 0x0800 + axes  # 0x08: unsigned bytes
     if len(content) < header or struct.unpack(">I", content[:4])[0] != magic:
@@ -240,7 +244,9 @@ def _load_folder(folder: Path) -> Dataset:
     ]
     for label, name in enumerate(classes):
         if all(other != label for _, other in files):
-            raise DataError(f"{folder / name}: no pictures; expected files ending in {sorted(PICTURE_SUFFIXES)}")
+            raise DataError(
+                f"{folder / name}: no pictures; expected files ending in {sorted(PICTURE_SUFFIXES)}"
+            )
     pictures = [_read_picture(path) for path, _ in files]
     if any(picture.ndim == 3 for picture in pictures):  # one colour picture makes the whole set colour
         pictures = [p if p.ndim == 3 else np.repeat(p[..., None], 3, axis=-1) for p in pictures]
@@ -301,7 +307,7 @@ def shift(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def random_shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """The paper's augmentation: move each image by up to `most` pixels along each axis, every one its own way."""
+    """The paper's augmentation: move each image its own way, by up to `most` pixels along each axis."""
 
     def draw() -> Tensor:
         return torch.randint(-most, most + 1, (len(images),), generator=generator, device=images.device)

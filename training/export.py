@@ -104,7 +104,7 @@ def export(
     return manifest
 
 
-def _fill(  # noqa: PLR0913 - the parts of one export
+def _fill(
     folder: Path,
     checkpoint: Checkpoint,
     place: Name,
@@ -195,7 +195,7 @@ def quantile(evaluation: Evaluation, share: float) -> float:
 
 
 def image_spec(dataset: Dataset) -> ImageSpec:
-    """What a picture must look like to be like those of `dataset`; the ink's polarity is read off its borders."""
+    """What a picture must look like to be like those of `dataset`; its borders tell the ink's polarity."""
     images = dataset.images
     border = torch.cat([images[:, 0].flatten(), images[:, -1].flatten()])
     mnist = dataset.name == "mnist"
@@ -229,9 +229,7 @@ class _EncoderGraph(nn.Module):
 def write_encoder(network: CapsNet, path: Path) -> None:
     """Write the graph `images` -> `digit_capsules`, `capsule_lengths`."""
     images = torch.zeros(3, *network.config.image_shape, dtype=torch.uint8)
-    _write(
-        _EncoderGraph(network.encoder), {"images": images}, ["digit_capsules", "capsule_lengths"], path
-    )
+    _write(_EncoderGraph(network.encoder), {"images": images}, ["digit_capsules", "capsule_lengths"], path)
 
 
 def write_decoder(network: CapsNet, path: Path) -> None:
@@ -293,7 +291,11 @@ def store_in_half(model: onnx.ModelProto) -> None:
     del model.graph.value_info[:]  # shapes of intermediate values are inferred again by every runtime
 
 
-_DATATYPES = {TensorProto.UINT8: "UINT8", TensorProto.INT64: "INT64", TensorProto.FLOAT: "FP32"}
+_DATATYPES: dict[int, str] = {
+    TensorProto.UINT8: "UINT8",
+    TensorProto.INT64: "INT64",
+    TensorProto.FLOAT: "FP32",
+}
 
 
 def describe(path: Path) -> Graph:

@@ -70,7 +70,7 @@ class CapsuleLayer(nn.Module):
     through the last weighted sum alone.
     """
 
-    def __init__(  # noqa: PLR0913 - a capsule layer's shape is these numbers
+    def __init__(
         self,
         in_capsules: int,
         in_dimensions: int,
@@ -112,23 +112,25 @@ class CapsuleLayer(nn.Module):
     def uniform_sum(self, u: Tensor) -> Tensor:
         """s (K, B, D) for logits that are all zero, whose softmax gives every output capsule 1/K."""
         pooled = u.sum(dim=2) / self.weight.shape[0]  # (B, G, I)
-        return torch.matmul(pooled.flatten(1), self.weight.flatten(1, 2))
+        return pooled.flatten(1) @ self.weight.flatten(1, 2)
 
     def weighted_sum(self, coupling: Tensor, u: Tensor) -> Tensor:
         """s (K, B, D) for coupling coefficients (K, B, G, P)."""
-        if u.shape[2] == 1:  # nothing to add up inside a group of one: one multiplication
-            pooled = coupling * u.squeeze(2)
-        else:
-            pooled = torch.einsum("kbgp,bgpi->kbgi", coupling, u)
+        alone = u.shape[2] == 1  # nothing to add up inside a group of one: a multiplication does
+        pooled = coupling * u.squeeze(2) if alone else torch.einsum("kbgp,bgpi->kbgi", coupling, u)
         return torch.bmm(pooled.flatten(2), self.weight.flatten(1, 2))
 
     def agreement(self, u: Tensor, v: Tensor) -> Tensor:
         """u_hat . v, (K, B, G, P), for output capsules v (K, B, D)."""
         back = torch.bmm(v, self.weight.flatten(1, 2).mT)  # W^T v, (K, B, G*I)
         back = back.unflatten(2, (self.num_groups, -1))
-        if u.shape[2] == 1:
-            return (back * u.squeeze(2)).sum(dim=-1, keepdim=True)
-        return torch.einsum("kbgi,bgpi->kbgp", back, u)
+        alone = u.shape[2] == 1
+        agreement: Tensor = (
+            (back * u.squeeze(2)).sum(dim=-1, keepdim=True)
+            if alone
+            else torch.einsum("kbgi,bgpi->kbgp", back, u)
+        )
+        return agreement
 
 
 def mask(capsules: Tensor, target: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ class Decoder(nn.Module):
     def forward(self, capsules: Tensor, target: Tensor) -> Tensor:
         """Digit capsules (B, K, D) and the class to draw (B,) -> pictures (B, H, W[, 3]) in [0, 1]."""
         pixels: Tensor = self.layers(mask(capsules, target).flatten(1))
-        return pixels.unflatten(1, self.image_shape)
+        return pixels.reshape(-1, *self.image_shape)
 
 
 class Encoder(nn.Module):

@@ -62,7 +62,8 @@ def train(
         raise TrainingError(f"{path} exists; add --resume to go on with it, or choose another --output")
     rest, validation = hold_out(dataset, config.validation_images, config.seed)
     torch.manual_seed(config.seed)
-    network = CapsNet(model_config).to(device, memory_format=torch.channels_last)
+    network = CapsNet(model_config).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's types lack it
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
     generators = {
         "order": torch.Generator().manual_seed(config.seed),
@@ -119,7 +120,7 @@ def train(
     return state
 
 
-def _train_epoch(  # noqa: PLR0913 - an epoch needs all of the run's parts
+def _train_epoch(
     network: CapsNet,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
@@ -148,7 +149,7 @@ def _train_epoch(  # noqa: PLR0913 - an epoch needs all of the run's parts
             reconstruction = reconstruction_loss(reconstructions, scale(x))
             loss = (margin + config.reconstruction_weight * reconstruction).mean()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call] # PyTorch leaves it untyped
+            loss.backward()
             optimizer.step()
             with torch.no_grad():
                 totals += torch.stack(

@@ -67,12 +67,17 @@ def draw_dimensions(predictor: Predictor, dataset: Dataset, label: str, path: Pa
         axes[row, 0].set_ylabel(str(row), rotation=0, labelpad=10, va="center")
     for column, delta in enumerate(deltas):
         axes[0, column].set_title(f"{delta:+.2f}", fontsize=8)
-    figure.suptitle(f"each dimension of the capsule for {label}, changed by {deltas[0]:+.2f} … {deltas[-1]:+.2f}")
+    figure.suptitle(
+        f"each dimension of the capsule for {label}, changed by {deltas[0]:+.2f} … {deltas[-1]:+.2f}"
+    )
     figure.savefig(path, dpi=110)
 
 
 def typical(predictor: Predictor, dataset: Dataset, label: str) -> tuple[int, int]:
-    """Index of the image of class `label` with the longest capsule of the first hundred, and that class's index."""
+    """The index of a clear picture of class `label`, and that class's index.
+
+    Of the first hundred pictures of the class, the one with the longest capsule.
+    """
     if label not in dataset.classes:
         raise ValueError(f"class {label!r} is unknown, expected one of {list(dataset.classes)}")
     target = dataset.classes.index(label)
@@ -85,13 +90,17 @@ def _encode_all(
     predictor: Predictor, images: NDArray[np.uint8], batch_size: int = 250
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     parts = [predictor.encode(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
-    return np.concatenate([capsules for capsules, _ in parts]), np.concatenate([lengths for _, lengths in parts])
+    return np.concatenate([capsules for capsules, _ in parts]), np.concatenate(
+        [lengths for _, lengths in parts]
+    )
 
 
 def _spread(labels: NDArray[np.int64], candidates: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Up to `count` of `candidates`, as evenly over the classes as they allow, in the order of their labels."""
-    order = candidates[np.argsort(labels[candidates], kind="stable")]
-    return order[np.linspace(0, len(order) - 1, min(count, len(order))).astype(int)]
+    """Up to `count` of `candidates`, spread over the classes, in the order of their labels."""
+    order: NDArray[np.int64] = candidates[np.argsort(labels[candidates], kind="stable")]
+    every = np.linspace(0, len(order) - 1, min(count, len(order))).astype(int)
+    picked: NDArray[np.int64] = order[every]
+    return picked
 
 
 def _show(axis, picture: NDArray[np.floating]) -> None:  # type: ignore[no-untyped-def] # an Axes of matplotlib's untyped grid

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split
@@ -62,8 +63,6 @@ def load_split(model_config: ModelConfig) -> Callable[[Split], Dataset]:
 @pytest.fixture
 def mnist_style_folder(tmp_path: Path) -> Path:
     """A folder-per-class data set of 17x17 pictures, the smallest that the paper's kernels take."""
-    from PIL import Image
-
     for split in ("train", "test"):
         for label, box in (("bar", (3, 7, 14, 10)), ("pole", (7, 3, 10, 14))):
             folder = tmp_path / "shapes" / split / label

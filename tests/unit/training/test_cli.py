@@ -26,8 +26,13 @@ def test_from_pictures_to_model(
     assert main(["export", run, *source, "--models", models, "--name", "shapes", "--version", "3"]) == 0
     exported = f"{models}/shapes/3"
     assert main(["evaluate", exported, *source]) == 0
-    assert main(["visualize", exported, *source, "--output", str(tmp_path / "figures"), "--label", "bar"]) == 0
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"reconstructions.png", "dimensions-bar.png"}
+    assert (
+        main(["visualize", exported, *source, "--output", str(tmp_path / "figures"), "--label", "bar"]) == 0
+    )
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "reconstructions.png",
+        "dimensions-bar.png",
+    }
     printed = capsys.readouterr().out
     assert printed.count("test error") == 4, "training, both evaluations, and the export"
 
@@ -41,7 +46,11 @@ def test_from_pictures_to_model(
     ],
 )
 def test_errors(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A fault ends the command with status 1 and one line, not a traceback."""
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,7 @@ def test_grid_is_computed(size: tuple[int, int], grid: tuple[int, int]) -> None:
 
 def test_too_small_a_picture() -> None:
     """A picture too small for any primary capsule is refused, with the smallest size that is not."""
-    with pytest.raises(ValueError, match="16x28 pixels leave no primary capsules.*at least 17x17"):
+    with pytest.raises(ValueError, match=r"16x28 pixels leave no primary capsules.*at least 17x17"):
         ModelConfig(classes=DIGITS, height=16)
 
 
@@ -47,5 +47,5 @@ def test_round_trip() -> None:
 
 def test_unknown_setting() -> None:
     """A setting that this code does not know is named, not ignored."""
-    with pytest.raises(ValueError, match="unknown network settings \\['dropout'\\]"):
+    with pytest.raises(ValueError, match=r"unknown network settings \['dropout'\]"):
         ModelConfig.from_dict({"classes": DIGITS, "dropout": 0.5})

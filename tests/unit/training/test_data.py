@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from training import data
 from training.data import DataError, Dataset, hold_out, load, random_shift, shift
 
 
-def idx(array: np.ndarray) -> bytes:  # type: ignore[type-arg] # bytes of any shape
+def idx(array: NDArray[np.uint8]) -> bytes:
     return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
 
 
@@ -45,7 +46,9 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     mirrors = ("http://127.0.0.1:9/nobody-listens-here/", f"http://127.0.0.1:{server.server_port}/")
-    source = data._IdxSource(("a", "b", "c"), mirrors, {"train": (files[0], files[1]), "test": (files[0], files[1])})
+    source = data._IdxSource(
+        ("a", "b", "c"), mirrors, {"train": (files[0], files[1]), "test": (files[0], files[1])}
+    )
     monkeypatch.setitem(data.IDX_SOURCES, "mnist", source)
     yield folder
     server.shutdown()
@@ -126,7 +129,7 @@ def test_md5_where_nothing_else_is_published(
 
 def test_unknown_dataset(tmp_path: Path) -> None:
     """An unknown name is answered with the known ones."""
-    with pytest.raises(DataError, match="dataset is 'cifar', expected one of .*'mnist'.*'folder'"):
+    with pytest.raises(DataError, match=r"dataset is 'cifar', expected one of .*'mnist'.*'folder'"):
         load("cifar", "train", tmp_path)
 
 

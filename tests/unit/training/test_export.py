@@ -106,7 +106,7 @@ def test_masking_is_in_the_graph(exported: Name) -> None:
 
 
 def test_weights_are_stored_in_half_precision(exported: Name) -> None:
-    """Large weights take two bytes each in the file, and ONNX Runtime computes with them in single precision."""
+    """Large weights take two bytes each in the file, and are computed with in single precision."""
     model = onnx.load(exported.folder / "encoder.onnx")
     large = [t for t in model.graph.initializer if np.prod(t.dims) >= 1024]
     assert large
@@ -156,7 +156,9 @@ def test_baked_in_mask(
 
     def write_baked(network: CapsNet, path: Path) -> None:
         capsules, target = exporting.decoder_example(network.config)
-        exporting._write(Baked(network), {"digit_capsules": capsules, "target": target}, ["reconstructions"], path)
+        exporting._write(
+            Baked(network), {"digit_capsules": capsules, "target": target}, ["reconstructions"], path
+        )
 
     monkeypatch.setattr(exporting, "write_decoder", write_baked)
     with pytest.raises(ExportError, match="ONNX Runtime and PyTorch differ by"):
@@ -175,7 +177,9 @@ def test_fixed_batch_axis(exported: Name, place: Name) -> None:
         read_manifest(place.folder)
 
 
-def test_colour_network(tmp_path: Path, model_config: ModelConfig, train_config: TrainConfig, load_split: Load) -> None:
+def test_colour_network(
+    tmp_path: Path, model_config: ModelConfig, train_config: TrainConfig, load_split: Load
+) -> None:
     """A network for colour pictures exports with (B, H, W, 3) in and out."""
 
     def colour(split: Split) -> Dataset:

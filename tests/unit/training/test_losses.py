@@ -14,7 +14,9 @@ def test_margin_loss_by_hand() -> None:
 
 def test_margin_loss_is_zero_within_the_margins() -> None:
     """A long capsule for the label and short ones for the rest cost nothing."""
-    assert margin_loss(torch.tensor([[0.9, 0.1, 0.02]]), torch.tensor([0])).item() == pytest.approx(0, abs=1e-12)
+    assert margin_loss(torch.tensor([[0.9, 0.1, 0.02]]), torch.tensor([0])).item() == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 def test_reconstruction_loss_is_a_sum() -> None:

@@ -73,7 +73,7 @@ def test_routing_is_the_papers(num_groups: int | None, iterations: int) -> None:
     """The rearranged routing gives what the paper's procedure gives, with and without shared matrices."""
     layer = CapsuleLayer(12, 4, 5, 6, num_groups=num_groups, routing_iterations=iterations)
     with torch.no_grad():
-        layer.weight *= 10  # far from the uniform coupling that small predictions leave
+        layer.weight.mul_(10)  # far from the uniform coupling that small predictions leave
     u = torch.randn(3, 12, 4)
     found = layer(u).detach().double().numpy()
     # Ours is (K, G, I, D); each of a group's capsules uses the group's matrix.
@@ -88,7 +88,7 @@ def test_coupling_coefficients(num_groups: int | None) -> None:
     """The coupling coefficients of one primary capsule sum to one across the digit capsules."""
     layer = CapsuleLayer(12, 4, 5, 6, num_groups=num_groups)
     with torch.no_grad():
-        layer.weight *= 10
+        layer.weight.mul_(10)
     coupling = layer.route(torch.randn(3, 12, 4).unflatten(1, (layer.num_groups, -1)))  # (K, B, G, P)
     torch.testing.assert_close(coupling.sum(dim=0).flatten(1), torch.ones(3, 12))
     assert coupling.flatten(2).sum(dim=2).std() > 0.1, "over the inputs they need not sum to anything"
@@ -149,7 +149,7 @@ def test_mask_hides_the_other_capsules() -> None:
 def network(model_config: ModelConfig) -> CapsNet:
     network = CapsNet(model_config).eval()
     with torch.no_grad():
-        network.encoder.digit_capsules.weight *= 20  # clear winners, which a fresh network does not have
+        network.encoder.digit_capsules.weight.mul_(20)  # clear winners, which a fresh network does not have
     return network
 
 
@@ -220,9 +220,7 @@ def test_training_step_at_zero_is_finite(model_config: ModelConfig) -> None:
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
-    capsules, reconstructions = network(
-        torch.zeros(2, 13, 12, dtype=torch.uint8), torch.tensor([0, 1])
-    )
+    capsules, reconstructions = network(torch.zeros(2, 13, 12, dtype=torch.uint8), torch.tensor([0, 1]))
     (length(capsules).sum() + reconstructions.sum()).backward()
     for parameter in network.parameters():
         assert parameter.grad is not None

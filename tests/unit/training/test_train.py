@@ -11,6 +11,7 @@ from training import train as training
 from training.checkpoint import CheckpointError
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split
+from training.losses import margin_loss
 from training.model import CapsNet
 from training.predictor import TorchPredictor
 from training.train import TrainingError, convolutions_in, learning_rate, resolve_device, train
@@ -22,7 +23,12 @@ Load = Callable[[Split], Dataset]
 def run(model_config: ModelConfig, load_split: Load) -> Callable[..., checkpoints.Checkpoint]:
     def run(config: TrainConfig, output: Path, *, resume: bool = False) -> checkpoints.Checkpoint:
         return train(
-            load_split("train"), model_config, config, output, load_test=lambda: load_split("test"), resume=resume
+            load_split("train"),
+            model_config,
+            config,
+            output,
+            load_test=lambda: load_split("test"),
+            resume=resume,
         )
 
     return run
@@ -59,7 +65,6 @@ def test_resume_is_exact(
             raise KeyboardInterrupt
         return margin_loss(*arguments)
 
-    margin_loss = training.margin_loss
     monkeypatch.setattr(training, "margin_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "parts")
@@ -73,7 +78,9 @@ def test_resume_is_exact(
         assert torch.equal(weight, parts.model[name]), name
     for name, generator in whole.generators.items():
         assert torch.equal(generator, parts.generators[name]), name
-    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in s.history] for s in (whole, parts)]
+    timeless = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in s.history] for s in (whole, parts)
+    ]
     assert timeless[0] == timeless[1]
 
 
@@ -101,7 +108,7 @@ def test_resume_from_nothing(run: Run, train_config: TrainConfig, tmp_path: Path
 def test_existing_run(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
     """A run is never overwritten by another."""
     run(replace(train_config, epochs=1), tmp_path)
-    with pytest.raises(TrainingError, match="checkpoint.pt exists; add --resume"):
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt exists; add --resume"):
         run(train_config, tmp_path)
 
 
@@ -134,10 +141,12 @@ def test_without_validation(run: Run, train_config: TrainConfig, tmp_path: Path)
     assert "validation_error" not in state.history[0]
 
 
-def test_loss_that_is_no_number(run: Run, train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_that_is_no_number(
+    run: Run, train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A loss that is no longer a number ends the run with a reason."""
     monkeypatch.setattr(training, "margin_loss", lambda lengths, _: lengths.sum(dim=-1) * torch.nan)
-    with pytest.raises(TrainingError, match="the loss is nan at step 0 .* smaller --learning-rate"):
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 0 .* smaller --learning-rate"):
         run(train_config, tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -153,7 +162,7 @@ def test_learning_rate_decays_exponentially() -> None:
 def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking for CUDA where there is none fails; `auto` takes the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(TrainingError, match="device cuda was asked for, but .* sees no CUDA device"):
+    with pytest.raises(TrainingError, match=r"device cuda was asked for, but .* sees no CUDA device"):
         resolve_device("cuda")
     with pytest.raises(TrainingError, match="device is 'tpu', expected auto, cpu or cuda"):
         resolve_device("tpu")
@@ -177,4 +186,6 @@ def test_mixed_precision_touches_the_convolutions_alone(model_config: ModelConfi
     for hook in hooks:
         hook.remove()
     assert 0 < (mixed - torch.from_numpy(before)).abs().max() < 0.05
-    assert torch.equal(torch.from_numpy(TorchPredictor(network).encode(images.numpy())[0]), torch.from_numpy(before))
+    assert torch.equal(
+        torch.from_numpy(TorchPredictor(network).encode(images.numpy())[0]), torch.from_numpy(before)
+    )
