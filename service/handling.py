@@ -1,0 +1,59 @@
+"""What the handlers of all routes stand on: the service in the application's state, and answers in time."""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from fastapi import Request
+
+from service.decoding import Decoder
+from service.engine import Engine
+from service.errors import TimedOut
+from service.metrics import Metrics
+from service.problems import ClientGone
+from service.settings import Settings
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes stand on, kept in the application's state."""
+
+    settings: Settings
+    engine: Engine
+    decoder: Decoder
+    metrics: Metrics
+
+
+def service_of(request: Request) -> Service:
+    return cast("Service", request.app.state.service)
+
+
+async def answer_in_time(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Run `work` while the caller is there, up to the time limit."""
+    task = cast("asyncio.Task[Any]", asyncio.current_task())  # a coroutine always runs in a task
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    limit = service_of(request).settings.request_timeout
+    watcher = asyncio.create_task(watch())
+    try:
+        async with asyncio.timeout(limit):
+            return await work
+    except TimeoutError as error:
+        raise TimedOut(f"There was no answer within {limit:g} s.", retry_after=1) from error
+    except asyncio.CancelledError:
+        if gone:
+            task.uncancel()
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()

@@ -1,0 +1,106 @@
+"""The JSON objects of the Open Inference Protocol, for parsing and for the OpenAPI document."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.manifest import TensorSpec
+
+
+class _Received(BaseModel):
+    # Fields and parameters that are not known are left alone, as the protocol has it.
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+
+class InputParameters(_Received):
+    binary_data_size: Annotated[
+        int | None, Field(ge=0, description="Bytes of this tensor among those after the JSON object")
+    ] = None
+
+
+class OutputParameters(_Received):
+    binary_data: Annotated[
+        bool | None, Field(description="Whether this output follows the JSON object as bytes")
+    ] = None
+
+
+class RequestParameters(_Received):
+    binary_data_output: Annotated[
+        bool, Field(description="Whether outputs that do not say otherwise follow the JSON object as bytes")
+    ] = False
+
+
+class RequestInput(_Received):
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: InputParameters = InputParameters()
+    data: Annotated[
+        list[Any] | None, Field(description="Numbers, flat in row-major order or nested to the shape")
+    ] = None
+
+
+class RequestOutput(_Received):
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferRequest(_Received):
+    id: Annotated[str | None, Field(description="Returned in the answer")] = None
+    parameters: RequestParameters = RequestParameters()
+    inputs: list[RequestInput]
+    outputs: Annotated[
+        list[RequestOutput], Field(description="The outputs that are wanted; all, if none is named")
+    ] = []
+
+
+class AnswerParameters(BaseModel):
+    binary_data_size: int
+
+
+class AnswerOutput(BaseModel):
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: AnswerParameters | None = None
+    data: Annotated[list[float] | None, Field(description="Flat in row-major order")] = None
+
+
+class InferAnswer(BaseModel):
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[AnswerOutput]
+
+
+class ServerLive(BaseModel):
+    live: bool
+
+
+class ServerReady(BaseModel):
+    ready: bool
+
+
+class ServerMetadata(BaseModel):
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ModelReady(BaseModel):
+    name: str
+    ready: bool
+
+
+class ModelMetadata(BaseModel):
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class ProtocolError(BaseModel):
+    """An error under /v2."""
+
+    error: str

@@ -1,0 +1,86 @@
+"""The service as a process of its own, as people run it."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+
+from tests.support.encoded import encode
+from tests.support.tiny_model import picture
+
+PNG = encode(picture(3))
+IMAGE = {"content-type": "image/png"}
+LIMIT = 10.0  # seconds: a container's runtime kills what takes longer to stop
+
+
+class Served:
+    """A started process and its address."""
+
+    def __init__(self, process: subprocess.Popen[str], log: list[str], port: int) -> None:
+        self.process = process
+        self.log = log
+        self.port = port
+        self.client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT)
+
+    def predict(self) -> str:
+        answer = self.client.post("/predict", content=PNG, headers=IMAGE)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["predictions"][0]["label"])
+
+    def peak_memory(self) -> int:
+        """Bytes that were resident at most."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+    def refuses_connections(self) -> None:
+        """Return when the process accepts no more connections."""
+        deadline = time.monotonic() + LIMIT
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=LIMIT).close()
+            except ConnectionError:  # refused, or reset where the socket closed in between
+                return
+        raise AssertionError("the process still accepts connections")
+
+
+def environment(models: Path, **settings: str) -> dict[str, str]:
+    names = {f"CAPSNET_{name.upper()}": value for name, value in settings.items()}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CAPSNET_")}
+    return {**kept, "CAPSNET_MODELS": str(models), "CAPSNET_DEFAULT_MODEL": "tiny", **names}
+
+
+@contextmanager
+def served(models: Path, **settings: str) -> Iterator[Served]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service.main", "--port", "0"],
+        env=environment(models, **settings),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    log: list[str] = []
+    try:
+        for line in process.stderr:
+            log.append(line)
+            if found := re.search(r"serving on http://127\.0\.0\.1:(\d+) \(cpu\)", line):
+                break
+        else:
+            raise AssertionError("the process did not start:\n" + "".join(log))
+        drain = threading.Thread(target=log.extend, args=(process.stderr,), daemon=True)
+        drain.start()
+        service = Served(process, log, int(found[1]))
+        with service.client:
+            yield service
+    finally:
+        process.kill()
+        process.wait()
+        drain.join(LIMIT)
+        process.stderr.close()
