@@ -1,6 +1,7 @@
 """Request bodies and queries: read within limits, parsed into the forms of `schemas`."""
 
 import asyncio
+import zlib
 from collections.abc import AsyncGenerator, Sequence
 from typing import TypeVar
 
@@ -126,7 +127,47 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     return bytes(body)
 
 
-def parse_json(form: type[Form], text: bytes | str) -> Form:
+# By the window size zlib tells the two forms apart; HTTP's `deflate` is zlib's form (RFC 9110, 8.4.1.2).
+_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+
+
+def inflate(body: bytes, encoding: str, limit: int) -> bytes:
+    """A compressed body's content, which never takes more memory than the limit.
+
+    Raises:
+        UnsupportedMediaType: compressed in another way.
+        MalformedBody: not whole, or not compressed in that way.
+        TooLarge: more than `limit` bytes come out.
+    """
+    if encoding not in _WINDOWS:
+        raise UnsupportedMediaType(
+            "This compression is not taken here.",
+            received=f"Content-Encoding: {encoding[:50]}",
+            expected=" or ".join(_WINDOWS),
+        )
+    inflater = zlib.decompressobj(_WINDOWS[encoding])
+    try:
+        content = inflater.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise MalformedBody(
+            "The body cannot be decompressed.", received=str(error), expected=f"a {encoding} body"
+        ) from error
+    if len(content) > limit:
+        raise TooLarge(
+            "The body is too large.",
+            received=f"more than {limit} bytes after decompression",
+            expected=f"at most {limit} bytes",
+        )
+    if not inflater.eof or inflater.unused_data:
+        raise MalformedBody(
+            "The body cannot be decompressed.",
+            received="an incomplete stream" if not inflater.eof else "bytes after the end of the stream",
+            expected=f"one whole {encoding} stream",
+        )
+    return content
+
+
+def parse_json(form: type[Form], text: bytes | str, *, max_commas: int = _MAX_COMMAS) -> Form:
     """Parse and validate a JSON text.
 
     Raises:
@@ -134,11 +175,11 @@ def parse_json(form: type[Form], text: bytes | str) -> Form:
         InvalidInput: JSON of another form; says where, what was found and what was expected.
         TooLarge: more values than any honest body has.
     """
-    if (text.count(b",") if isinstance(text, bytes) else text.count(",")) > _MAX_COMMAS:
+    if (text.count(b",") if isinstance(text, bytes) else text.count(",")) > max_commas:
         raise TooLarge(
             "The JSON text has too many values.",
-            received=f"more than {_MAX_COMMAS} commas",
-            expected=f"at most {_MAX_COMMAS} commas; application/x-npy carries large arrays",
+            received=f"more than {max_commas} commas",
+            expected=f"at most {max_commas} commas; large arrays travel as bytes",
         )
     try:
         return form.model_validate_json(text)

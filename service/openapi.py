@@ -7,7 +7,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service.errors import RequestError
+from service.errors import InvalidInput, NotAcceptable, RequestError
+from service.oip_schemas import InferRequest, ProtocolError
 from service.problems import PROBLEM_MEDIA_TYPE
 from service.schemas import (
     PredictRequest,
@@ -23,7 +24,16 @@ Schema = dict[str, Any]
 BINARY: Schema = {"type": "string", "format": "binary"}
 
 # Models that only references name; FastAPI adds those of the answers itself.
-_REFERENCED = (PredictRequest, ReconstructRequest, ReconstructChoice, SweepRequest, SweepChoice, Problem)
+_REFERENCED = (
+    PredictRequest,
+    ReconstructRequest,
+    ReconstructChoice,
+    SweepRequest,
+    SweepChoice,
+    Problem,
+    InferRequest,
+    ProtocolError,
+)
 
 
 def reference(model: type[BaseModel]) -> Schema:
@@ -85,6 +95,51 @@ def operation(
         "responses": {
             200: {"content": {media: {"schema": answer} for media, answer in answers.items()}},
             **problems(*_titles()),
+        },
+    }
+
+
+def protocol_errors(*statuses: int) -> dict[int | str, Schema]:
+    """Answers with the Open Inference Protocol's error object, in FastAPI's form."""
+    return {
+        status: {
+            "description": " or ".join(_titles()[status]),
+            "content": {"application/json": {"schema": reference(ProtocolError)}},
+        }
+        for status in statuses
+    }
+
+
+def protocol_operation(
+    bodies: dict[str, Schema], answers: dict[str, Schema], request_header: str
+) -> dict[str, Any]:
+    """Keyword arguments of the protocol's inference routes, which read their plain request.
+
+    Args:
+        bodies: a schema for each media type of the body.
+        answers: a schema for each media type of the answer beside JSON.
+        request_header: the header that tells the JSON object's length where bytes follow it.
+    """
+    statuses = [status for status in _titles() if status not in (NotAcceptable.status, InvalidInput.status)]
+    return {
+        "openapi_extra": {
+            "parameters": [
+                {
+                    "name": request_header,
+                    "in": "header",
+                    "required": False,
+                    "description": "Bytes of the JSON object, where the bytes of tensors follow it",
+                    "schema": {"type": "integer", "minimum": 1},
+                }
+            ],
+            "requestBody": {
+                "required": True,
+                "content": {media: {"schema": body} for media, body in bodies.items()},
+            },
+        },
+        "responses": {
+            200: {"content": {media: {"schema": answer} for media, answer in answers.items()}},
+            **protocol_errors(*statuses),
         },
     }
 
