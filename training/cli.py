@@ -12,7 +12,7 @@ from training import data
 from training.checkpoint import CheckpointError
 from training.config import ModelConfig, TrainConfig
 from training.data import DataError, Dataset
-from training.evaluate import evaluate
+from training.evaluate import evaluate, require_fit
 from training.export import ExportError, Name, export
 from training.predictor import OnnxPredictor, Predictor, TorchPredictor
 from training.train import TrainingError, resolve_device, train
@@ -234,6 +234,7 @@ def _add_visualize(commands: "argparse._SubParsersAction[argparse.ArgumentParser
 
 def _visualize(options: argparse.Namespace) -> None:
     predictor, dataset = _predictor(options.network), _loader(options, "test")()
+    require_fit(predictor, dataset)
     options.output.mkdir(parents=True, exist_ok=True)
     draw_reconstructions(predictor, dataset, options.output / "reconstructions.png")
     for label in options.label or dataset.classes:

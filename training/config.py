@@ -1,5 +1,6 @@
 """The network's shape and the training run's settings: the one place where they are written down."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
@@ -95,6 +96,16 @@ class TrainConfig:
 
     `auto` is bf16 on CUDA and fp32 on the CPU.
     """
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("epochs", 1), ("batch_size", 1), ("max_shift", 0), ("validation_images", 0)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
+        for name in ("learning_rate", "final_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if not 0 <= self.reconstruction_weight < math.inf:
+            raise ValueError(f"reconstruction_weight is {self.reconstruction_weight}, expected 0 or more")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -145,7 +145,7 @@ def load(name: str, split: Split, data_dir: Path | None = None, *, download: boo
     """
     root = default_data_dir() if data_dir is None else data_dir
     if name == "folder":
-        return _load_folder(root / split)
+        return _load_folder(root, split)
     if name not in IDX_SOURCES:
         raise DataError(f"dataset is {name!r}, expected one of {[*IDX_SOURCES, 'folder']}")
     source = IDX_SOURCES[name]
@@ -171,9 +171,7 @@ def _find(root: Path, name: str, file: _IdxFile, source: _IdxSource, download: b
             if candidate.is_file():
                 return candidate
     if not download:
-        raise DataError(
-            f"{root / name / file.name}.gz: missing; run again without --no-download, or copy it there"
-        )
+        raise DataError(f"{root / name / file.name}.gz: missing, and not to be downloaded; copy it there")
     failures = []
     for mirror in source.mirrors:
         try:
@@ -229,13 +227,22 @@ def _require_digest(path: Path, kind: str, found: str, expected: str) -> None:
         )
 
 
-def _load_folder(folder: Path) -> Dataset:
-    """Pictures of one size in `folder/<class label>/`: grey ones stay grey, colour ones become RGB."""
+def _class_folders(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one folder of pictures for each class in it")
     classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
     if len(classes) < 2:
         raise DataError(f"{folder}: {len(classes)} class folders, expected at least 2")
+    return classes
+
+
+def _load_folder(root: Path, split: Split) -> Dataset:
+    """Pictures of one size in `<split>/<class label>/`: grey ones stay grey, colour ones become RGB."""
+    folder = root / split
+    # Both splits are looked at now, so that a run does not end on test pictures that it cannot use.
+    classes, other = _class_folders(root / "train"), _class_folders(root / "test")
+    if classes != other:
+        raise DataError(f"{root / 'test'}: classes {list(other)}, expected those of train: {list(classes)}")
     files = [
         (path, label)
         for label, name in enumerate(classes)

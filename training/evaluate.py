@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data import Dataset
+from training.data import DataError, Dataset
 from training.predictor import Predictor
 
 
@@ -34,7 +34,12 @@ class Evaluation:
 
 
 def evaluate(predictor: Predictor, dataset: Dataset, batch_size: int = 250) -> Evaluation:
-    """Classify and reconstruct every image; the labels are only compared with, never shown to the network."""
+    """Classify and reconstruct every image; the labels are only compared with, never shown to the network.
+
+    Raises:
+        DataError: if the images or classes are not those that the network takes.
+    """
+    require_fit(predictor, dataset)
     predictions, errors = [], []
     for start in range(0, len(dataset), batch_size):
         images = dataset.images[start : start + batch_size].cpu().numpy()
@@ -44,3 +49,18 @@ def evaluate(predictor: Predictor, dataset: Dataset, batch_size: int = 250) -> E
         predictions.append(longest)
         errors.append(np.square(difference).reshape(len(images), -1).sum(axis=-1))
     return Evaluation(dataset.labels.cpu().numpy(), np.concatenate(predictions), np.concatenate(errors))
+
+
+def require_fit(predictor: Predictor, dataset: Dataset) -> None:
+    """Raise `DataError` if `dataset` is not one that the network can be asked about."""
+    shape = tuple(dataset.images.shape[1:])
+    if shape != predictor.image_shape:
+        raise DataError(
+            f"{dataset.name}: images of shape {shape}, but the network takes {predictor.image_shape}; "
+            "choose the data set that it was trained on"
+        )
+    if dataset.classes != predictor.classes:
+        raise DataError(
+            f"{dataset.name}: classes {list(dataset.classes)}, "
+            f"but the network knows {list(predictor.classes)}"
+        )

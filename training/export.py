@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -57,6 +58,12 @@ class Name:
     root: Path
     name: str
     version: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ExportError(f"name is {self.name!r}, expected letters, digits, '.', '_' and '-'")
+        if not re.fullmatch(r"[1-9][0-9]*", self.version):
+            raise ExportError(f"version is {self.version!r}, expected a whole number from 1")
 
     @property
     def folder(self) -> Path:

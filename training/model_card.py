@@ -29,7 +29,7 @@ comes from {calibration_source}.
 
 {recipe}
 
-The test images were looked at once, after the last epoch of a schedule fixed beforehand.
+The schedule was fixed before the run began, and nothing was chosen on the test images.
 
 ## Limits
 - It sees one object on a plain background. A picture with none, or with two, still gets a class;

@@ -22,6 +22,11 @@ class Predictor(Protocol):
     @property
     def classes(self) -> tuple[str, ...]: ...
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W) or (H, W, 3)."""
+        ...
+
     def encode(self, images: Images) -> tuple[Floats, Floats]:
         """Pictures (B, H, W[, 3]) -> digit capsules (B, K, D) and capsule lengths (B, K)."""
         ...
@@ -40,6 +45,10 @@ class TorchPredictor:
     @property
     def classes(self) -> tuple[str, ...]:
         return self.network.config.classes
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.network.config.image_shape
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +84,10 @@ class OnnxPredictor:
     @property
     def classes(self) -> tuple[str, ...]:
         return self.manifest.classes
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.manifest.image_shape
 
     def encode(self, images: Images) -> tuple[Floats, Floats]:
         capsules, lengths = self._encoder.run(["digit_capsules", "capsule_lengths"], {"images": images})

@@ -48,7 +48,9 @@ def draw_dimensions(predictor: Predictor, dataset: Dataset, label: str, path: Pa
     """Draw figure 4 for one picture of class `label`: a row for each dimension, a column for each change."""
     index, target = typical(predictor, dataset, label)
     capsules, _ = predictor.encode(dataset.images[index : index + 1].numpy())
-    deltas = np.arange(TWEAK_RANGE[0], TWEAK_RANGE[1] + TWEAK_STEP / 2, TWEAK_STEP, dtype=np.float32)
+    low, high = TWEAK_RANGE
+    steps = round((high - low) / TWEAK_STEP)
+    deltas = np.linspace(low, high, steps + 1, dtype=np.float32).round(6) + 0.0  # + 0.0: no minus before zero
     dimensions = capsules.shape[-1]
     changed = np.repeat(capsules, dimensions * len(deltas), axis=0)
     for row in range(dimensions):

@@ -1,6 +1,8 @@
+from typing import Any
+
 import pytest
 
-from training.config import ModelConfig
+from training.config import ModelConfig, TrainConfig
 
 DIGITS = tuple("0123456789")
 
@@ -49,3 +51,20 @@ def test_unknown_setting() -> None:
     """A setting that this code does not know is named, not ignored."""
     with pytest.raises(ValueError, match=r"unknown network settings \['dropout'\]"):
         ModelConfig.from_dict({"classes": DIGITS, "dropout": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0, expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ({"max_shift": -1}, "max_shift is -1, expected at least 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a positive number"),
+        ({"final_learning_rate": float("nan")}, "final_learning_rate is nan"),
+        ({"reconstruction_weight": -1.0}, "reconstruction_weight is -1.0"),
+    ],
+)
+def test_impossible_runs(setting: dict[str, Any], message: str) -> None:
+    """A run that cannot work is refused before it begins."""
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**setting)

@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import shutil
 import struct
 import threading
 from collections.abc import Iterator
@@ -138,53 +139,82 @@ def picture(path: Path, mode: str = "L", size: tuple[int, int] = (20, 18), value
     Image.new(mode, size, value).save(path)  # type: ignore[arg-type] # a number or a colour
 
 
-def test_folder_of_grey_pictures(tmp_path: Path) -> None:
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two classes of grey pictures, one each."""
+    for split in ("train", "test"):
+        for label in ("ant", "cat"):
+            picture(tmp_path / split / label / "m.png", value=7)
+    return tmp_path
+
+
+def test_folder_of_grey_pictures(pictures: Path) -> None:
     """Folder names are the classes, in order; grey pictures stay grey; other files are left alone."""
-    picture(tmp_path / "train" / "cat" / "b.png", value=7)
-    picture(tmp_path / "train" / "cat" / "a.bmp", value=9)
-    picture(tmp_path / "train" / "ant" / "c.png", value=5)
-    (tmp_path / "train" / "ant" / "notes.txt").write_text("not a picture")
-    dataset = load("folder", "train", tmp_path)
+    picture(pictures / "train" / "cat" / "b.png", value=5)
+    picture(pictures / "train" / "cat" / "a.bmp", value=9)
+    (pictures / "train" / "ant" / "notes.txt").write_text("not a picture")
+    dataset = load("folder", "train", pictures)
     assert dataset.classes == ("ant", "cat")
-    assert dataset.images.shape == (3, 18, 20)
-    assert dataset.images[:, 0, 0].tolist() == [5, 9, 7]
-    assert dataset.labels.tolist() == [0, 1, 1]
+    assert dataset.images.shape == (4, 18, 20)
+    assert dataset.images[:, 0, 0].tolist() == [7, 9, 5, 7]
+    assert dataset.labels.tolist() == [0, 1, 1, 1]
+    assert len(load("folder", "test", pictures)) == 2
 
 
-def test_folder_of_mixed_pictures(tmp_path: Path) -> None:
+def test_folder_of_mixed_pictures(pictures: Path) -> None:
     """One colour picture makes all of them colour."""
-    picture(tmp_path / "train" / "a" / "1.png", value=7)
-    picture(tmp_path / "train" / "b" / "1.png", "RGB", value=(1, 2, 3))
-    dataset = load("folder", "train", tmp_path)
+    picture(pictures / "train" / "cat" / "m.png", "RGB", value=(1, 2, 3))
+    dataset = load("folder", "train", pictures)
     assert dataset.images.shape == (2, 18, 20, 3)
     assert dataset.images[:, 0, 0].tolist() == [[7, 7, 7], [1, 2, 3]]
 
 
-def test_checksum_of_a_folder(tmp_path: Path) -> None:
+def test_checksum_of_a_folder(pictures: Path) -> None:
     """A folder's checksum changes with a picture's content."""
-    for label in "ab":
-        picture(tmp_path / "train" / label / "1.png")
-    before = load("folder", "train", tmp_path).checksums
-    picture(tmp_path / "train" / "a" / "1.png", value=1)
-    assert load("folder", "train", tmp_path).checksums != before
+    before = load("folder", "train", pictures).checksums
+    picture(pictures / "train" / "ant" / "m.png", value=1)
+    assert load("folder", "train", pictures).checksums != before
 
 
-def test_folder_faults(tmp_path: Path) -> None:
-    """A missing folder, a lonely class, an empty class, a wrong size and a broken picture are named."""
-    with pytest.raises(DataError, match=r"train: no such folder"):
+def test_missing_folder(tmp_path: Path) -> None:
+    """A folder that is not there is named, and what should be in it."""
+    with pytest.raises(DataError, match=r"train: no such folder; expected one folder of pictures for each"):
         load("folder", "train", tmp_path)
-    picture(tmp_path / "train" / "a" / "1.png")
+
+
+def test_one_class(pictures: Path) -> None:
+    """One class is nothing to learn."""
+    shutil.rmtree(pictures / "train" / "ant")
     with pytest.raises(DataError, match=r"train: 1 class folders, expected at least 2"):
-        load("folder", "train", tmp_path)
-    (tmp_path / "train" / "b").mkdir()
-    with pytest.raises(DataError, match=r"b: no pictures; expected files ending in"):
-        load("folder", "train", tmp_path)
-    picture(tmp_path / "train" / "b" / "2.png", size=(21, 18))
-    with pytest.raises(DataError, match=r"2.png: 21x18 pixels, expected 20x18 as in .*1.png"):
-        load("folder", "train", tmp_path)
-    (tmp_path / "train" / "b" / "2.png").write_bytes(b"GIF89a?")
+        load("folder", "train", pictures)
+
+
+def test_class_without_pictures(pictures: Path) -> None:
+    """A class folder without pictures is named."""
+    (pictures / "train" / "ant" / "m.png").unlink()
+    with pytest.raises(DataError, match=r"ant: no pictures; expected files ending in"):
+        load("folder", "train", pictures)
+
+
+def test_other_classes_in_the_test_folder(pictures: Path) -> None:
+    """Test pictures of other classes are found out when the training pictures are loaded, not hours later."""
+    (pictures / "test" / "ant").rename(pictures / "test" / "bee")
+    with pytest.raises(DataError, match=r"test: classes \['bee', 'cat'\], expected .* \['ant', 'cat'\]"):
+        load("folder", "train", pictures)
+
+
+def test_picture_of_another_size(pictures: Path) -> None:
+    """A picture of another size is named, with its size and the expected one."""
+    picture(pictures / "train" / "cat" / "2.png", size=(21, 18))
+    with pytest.raises(DataError, match=r"2.png: 21x18 pixels, expected 20x18 as in .*ant/m.png"):
+        load("folder", "train", pictures)
+
+
+def test_broken_picture(pictures: Path) -> None:
+    """A file that is no picture is named."""
+    (pictures / "train" / "cat" / "2.png").write_bytes(b"GIF89a?")
     with pytest.raises(DataError, match=r"2.png: not a readable picture"):
-        load("folder", "train", tmp_path)
+        load("folder", "train", pictures)
 
 
 def test_shift_by_hand() -> None:

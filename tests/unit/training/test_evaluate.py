@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from training.data import Dataset
+from training.data import DataError, Dataset
 from training.evaluate import evaluate
 
 
@@ -13,6 +13,7 @@ class Brightest:
     """Says class 1 for pictures whose first pixel is bright, and draws a half-grey picture of anything."""
 
     classes = ("dark", "bright")
+    image_shape = (2, 2)
 
     def __init__(self) -> None:
         self.seen: list[NDArray[np.uint8]] = []
@@ -60,3 +61,12 @@ def test_images_are_not_augmented(dataset: Dataset) -> None:
     images = torch.arange(60, dtype=torch.uint8).reshape(5, 2, 6)[:, :, ::3]  # moving any would show
     evaluate(predictor, replace(dataset, images=images), batch_size=2)
     assert np.array_equal(np.stack(predictor.seen), images.numpy())
+
+
+def test_images_of_another_size(dataset: Dataset) -> None:
+    """Images that the network cannot take, and classes that it does not know, are refused with both sides."""
+    large = replace(dataset, images=torch.zeros(5, 3, 2, dtype=torch.uint8))
+    with pytest.raises(DataError, match=r"shape \(3, 2\), but the network takes \(2, 2\)"):
+        evaluate(Brightest(), large)
+    with pytest.raises(DataError, match=r"classes \['a', 'b'\], but the network knows \['dark', 'bright'\]"):
+        evaluate(Brightest(), replace(dataset, classes=("a", "b")))

@@ -203,3 +203,10 @@ def test_image_spec_reads_the_polarity(load_split: Load) -> None:
     assert image_spec(dataset).centring == "none"
     mnist = replace(dataset, name="mnist", images=torch.zeros(2, 28, 28, dtype=torch.uint8))
     assert image_spec(mnist).centring == "centre_of_mass"
+
+
+@pytest.mark.parametrize(("name", "version"), [("../up", "1"), ("mnist", "v2"), ("mnist", "0"), ("", "1")])
+def test_impossible_names(tmp_path: Path, name: str, version: str) -> None:
+    """Names and versions that could not be served are refused before any work is done."""
+    with pytest.raises(ExportError, match="expected"):
+        Name(tmp_path, name, version)
