@@ -3,30 +3,51 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
+import onnxruntime
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
-from service import openapi, problems, routes
+from service import oip, openapi, problems, routes
 from service.decoding import Decoder
 from service.engine import open_engine
-from service.routes import Service
+from service.handling import Service
+from service.metrics import Metrics
+from service.observation import Observation
 from service.settings import Settings
+
+
+class _Application(FastAPI):
+    def __init__(self, settings: Settings, metrics: Metrics, **parts: Any) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        super().__init__(**parts)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        # Around Starlette's own handling of unforeseen errors, so that their answers are observed as well.
+        inner = super().build_middleware_stack()
+        return Observation(inner, self._metrics, access_log=self._settings.access_log)
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The service as an ASGI application. Models are loaded when its lifespan begins."""
+    metrics = Metrics()
+    metrics.build(version("capsnet"), onnxruntime.__version__)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_engine(settings) as engine:
+        async with open_engine(settings, metrics) as engine:
             decoder = Decoder(settings)
-            app.state.service = Service(settings, engine, decoder)
+            app.state.service = Service(settings, engine, decoder, metrics)
             try:
                 yield
             finally:
                 decoder.close()
 
-    app = FastAPI(
+    app = _Application(
+        settings,
+        metrics,
         title="Capsule network service",
         version=version("capsnet"),
         description="Class predictions, capsule vectors, reconstructions and perturbed reconstructions.",
@@ -34,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,  # what /docs does not list is not there
     )
     app.include_router(routes.router)
+    app.include_router(oip.router)
     problems.install(app)
     openapi.install(app)
     return app

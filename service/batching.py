@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from service.context import Stage, add_stages, begin_record
 from service.errors import InferenceFailed, Overloaded, ShuttingDown
+from service.metrics import QueueMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,10 @@ class _Item:
     inputs: Arrays
     rows: int
     answer: asyncio.Future[Arrays]
+    submitted: float  # seconds of time.perf_counter, as `started`
+    started: float = 0.0  # when its first rows left for the device
     taken: int = 0  # rows handed to the device
+    stages: list[Stage] = field(default_factory=list)  # of the batches that carried it
     parts: list[Arrays] = field(default_factory=list)  # outputs of the rows that came back, in order
 
 
@@ -50,15 +55,23 @@ class Batcher:
     """Groups waiting items into batches of at most `max_batch` rows and runs them on a thread of its own.
 
     `run` maps input arrays of B rows to output arrays of B rows. It must be safe to call from another
-    thread; inputs are validated before they get here, so that no item can spoil its neighbours.
+    thread; inputs are validated before they get here, so that no item can spoil its neighbours. The
+    stages that `run` measures are added to the record of every request in the batch.
     Belongs to the event loop it was made on.
     """
 
     def __init__(
-        self, name: str, run: Callable[[Arrays], Arrays], *, max_batch: int, queue_length: int
+        self,
+        name: str,
+        run: Callable[[Arrays], Arrays],
+        *,
+        max_batch: int,
+        queue_length: int,
+        metrics: QueueMetrics,
     ) -> None:
         self.name = name
         self._run = run
+        self._metrics = metrics
         self._max_batch = max_batch
         self._queue_length = queue_length
         self._loop = asyncio.get_running_loop()
@@ -88,7 +101,7 @@ class Batcher:
             ShuttingDown: the batcher is closed, or closed before the item's turn came.
             InferenceFailed: the batch that carried the item failed.
         """
-        item = _Item(inputs, len(inputs[0]), self._loop.create_future())
+        item = _Item(inputs, len(inputs[0]), self._loop.create_future(), time.perf_counter())
         with self._changed:
             if self._closing:
                 raise ShuttingDown(f"{self.name} takes no more work")
@@ -99,12 +112,15 @@ class Batcher:
                 )
             self._waiting.append(item)
             self._depth += self._weight(item)
+            self._metrics.depth.set(self._depth)
             self._changed.notify()
         try:
             return await item.answer
         finally:
             if item.taken < item.rows:  # the caller left, or an earlier part failed
                 self._withdraw(item)
+            if item.taken:
+                add_stages((Stage("queue", item.submitted, item.started), *item.stages))
 
     async def close(self, limit: float) -> None:
         """Refuse new items, finish those that wait within `limit` seconds, and fail the rest.
@@ -121,6 +137,7 @@ class Batcher:
             left = {*self._waiting, *(part.item for part in self._running)}
             self._waiting.clear()
             self._depth = 0
+            self._metrics.depth.set(0)
         for item in left:
             if not item.answer.done():
                 item.answer.set_exception(ShuttingDown(f"{self.name} closed before this request's turn"))
@@ -129,6 +146,7 @@ class Batcher:
         with self._changed, contextlib.suppress(ValueError):  # not there: every row is with the device
             self._waiting.remove(item)
             self._depth -= self._weight(item)
+            self._metrics.depth.set(self._depth)
 
     def _weight(self, item: _Item) -> int:
         return min(item.rows - item.taken, self._max_batch)
@@ -138,12 +156,15 @@ class Batcher:
     def _work(self) -> None:
         while batch := self._take():
             started = time.perf_counter()
+            stages = begin_record()
             try:
                 outputs = self._run(_gather(batch))
             except Exception:
                 logger.exception("%s: a batch of %d items failed", self.name, len(batch))
+                self._metrics.failures.inc()
                 outputs = None
-            self._call_loop(self._deliver, batch, outputs, time.perf_counter() - started)
+            self._call_loop(self._deliver, batch, outputs, stages, time.perf_counter() - started)
+            self._observe(batch, stages)
         self._call_loop(self._stopped.set)
 
     def _take(self) -> list[_Slice]:
@@ -153,8 +174,10 @@ class Batcher:
         with self._changed:
             while not self._waiting and not self._closing:
                 self._changed.wait()
+            now = time.perf_counter()
             while self._waiting and room:
                 item = self._waiting.popleft()
+                item.started = item.started or now
                 self._depth -= self._weight(item)
                 part = _Slice(item, item.taken, min(item.rows, item.taken + room))
                 item.taken = part.stop
@@ -167,14 +190,23 @@ class Batcher:
                     else:
                         self._waiting.appendleft(item)
             self._running = batch
+            self._metrics.depth.set(self._depth)
         return batch
+
+    def _observe(self, batch: list[_Slice], stages: list[Stage]) -> None:
+        for item, start, _ in batch:
+            if start == 0:
+                self._metrics.seconds.observe(item.started - item.submitted)
+        self._metrics.batch(sum(part.stop - part.start for part in batch), stages)
 
     def _call_loop(self, function: Callable[..., None], *arguments: object) -> None:
         # Closed only after `close()` gave up on this run: nobody is left to hear of it.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _deliver(self, batch: list[_Slice], outputs: Arrays | None, seconds: float) -> None:
+    def _deliver(
+        self, batch: list[_Slice], outputs: Arrays | None, stages: list[Stage], seconds: float
+    ) -> None:
         """Scatter a batch's outputs by row, on the event loop."""
         rows = sum(part.stop - part.start for part in batch)
         self._seconds_per_row += 0.2 * (seconds / rows - self._seconds_per_row)
@@ -186,6 +218,7 @@ class Batcher:
             if outputs is None:
                 item.answer.set_exception(InferenceFailed(f"the batch in {self.name} failed; see the log"))
                 continue
+            item.stages += stages
             item.parts.append(tuple(output[first:offset] for output in outputs))
             if stop == item.rows:
                 item.answer.set_result(_join(item.parts))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
+from service.context import measured
 from service.errors import Overloaded, RequestError, TooLarge
 from service.images import Pixels, Preprocess, open_image, prepare
 from service.manifest import ImageSpec
@@ -41,6 +42,12 @@ class Decoder:
                 received=str(len(images)),
                 expected=f"at most {self._settings.max_images} images",
             )
+        with measured("image_decode"):
+            return await self._decode_anywhere(images, spec, preprocess)
+
+    async def _decode_anywhere(
+        self, images: Sequence[bytes], spec: ImageSpec, preprocess: Preprocess
+    ) -> Pixels:
         if len(images) == 1 and len(images[0]) <= _SMALL_BYTES:
             opened = open_image(images[0], self._settings.max_pixels)
             if opened.width * opened.height <= _SMALL_PIXELS:

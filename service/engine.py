@@ -8,14 +8,17 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.batching import Arrays, Batcher
+from service.context import measured
 from service.errors import StartError, UnknownModel
 from service.manifest import MANIFEST_FILE, Manifest, read_manifest
+from service.metrics import Metrics
 from service.sessions import Session, UsedDevice, open_session, resolve_device, warm_up
 from service.settings import Device, Settings
 from service.tweaks import sweep_capsules
@@ -47,19 +50,27 @@ class Graphs:
     def predict(self, inputs: Arrays) -> Arrays:
         """Images (B, H, W[, 3]) to the arrays of `Predictions`, in its order.
 
+        The second input (B,) says whose reconstruction anybody will look at; if nobody's, they are zero.
+
         Decoding the longest capsule costs a hundredth of the encoding and would cost more as a
         separate step with a queue of its own.
         """
-        (images,) = inputs
-        capsules, lengths = self.encoder.run(images)
+        images, drawn = inputs
+        with measured("encoder"):
+            capsules, lengths = self.encoder.run(images)
         index = lengths.argmax(axis=1)
-        (reconstructions,) = self.decoder.run(capsules, index)
+        if not drawn.any():
+            nothing = np.zeros(images.shape, np.float32)
+            return capsules, lengths, index, nothing, np.zeros(len(images), np.float32)
+        with measured("decoder"):
+            (reconstructions,) = self.decoder.run(capsules, index)
         differences = (reconstructions - images / np.float32(255)).reshape(len(images), -1)
         return capsules, lengths, index, reconstructions, np.einsum("bp,bp->b", differences, differences)
 
     def decode(self, inputs: Arrays) -> Arrays:
         """Capsules (B, classes, dimensions) and targets (B,) to reconstructions (B, H, W[, 3])."""
-        return self.decoder.run(*inputs)
+        with measured("decoder"):
+            return self.decoder.run(*inputs)
 
 
 def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
@@ -82,28 +93,39 @@ def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
 class Model:
     """One served version of a model. Belongs to the event loop it was made on."""
 
-    def __init__(self, graphs: Graphs, settings: Settings) -> None:
+    def __init__(self, graphs: Graphs, settings: Settings, metrics: Metrics) -> None:
         self.manifest = graphs.manifest
         self.device: UsedDevice = graphs.encoder.device
         self.threads = graphs.encoder.threads
-        name = f"{self.manifest.name}/{self.manifest.version}"
+        served = self.manifest.name, self.manifest.version
+        name = "/".join(served)
+        self._state = partial(metrics.model, *served, self.device, self.threads)
         self._encoder = Batcher(
             f"{name} encoder",
             graphs.predict,
             max_batch=settings.max_batch,
             queue_length=settings.queue_length,
+            metrics=metrics.queue(*served, "encoder"),
         )
         self._decoder = Batcher(
             f"{name} decoder",
             graphs.decode,
             max_batch=settings.max_decoder_batch,
             queue_length=settings.decoder_queue_length,
+            metrics=metrics.queue(*served, "decoder"),
         )
+        self._state(served=True)
 
     async def predict(self, images: NDArray[np.uint8]) -> Predictions:
         """Classify images (N, H, W[, 3]) and reconstruct each from its longest capsule."""
         _require(images, np.uint8, self.manifest.image_shape)
-        return Predictions(*await self._encoder.submit(images))
+        return Predictions(*await self._encoder.submit(images, np.ones(len(images), np.bool_)))
+
+    async def encode(self, images: NDArray[np.uint8]) -> tuple[Float, Float]:
+        """Capsules (N, classes, dimensions) of images (N, H, W[, 3]), and their lengths (N, classes)."""
+        _require(images, np.uint8, self.manifest.image_shape)
+        capsules, lengths, *_ = await self._encoder.submit(images, np.zeros(len(images), np.bool_))
+        return capsules, lengths
 
     async def reconstruct(self, capsules: Float, target: NDArray[np.int64]) -> Float:
         """Draw (N, H, W[, 3]) in [0, 1] from the `target` (N,) capsule of each `capsules` (N, C, D)."""
@@ -128,6 +150,7 @@ class Model:
 
     async def close(self, limit: float) -> None:
         """Finish what waits within `limit` seconds, then fail the rest."""
+        self._state(served=False)
         await asyncio.gather(self._encoder.close(limit), self._decoder.close(limit))
 
 
@@ -208,7 +231,7 @@ def model_folders(models: Path) -> list[Path]:
 
 
 @asynccontextmanager
-async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
+async def open_engine(settings: Settings, metrics: Metrics) -> AsyncIterator[Engine]:
     """Start in order: manifests verified, sessions opened, warm-up run, then ready.
 
     Raises:
@@ -216,7 +239,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
     """
     device = resolve_device(settings.device)
     loaded = [load_graphs(folder, settings, device) for folder in model_folders(settings.models)]
-    engine = Engine([Model(graphs, settings) for graphs in loaded], settings.default_model)
+    engine = Engine([Model(graphs, settings, metrics) for graphs in loaded], settings.default_model)
     for model in engine:
         logger.info(
             "%s/%s is ready on %s, %d CPU threads",

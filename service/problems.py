@@ -1,4 +1,7 @@
-"""Every error as `application/problem+json` (RFC 9457): the one place where errors become HTTP."""
+"""Every error as `application/problem+json` (RFC 9457): the one place where errors become HTTP.
+
+Below /v2 it is the Open Inference Protocol's error object instead.
+"""
 
 import logging
 from http import HTTPStatus
@@ -7,7 +10,9 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from service.errors import RequestError, UnableToAnswer
+from service.context import request_id
+from service.errors import InvalidInput, RequestError, UnableToAnswer
+from service.oip_schemas import ProtocolError
 from service.schemas import Problem
 
 logger = logging.getLogger(__name__)
@@ -28,7 +33,7 @@ def install(app: FastAPI) -> None:
     app.exception_handler(Exception)(_unexpected)
 
 
-async def _request_error(_: Request, error: RequestError) -> Response:
+async def _request_error(request: Request, error: RequestError) -> Response:
     if isinstance(error, UnableToAnswer):
         logger.warning("%s: %s", error.title, error.detail)
     problem = Problem(
@@ -39,7 +44,7 @@ async def _request_error(_: Request, error: RequestError) -> Response:
         received=error.received,
         expected=error.expected,
     )
-    return _respond(problem, error.headers)
+    return _respond(request, problem, error.headers)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
@@ -54,14 +59,14 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
         received=f"{request.method} {request.url.path[:200]}",
         expected=headers.get("Allow") or "a path that /docs lists",
     )
-    return _respond(problem, headers)
+    return _respond(request, problem, headers)
 
 
 async def _nobody_there(_: Request, __: Exception) -> Response:
     return Response(status_code=499)  # nginx's code for it; nobody receives it, logs and metrics do
 
 
-async def _unexpected(_: Request, __: Exception) -> Response:
+async def _unexpected(request: Request, _: Exception) -> Response:
     """A fault of ours. The server logs the stack; the caller sees neither it nor any path."""
     problem = Problem(
         type=_urn("internal-error"),
@@ -69,13 +74,25 @@ async def _unexpected(_: Request, __: Exception) -> Response:
         status=500,
         detail="The service failed; its log says why.",
     )
-    return _respond(problem, {})
+    return _respond(request, problem, {})
 
 
 def _urn(slug: str) -> str:
     return f"urn:capsnet:problem:{slug}"
 
 
-def _respond(problem: Problem, headers: dict[str, str]) -> Response:
+def _respond(request: Request, problem: Problem, headers: dict[str, str]) -> Response:
+    if request.url.path == "/v2" or request.url.path.startswith("/v2/"):
+        return _protocol_error(problem, headers)
+    problem.request_id = request_id.get() or None
     body = problem.model_dump_json(exclude_none=True)
     return Response(body, problem.status, headers, PROBLEM_MEDIA_TYPE)
+
+
+def _protocol_error(problem: Problem, headers: dict[str, str]) -> Response:
+    """The protocol knows one field and, for every request that is at fault itself, the status 400."""
+    text = problem.detail
+    if problem.received and problem.expected:
+        text = f"{text.rstrip('.')}: received {problem.received}, expected {problem.expected}"
+    status = HTTPStatus.BAD_REQUEST if problem.status == InvalidInput.status else problem.status
+    return Response(ProtocolError(error=text).model_dump_json(), status, headers, "application/json")

@@ -2,9 +2,9 @@
 
 import asyncio
 import io
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -27,12 +27,11 @@ from service.bodies import (
     parse_query,
     read_body,
 )
-from service.decoding import Decoder
-from service.engine import Engine, Float, Model, Predictions
-from service.errors import InvalidInput, ShuttingDown, TimedOut
+from service.engine import Float, Model, Predictions
+from service.errors import InvalidInput, ShuttingDown
 from service.figures import sweep_figure
+from service.handling import Service, answer_in_time, service_of
 from service.images import FORMATS, Pixels, data_url, decode_base64, encode_png, read_npy, to_uint8
-from service.problems import ClientGone
 from service.schemas import (
     LiveAnswer,
     ModelsAnswer,
@@ -57,19 +56,6 @@ from service.tweaks import apply_tweaks, default_deltas
 router = APIRouter()
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the routes stand on, kept in the application's state."""
-
-    settings: Settings
-    engine: Engine
-    decoder: Decoder
-
-
-def _service(request: Request) -> Service:
-    return cast("Service", request.app.state.service)
 
 
 # The routes of the hot path take the plain request and return bytes: FastAPI's own validation and
@@ -103,7 +89,7 @@ async def predict(request: Request) -> Response:
     `index`, `reconstruction_error` and `in_distribution`, and where asked for `reconstructions` and
     `images`.
     """
-    service = _service(request)
+    service = service_of(request)
     query = parse_query(PredictQuery, request)
     answer = accepted(request, PREDICT_ANSWERS)
     kind = media_type(request, PREDICT_BODIES)
@@ -119,7 +105,7 @@ async def predict(request: Request) -> Response:
         predictions = await model.predict(images)
         return await _encode(len(images), _predict_answer, answer, model, query, images, predictions)
 
-    return await _answer(request, work())
+    return await answer_in_time(request, work())
 
 
 async def _predict_images(request: Request, kind: str, body: bytes, settings: Settings) -> list[bytes]:
@@ -198,7 +184,7 @@ async def reconstruct(request: Request) -> Response:
 
     `Accept: image/png` answers with the picture itself.
     """
-    service = _service(request)
+    service = service_of(request)
     query = parse_query(ReconstructQuery, request)
     answer = accepted(request, RECONSTRUCT_ANSWERS)
     kind = media_type(request, RECONSTRUCT_BODIES)
@@ -227,7 +213,7 @@ async def reconstruct(request: Request) -> Response:
             document["pixels"] = drawn[0]
         return _json(document)
 
-    return await _answer(request, work())
+    return await answer_in_time(request, work())
 
 
 SWEEP_ANSWERS = (JSON, NPZ, PNG)
@@ -252,7 +238,7 @@ async def sweep(request: Request) -> Response:
     `Accept: image/png` answers with the labelled grid; `application/x-npz` with `reconstructions`,
     float32 (dimensions, deltas, H, W[, 3]), `dimensions`, `deltas` and `capsule`.
     """
-    service = _service(request)
+    service = service_of(request)
     query = parse_query(SweepQuery, request)
     answer = accepted(request, SWEEP_ANSWERS)
     kind = media_type(request, RECONSTRUCT_BODIES)
@@ -275,7 +261,7 @@ async def sweep(request: Request) -> Response:
         swept = _Sweep(index, capsules[index], dimensions, deltas, drawn)
         return await _encode(len(dimensions) * len(deltas), _sweep_answer, answer, model, swept)
 
-    return await _answer(request, work())
+    return await answer_in_time(request, work())
 
 
 @dataclass(frozen=True)
@@ -408,7 +394,7 @@ def _check_dimensions(model: Model, dimensions: list[int]) -> None:
 @router.get("/models", summary="What is served")
 async def models(request: Request) -> ModelsAnswer:
     """Every served version with its manifest, newest first."""
-    engine = _service(request).engine
+    engine = service_of(request).engine
     return ModelsAnswer(
         models=[
             ServedModel(
@@ -433,7 +419,7 @@ async def live() -> LiveAnswer:
 @router.get("/readyz", summary="Whether requests should be sent here", responses=openapi.problems(503))
 async def ready(request: Request) -> ReadyAnswer:
     """Ready once every model has been warmed up on its device, until the service begins to stop."""
-    engine = _service(request).engine
+    engine = service_of(request).engine
     if not engine.ready:
         raise ShuttingDown("The service is stopping; another instance has to take new requests.")
     return ReadyAnswer(
@@ -445,35 +431,21 @@ async def ready(request: Request) -> ReadyAnswer:
     )
 
 
+@router.get(
+    "/metrics",
+    summary="Figures for Prometheus",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def metrics(request: Request) -> Response:
+    """Counts and durations since the start, in Prometheus' text form or, if accepted, OpenMetrics."""
+    body, kind = await asyncio.to_thread(
+        service_of(request).metrics.exposition, request.headers.get("accept", "")
+    )
+    return Response(body, headers={"Content-Type": kind})
+
+
 # Answers -------------------------------------------------------------------------------------------
-
-
-async def _answer(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Run `work` while the caller is there, up to the time limit."""
-    task = cast("asyncio.Task[Any]", asyncio.current_task())  # a coroutine always runs in a task
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        task.cancel()
-
-    limit = _service(request).settings.request_timeout
-    watcher = asyncio.create_task(watch())
-    try:
-        async with asyncio.timeout(limit):
-            return await work
-    except TimeoutError as error:
-        raise TimedOut(f"There was no answer within {limit:g} s.", retry_after=1) from error
-    except asyncio.CancelledError:
-        if gone:
-            task.uncancel()
-            raise ClientGone from None
-        raise
-    finally:
-        watcher.cancel()
 
 
 async def _encode(pictures: int, encode: Callable[..., Response], *arguments: object) -> Response:

@@ -279,3 +279,6 @@ class Problem(BaseModel):
     detail: str
     received: str | None = None
     expected: str | None = None
+    request_id: Annotated[
+        str | None, Field(description="As in the header X-Request-ID and in the service's log")
+    ] = None

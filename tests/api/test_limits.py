@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.batching import Arrays, Batcher
-from service.routes import Service
+from service.handling import Service
 from service.settings import Settings
 from tests.api.conftest import problem
 from tests.support.encoded import base64_text, encode, npy

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from service.batching import Arrays, Batcher
 from service.errors import InferenceFailed, Overloaded, ShuttingDown
+from service.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 
@@ -52,7 +53,13 @@ def rows(*values: int) -> NDArray[Any]:
 async def batcher(
     run: Callable[[Arrays], Arrays], max_batch: int = 4, queue_length: int = 8
 ) -> AsyncIterator[Batcher]:
-    made = Batcher("test", run, max_batch=max_batch, queue_length=queue_length)
+    made = Batcher(
+        "test",
+        run,
+        max_batch=max_batch,
+        queue_length=queue_length,
+        metrics=Metrics().queue("test", "1", "encoder"),
+    )
     try:
         async with asyncio.timeout(LIMIT) as limit:
             yield made

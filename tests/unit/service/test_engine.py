@@ -9,6 +9,7 @@ import pytest
 from service.engine import Engine, Model, load_graphs, model_folders, open_engine
 from service.errors import ShuttingDown, StartError, UnknownModel
 from service.manifest import ManifestError
+from service.metrics import Metrics
 from service.settings import Settings
 from tests.support.tiny_model import CLASSES, DIMENSIONS, band, picture, write_tiny_model
 
@@ -22,7 +23,7 @@ def settings(models: Path, **changes: object) -> Settings:
 async def test_predict(tiny_models: Path) -> None:
     """Capsules, lengths, winner, reconstruction and error are those of the bands, image by image."""
     images = np.stack([picture(3), picture(7, level=102)])
-    async with open_engine(settings(tiny_models)) as engine:
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
         found = await engine.default.predict(images)
     assert found.index.tolist() == [3, 7]
     np.testing.assert_allclose(found.lengths[1], 0.4 * np.eye(CLASSES)[7], atol=1e-3)
@@ -35,7 +36,7 @@ async def test_the_reconstruction_error_is_a_sum_over_the_scaled_image(tiny_mode
     """Twelve white pixels that no capsule draws add exactly twelve to the error."""
     image = picture(3)
     image[26, 4:16] = 255  # below every band
-    async with open_engine(settings(tiny_models)) as engine:
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
         found = await engine.default.predict(image[np.newaxis])
         inside = engine.default.in_distribution(found.errors)
     assert found.errors[0] == pytest.approx(12, abs=1e-2)
@@ -44,7 +45,7 @@ async def test_the_reconstruction_error_is_a_sum_over_the_scaled_image(tiny_mode
 
 async def test_in_distribution_is_decided_by_the_calibrated_threshold(tiny_models: Path) -> None:
     """An error up to the manifest's threshold, 4 here, is an ordinary one."""
-    async with open_engine(settings(tiny_models)) as engine:
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
         inside = engine.default.in_distribution(np.array([0, 4, 4.001], np.float32))
     assert inside.tolist() == [True, True, False]
 
@@ -54,7 +55,7 @@ async def test_reconstruct_draws_the_target_and_masks_the_others(tiny_models: Pa
     capsules = np.zeros((2, CLASSES, DIMENSIONS), np.float32)
     capsules[:, 5, 2] = 0.5
     capsules[:, 8] = 1
-    async with open_engine(settings(tiny_models)) as engine:
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
         drawn = await engine.default.reconstruct(capsules, np.array([5, 8]))
     assert drawn[0, band(5), 4:24] == pytest.approx(0.5)
     assert drawn[0].sum() == pytest.approx(0.5 * 40)
@@ -65,7 +66,7 @@ async def test_a_sweep_is_drawn_dimension_by_delta(tiny_models: Path) -> None:
     """Each picture shows its delta, in one batch of all of them."""
     capsules = np.zeros((CLASSES, DIMENSIONS), np.float32)
     capsules[4, 0] = 0.5
-    async with open_engine(settings(tiny_models)) as engine:
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
         drawn = await engine.default.sweep(capsules, 4, [0, 9, 15], [-0.25, 0, 0.25])
     assert drawn.shape == (3, 3, 28, 28)
     np.testing.assert_allclose(drawn[:, :, band(4).start, 4], [[0.25, 0.5, 0.75]] * 3, atol=1e-6)
@@ -73,7 +74,7 @@ async def test_a_sweep_is_drawn_dimension_by_delta(tiny_models: Path) -> None:
 
 async def test_a_colour_model_is_served(tiny_models: Path) -> None:
     """With three channels images and reconstructions are (H, W, 3)."""
-    async with open_engine(settings(tiny_models)) as engine:
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
         found = await engine.choose("colour").predict(picture(2, channels=3)[np.newaxis])
     assert found.index.tolist() == [2]
     assert found.reconstructions.shape == (1, 28, 28, 3)
@@ -82,7 +83,7 @@ async def test_a_colour_model_is_served(tiny_models: Path) -> None:
 
 async def test_models_are_chosen_by_name_and_version(tiny_models: Path) -> None:
     """A name means its newest version, and no name means the default model."""
-    async with open_engine(settings(tiny_models)) as engine:
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
 
         def chosen(reference: str | None) -> str:
             manifest = engine.choose(reference).manifest
@@ -102,20 +103,20 @@ async def test_the_tenth_version_is_newer_than_the_ninth(tmp_path: Path) -> None
     """Versions are numbers, not texts."""
     for version in ("9", "10"):
         write_tiny_model(tmp_path, "tiny", version)
-    async with open_engine(settings(tmp_path)) as engine:
+    async with open_engine(settings(tmp_path), Metrics()) as engine:
         assert engine.default.manifest.version == "10"
 
 
 async def test_without_a_setting_the_first_name_is_the_default(tiny_models: Path) -> None:
     """The default model does not depend on the order of a directory listing."""
-    async with open_engine(settings(tiny_models, default_model=None)) as engine:
+    async with open_engine(settings(tiny_models, default_model=None), Metrics()) as engine:
         assert engine.default.manifest.name == "colour"
 
 
 async def test_an_unknown_default_model_stops_the_start(tiny_models: Path) -> None:
     """The error names the setting and the models that there are."""
     with pytest.raises(StartError, match=r"CAPSNET_DEFAULT_MODEL is .nope.; .* colour, tiny"):
-        async with open_engine(settings(tiny_models, default_model="nope")):
+        async with open_engine(settings(tiny_models, default_model="nope"), Metrics()):
             pass
 
 
@@ -131,13 +132,13 @@ async def test_one_broken_version_stops_the_start(tiny_models: Path, tmp_path: P
     models = Path(shutil.copytree(tiny_models, tmp_path / "models"))
     (models / "tiny" / "1" / "decoder.onnx").unlink()
     with pytest.raises(ManifestError, match=r"decoder\.onnx: missing"):
-        async with open_engine(settings(models)):
+        async with open_engine(settings(models), Metrics()):
             pass
 
 
 async def test_arrays_of_another_form_never_reach_a_batch(tiny_models: Path) -> None:
     """A wrong dtype or shape is an error of its caller alone, before the queue."""
-    async with open_engine(settings(tiny_models)) as engine:
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
         for wrong in (
             np.zeros((1, 28, 28), np.float32),
             np.zeros((1, 28, 27), np.uint8),
@@ -149,7 +150,7 @@ async def test_arrays_of_another_form_never_reach_a_batch(tiny_models: Path) -> 
 
 async def test_a_closed_engine_refuses_and_is_not_ready(tiny_models: Path) -> None:
     """After its lifetime nothing runs any more."""
-    async with open_engine(settings(tiny_models)) as engine:
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
         assert engine.ready
         model = engine.default
     assert not engine.ready
@@ -160,7 +161,7 @@ async def test_a_closed_engine_refuses_and_is_not_ready(tiny_models: Path) -> No
 async def test_models_can_be_put_together_by_hand(tiny_models: Path) -> None:
     """A script can load one folder and serve it without the rest."""
     chosen = settings(tiny_models)
-    model = Model(load_graphs(tiny_models / "tiny" / "1", chosen, "cpu"), chosen)
+    model = Model(load_graphs(tiny_models / "tiny" / "1", chosen, "cpu"), chosen, Metrics())
     engine = Engine([model], None)
     assert [served.manifest.name for served in engine] == ["tiny"]
     assert (await engine.default.predict(picture(6)[np.newaxis])).index.tolist() == [6]

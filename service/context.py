@@ -1,0 +1,54 @@
+"""What is known of the request in hand: its id, and the stages that it went through.
+
+Both live in context variables, so that they follow a request through tasks, and reach log lines and
+problem documents without being passed along.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, NamedTuple
+
+StageName = Literal["image_decode", "queue", "encoder", "decoder"]
+"""Image decoding, waiting for the device, and the runs of the two graphs."""
+
+
+class Stage(NamedTuple):
+    """A part of the work on a request."""
+
+    name: StageName
+    started: float  # seconds of time.perf_counter
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.started
+
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""The id of the request in hand; empty outside of one."""
+
+_record: ContextVar[list[Stage] | None] = ContextVar("stages", default=None)
+
+
+def begin_record() -> list[Stage]:
+    """Collect the stages of this task or thread from now on in the list that is returned."""
+    stages: list[Stage] = []
+    _record.set(stages)
+    return stages
+
+
+def add_stages(stages: Iterable[Stage]) -> None:
+    """Add stages that were measured elsewhere to the current record, if there is one."""
+    record = _record.get()
+    if record is not None:
+        record.extend(stages)
+
+
+@contextmanager
+def measured(name: StageName) -> Iterator[None]:
+    """Add the body as a stage to the current record, if there is one and the body does not fail."""
+    started = time.perf_counter()
+    yield
+    add_stages((Stage(name, started, time.perf_counter()),))

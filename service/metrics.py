@@ -1,0 +1,187 @@
+"""What Prometheus may ask: every metric of the service, defined in one place.
+
+Each application has a registry of its own. Where PROMETHEUS_MULTIPROC_DIR is set before the start, as
+prometheus_client defines it, all processes that share the folder answer with the figures of all of them.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from service.context import Stage
+
+# From a lone small request on a GPU to the default time limit of a request.
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+
+_QUEUE = ("model", "version", "queue")
+
+
+class Metrics:
+    """The metrics of one application, and of the processes that share its multiprocess folder."""
+
+    def __init__(self) -> None:
+        self._multiprocess_folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "capsnet_requests",
+            "Requests by route, and by HTTP status or how else they ended.",
+            ("route", "status"),
+            registry=registry,
+        )
+        self.request_seconds = Histogram(
+            "capsnet_request_duration_seconds",
+            "From a request's head to the last byte of its answer.",
+            ("route",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "capsnet_requests_in_flight",
+            "Requests that have no answer yet.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.image_decode_seconds = Histogram(
+            "capsnet_image_decode_duration_seconds",
+            "Decoding and preprocessing all images of a request, the wait for a thread included.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._queue_seconds = Histogram(
+            "capsnet_queue_duration_seconds",
+            "From admission to the batch that takes an item's first rows.",
+            _QUEUE,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._queue_depth = Gauge(
+            "capsnet_queue_depth",
+            "Rows that wait for the device.",
+            _QUEUE,
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self._batch_rows = Histogram(
+            "capsnet_batch_size", "Rows of a batch.", _QUEUE, buckets=_ROWS, registry=registry
+        )
+        self._batch_failures = Counter(
+            "capsnet_batch_failures", "Batches that failed.", _QUEUE, registry=registry
+        )
+        self._inference_seconds = Histogram(
+            "capsnet_inference_duration_seconds",
+            "One run of a graph on one batch.",
+            ("model", "version", "queue", "graph"),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._model_info = Gauge(
+            "capsnet_model_info",
+            "1 for each model version that is served, 0 once it is retired.",
+            ("model", "version", "device", "threads"),
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self._build_info = Gauge(
+            "capsnet_build_info",
+            "1; the labels say what runs.",
+            ("version", "onnxruntime"),
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        PlatformCollector(registry)
+        if self._multiprocess_folder is None:
+            ProcessCollector(registry=registry)
+            GCCollector(registry)
+
+    def queue(self, model: str, version: str, queue: str) -> "QueueMetrics":
+        """The metrics of one batcher."""
+        return QueueMetrics(
+            seconds=self._queue_seconds.labels(model, version, queue),
+            depth=self._queue_depth.labels(model, version, queue),
+            rows=self._batch_rows.labels(model, version, queue),
+            failures=self._batch_failures.labels(model, version, queue),
+            graphs={
+                graph: self._inference_seconds.labels(model, version, queue, graph)
+                # A batch of the encoder's queue is decoded as well (decision 11).
+                for graph in (("encoder", "decoder") if queue == "encoder" else ("decoder",))
+            },
+        )
+
+    def build(self, version: str, onnxruntime: str) -> None:
+        """State what runs."""
+        self._build_info.labels(version, onnxruntime).set(1)
+
+    def model(self, model: str, version: str, device: str, threads: int, *, served: bool) -> None:
+        """State that a model version is served, or no longer is."""
+        self._model_info.labels(model, version, device, str(threads)).set(served)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """All figures in the form that an Accept header asks for, and its media type."""
+        encode, media_type = choose_encoder(accept)
+        registry = self._registry
+        if self._multiprocess_folder is not None:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, self._multiprocess_folder)  # type: ignore[no-untyped-call] # theirs
+            PlatformCollector(registry)
+            registry.register(_Workers(Path(self._multiprocess_folder)))
+        return encode(registry), media_type
+
+
+class QueueMetrics:
+    """The metrics of one batcher, looked up once: a look-up costs as much as an observation."""
+
+    def __init__(
+        self,
+        seconds: Histogram,
+        depth: Gauge,
+        rows: Histogram,
+        failures: Counter,
+        graphs: dict[str, Histogram],
+    ) -> None:
+        self.seconds = seconds
+        self.depth = depth
+        self.failures = failures
+        self._rows = rows
+        self._graphs = graphs
+
+    def batch(self, rows: int, stages: Iterable[Stage]) -> None:
+        """A batch of `rows` rows left for the device and went through these stages."""
+        self._rows.observe(rows)
+        for stage in stages:
+            if stage.name in self._graphs:
+                self._graphs[stage.name].observe(stage.seconds)
+
+
+class _Workers(Collector):
+    """Process figures of each live process that shares the multiprocess folder, by `pid`."""
+
+    def __init__(self, folder: Path) -> None:
+        # The live gauges' files are those that the supervisor removes when a process is dead.
+        self._pids = sorted({int(path.stem.rpartition("_")[2]) for path in folder.glob("gauge_live*_*.db")})
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for pid in self._pids:
+            for metric in ProcessCollector(pid=partial(int, pid), registry=None).collect():
+                family = families.setdefault(
+                    metric.name, Metric(metric.name, metric.documentation, metric.type)
+                )
+                for sample in metric.samples:
+                    family.add_sample(sample.name, {**sample.labels, "pid": str(pid)}, sample.value)
+        return iter(families.values())

@@ -1,0 +1,102 @@
+"""What is seen of every request from outside: its id, figures, `Server-Timing`, and a line in the log."""
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from urllib.parse import quote
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.context import Stage, begin_record, request_id
+from service.metrics import Metrics
+
+access_logger = logging.getLogger("service.access")
+
+# As long as any id in use, and nothing that could forge a log line or a header.
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+# The route of every path that is not there, so that callers cannot make up labels.
+_NO_ROUTE = "none"
+
+
+class Observation:
+    """ASGI middleware around the whole application.
+
+    A request keeps the X-Request-ID that it came with, if that is sane, and gets one otherwise.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, access_log: bool) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._access_log = access_log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        identity = _given_id(scope["headers"]) or secrets.token_hex(16)
+        request_id.set(identity)
+        stages = begin_record()
+        status = 0
+
+        async def observed_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                timing = _server_timing(stages, time.perf_counter() - started)
+                observed = [(b"x-request-id", identity.encode()), (b"server-timing", timing.encode())]
+                message = {**message, "headers": [*message["headers"], *observed]}
+            await send(message)
+
+        self._metrics.in_flight.inc()
+        try:
+            await self._app(scope, receive, observed_send)
+        finally:
+            self._metrics.in_flight.dec()
+            self._observe(scope, status, stages, time.perf_counter() - started)
+
+    def _observe(self, scope: Scope, status: int, stages: list[Stage], seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", _NO_ROUTE)
+        self._metrics.requests.labels(route, str(status) if status else "aborted").inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        for stage in stages:
+            if stage.name == "image_decode":
+                self._metrics.image_decode_seconds.observe(stage.seconds)
+        if self._access_log:
+            client = scope.get("client")
+            fields = {
+                "client": client[0] if client else None,
+                "method": scope["method"],
+                "path": quote(scope["path"]),  # without the query; and a path may hold line breaks
+                "route": route,
+                "status": status,
+                "seconds": round(seconds, 6),
+                "stages": {name: round(spent, 6) for name, spent in _totals(stages).items()},
+            }
+            access_logger.info(
+                "%(client)s %(method)s %(path)s %(status)d in %(seconds)s s", fields, extra={"fields": fields}
+            )
+
+
+def _given_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    for name, value in headers:
+        if name == b"x-request-id":
+            return value.decode() if _SANE_ID.fullmatch(value) else ""
+    return ""
+
+
+def _totals(stages: list[Stage]) -> dict[str, float]:
+    """Seconds in each stage; one that came several times is summed."""
+    totals: dict[str, float] = {}
+    for stage in stages:
+        totals[stage.name] = totals.get(stage.name, 0) + stage.seconds
+    return totals
+
+
+def _server_timing(stages: list[Stage], total: float) -> str:
+    """The header's value, in milliseconds, `total` up to the head of the answer."""
+    spent = {**_totals(stages), "total": total}
+    return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in spent.items())
