@@ -4,17 +4,20 @@ import asyncio
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from socket import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from pydantic import ValidationError
 
+from service import logs
 from service.app import create_app
 from service.engine import Engine
 from service.errors import StartError
+from service.handling import Service
 from service.manifest import ManifestError
 from service.settings import Settings
 
@@ -24,13 +27,20 @@ logger = logging.getLogger(__name__)
 _LAST_ANSWERS = 1.0  # seconds
 
 
+StopGrpc = Callable[[float], Coroutine[Any, Any, None]]
+"""Stops accepting at once and finishes what is in flight within so many seconds."""
+
+
 class _Server(uvicorn.Server):
     """Uvicorn, draining by our rules and ending with exit code 0."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, settings: Settings) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, settings: Settings, stop_grpc: StopGrpc | None
+    ) -> None:
         super().__init__(config)
         self._engine = engine
         self._settings = settings
+        self._stop_grpc = stop_grpc
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
@@ -47,7 +57,10 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Stop accepting, finish what is in flight; at the limit fail what still waits."""
         limit = asyncio.create_task(self._close_engine_at_limit())
-        await super().shutdown(sockets)
+        stopping = [super().shutdown(sockets)]
+        if self._stop_grpc:
+            stopping.append(self._stop_grpc(self._settings.drain_timeout + _LAST_ANSWERS))
+        await asyncio.gather(*stopping)
         limit.cancel()
 
     async def _close_engine_at_limit(self) -> None:
@@ -75,12 +88,27 @@ async def serve(settings: Settings) -> None:
         port=settings.port,
         lifespan="off",  # entered below, so that a failed start is one line and not a stack
         log_config=None,
-        access_log=settings.access_log,
+        access_log=False,  # ours has the request's id and its stages
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout + _LAST_ANSWERS),
     )
     async with app.router.lifespan_context(app):
-        await _Server(config, app.state.service.engine, settings).serve()
+        service = app.state.service
+        stop_grpc = await _start_grpc(service)
+        await _Server(config, service.engine, settings, stop_grpc).serve()
+
+
+async def _start_grpc(service: Service) -> StopGrpc | None:
+    if service.settings.grpc_port is None:
+        return None
+    try:
+        from service.oip_grpc import start_server  # noqa: PLC0415 # gRPC is an optional extra
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"CAPSNET_GRPC_PORT is set, but {error.name} is not installed; install the extra `grpc`"
+        ) from error
+    server = await start_server(service.settings, service.engine, service.metrics)
+    return server.stop  # type: ignore[no-any-return] # gRPC is published without type information
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,12 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = "".join(f"CAPSNET_{str(part).upper()}: " for part in first["loc"])
         sys.stderr.write(f"capsnet-serve: {name}{first['msg']} (received {first['input']!r})\n")
         return 2
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
-    if settings.access_log:
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    logs.configure(settings)
     try:
         with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
             runner.run(serve(settings))

@@ -25,6 +25,15 @@ class Settings(BaseSettings):
 
     host: Annotated[str, Field(min_length=1, description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 takes any free one.")] = 8000
+    grpc_port: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=65535,
+            description="Port for the Open Inference Protocol over gRPC, with the extra `grpc`; "
+            "0 takes any free one, unset: off.",
+        ),
+    ] = None
     models: Annotated[Path, Field(description="Folder that holds <name>/<version>/manifest.json.")] = Path(
         "models"
     )
@@ -89,6 +98,9 @@ class Settings(BaseSettings):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="Least severe level that is logged.")
     ] = "info"
+    log_format: Annotated[
+        Literal["console", "json"], Field(description="Lines for people, or one JSON object a line.")
+    ] = "console"
     access_log: Annotated[bool, Field(description="Log a line for every request.")] = False
 
     @model_validator(mode="after")

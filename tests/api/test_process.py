@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.support.encoded import npy, png_bomb
-from tests.support.process import LIMIT, PNG, environment, served
+from tests.support.process import IMAGE, LIMIT, PNG, environment, served
 from tests.support.tiny_model import write_tiny_model
 
 
@@ -155,3 +155,20 @@ def test_the_engine_is_plain_python() -> None:
     """From the engine down nothing knows of HTTP."""
     assert imported_by("service.engine").isdisjoint({"fastapi", "starlette", "uvicorn"})
     assert imported_by("service.decoding").isdisjoint({"fastapi", "starlette", "uvicorn"})
+
+
+def test_every_line_of_a_json_log_is_json(tiny_models: Path) -> None:
+    """From start to stop, with an access line and a refused request in between, each line is an object."""
+    with served(tiny_models, log_format="json", access_log="true") as service:
+        service.predict()
+        identity = service.client.post("/predict", content=b"x", headers=IMAGE).headers["x-request-id"]
+        with socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT) as connection:
+            connection.sendall(b"this is not HTTP\r\n\r\n")  # uvicorn itself complains of it
+            assert connection.recv(1000).startswith(b"HTTP/1.1 400")
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(LIMIT) == 0
+    entries = [json.loads(line) for line in service.log]
+    access = [entry for entry in entries if entry["logger"] == "service.access"]
+    assert [(entry["route"], entry["status"]) for entry in access] == [("/predict", 200), ("/predict", 422)]
+    assert access[1]["request_id"] == identity
+    assert "uvicorn.error" in {entry["logger"] for entry in entries}

@@ -1,0 +1,54 @@
+"""How the log is written: for people or for machines, one way for our lines and uvicorn's."""
+
+import logging
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from service.context import request_id
+from service.settings import Settings
+
+
+def configure(settings: Settings) -> None:
+    """Send all lines of this process, warnings of libraries included, to standard error in one form."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JSONFormatter() if settings.log_format == "json" else ConsoleFormatter())
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    logging.captureWarnings(True)
+    # Uvicorn's own account of its start and stop repeats ours.
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
+    if settings.access_log:
+        logging.getLogger("service.access").setLevel(logging.INFO)
+
+
+class ConsoleFormatter(logging.Formatter):
+    """`time level logger: message [request id]`, and the stack below it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 # logging's name
+        line = super().formatMessage(record)
+        identity = request_id.get()
+        return f"{line} [{identity}]" if identity else line
+
+
+class JSONFormatter(logging.Formatter):
+    """One JSON object a line: `time` (UTC), `level`, `logger`, `message`, and where there are some
+    `request_id`, `exception` and the record's `fields`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if identity := request_id.get():
+            entry["request_id"] = identity
+        entry |= getattr(record, "fields", {})
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(entry, default=repr).decode()
