@@ -95,6 +95,9 @@ class Measured(_Record):
     test_mistakes: Annotated[int, Field(ge=0)]
     parity_error: Annotated[float, Field(ge=0)]
     """Largest absolute difference between ONNX Runtime and PyTorch over all outputs."""
+    beyond_threshold: dict[str, Annotated[float, Field(ge=0, le=100)]] = {}
+    """Share of pictures, in per cent, beyond the calibrated threshold: of `test` images, wrongly; of
+    pictures that are of no class, by their kind, rightly."""
 
     @property
     def test_error(self) -> float:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from training.data import Dataset, Split, hold_out
 from training.evaluate import Evaluation, evaluate
 from training.model import CapsNet, Encoder, length
 from training.model_card import model_card
+from training.outliers import outliers
 from training.predictor import OnnxPredictor, Predictor, TorchPredictor
 from training.train import precision
 
@@ -45,6 +46,8 @@ PARITY_TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and PyTorch that an exported model may show, in any output."""
 CALIBRATION_IMAGES = 5000
 CALIBRATION_QUANTILE = 0.95
+OUTLIERS = 500
+"""Pictures of each kind that is of no class."""
 
 
 class ExportError(Exception):
@@ -185,7 +188,18 @@ def _fill(
                 source="held-out" if len(held_out) else "training",
             ),
             "measured": Measured(
-                test_images=result.images, test_mistakes=result.mistakes, parity_error=parity
+                test_images=result.images,
+                test_mistakes=result.mistakes,
+                parity_error=parity,
+                beyond_threshold={
+                    "test": beyond(result, threshold),
+                    **{
+                        kind: beyond(
+                            evaluate(exported, replace(test, images=images, labels=labels)), threshold
+                        )
+                        for kind, images, labels in strangers(test)
+                    },
+                },
             ),
         }
     )
@@ -199,6 +213,19 @@ def _fill(
 def quantile(evaluation: Evaluation, share: float) -> float:
     """Reconstruction error below which `share` of the images lie."""
     return float(np.quantile(evaluation.reconstruction_errors, share))
+
+
+def beyond(evaluation: Evaluation, threshold: float) -> float:
+    """Share of images whose reconstruction error is above `threshold`, in per cent."""
+    return 100 * float((evaluation.reconstruction_errors > threshold).mean())
+
+
+def strangers(dataset: Dataset) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Kinds of pictures that are of no class: name, images like those of `dataset`, labels of no meaning."""
+    light = image_spec(dataset).polarity == "light_on_dark"
+    for kind, pictures in outliers(tuple(dataset.images.shape[1:]), OUTLIERS).items():
+        images = torch.from_numpy(pictures if light else 255 - pictures)
+        yield kind, images, torch.zeros(len(images), dtype=torch.int64)
 
 
 def image_spec(dataset: Dataset) -> ImageSpec:

@@ -25,6 +25,13 @@ comes from {calibration_source}.
 
 {classes_table}
 
+## What it takes for one of its own
+
+A picture is flagged as not in distribution if its reconstruction error is beyond the threshold. Of the test
+images few should be; of pictures that are of no class, drawn by chance (`training/outliers.py`), many:
+
+{detection}
+
 ## How it was made
 
 {recipe}
@@ -49,7 +56,6 @@ CALIBRATION_SOURCES = {
 def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test: Evaluation) -> str:
     """Markdown, made from the manifest, the settings of the run, and the result on the test images."""
     measured, calibration, made = manifest.measured, manifest.calibration, manifest.provenance
-    beyond = 100 * float((test.reconstruction_errors > calibration.threshold).mean())
     wrong = test.labels != test.predictions
     return TEMPLATE.format(
         name=manifest.name,
@@ -74,8 +80,11 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                     f"threshold below which {calibration.quantile:.0%} of {calibration.images} images lie",
                     f"{calibration.threshold:.2f}",
                 ),
-                ("test images beyond the threshold", f"{beyond:.2f} %"),
             ],
+        ),
+        detection=_table(
+            ("pictures", "flagged"),
+            [(kind, f"{share:.1f} %") for kind, share in measured.beyond_threshold.items()],
         ),
         classes_table=_table(
             ("class", "test images", "mistakes"),

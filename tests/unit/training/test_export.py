@@ -72,6 +72,9 @@ def test_export(exported: Name, load_split: Load) -> None:
     assert manifest.calibration.source == "held-out"
     assert manifest.calibration.threshold > 0
     assert manifest.provenance.dataset_checksums == {"train": "train shapes", "test": "test shapes"}
+    assert set(manifest.measured.beyond_threshold) == {"test", "noise", "blank pages", "letters", "garments"}
+    flagged = result.reconstruction_errors > manifest.calibration.threshold
+    assert manifest.measured.beyond_threshold["test"] == pytest.approx(100 * flagged.mean())
     card = (exported.folder / "MODEL_CARD.md").read_text()
     assert f"({manifest.measured.test_mistakes} of 66)" in card
     assert list(exported.root.iterdir()) == [exported.root / "shapes"], "the workshop is cleared away"
