@@ -23,7 +23,7 @@ export ORT_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help serve test test-container check lint types imports audit format train evaluate export visualize \
-	image constraints clean
+	image constraints proto clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  make %-40s %s\n", $$1, $$2 }' Makefile
@@ -96,6 +96,13 @@ constraints: ## renew every pin in constraints.txt; needs Python 3.11
 	} >build/constraints.txt
 	build/constraints/bin/python -m pip install --dry-run --quiet --constraint build/constraints.txt '.[gpu]'
 	mv build/constraints.txt constraints.txt && rm -rf build/constraints
+
+# protoc comes with grpcio-tools, which nothing else here needs; its version decides the least protobuf.
+proto: $(PY) ## write service/oip_pb2.py from service/oip.proto
+	rm -rf build/proto && $(PY) -m pip install --quiet --target build/proto \
+		"grpcio-tools==$$(sed -n 's/^grpcio==//p' constraints.txt)" --constraint constraints.txt
+	PYTHONPATH=build/proto $(PY) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. service/oip.proto
+	rm -rf build/proto
 
 clean: ## remove environments and caches; keeps data/, models/ and runs/
 	rm -rf .venv .venv-gpu build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage

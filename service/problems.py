@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from service.context import request_id
 from service.errors import InvalidInput, RequestError, UnableToAnswer
 from service.oip_schemas import ProtocolError
+from service.protocol import error_text
 from service.schemas import Problem
 
 logger = logging.getLogger(__name__)
@@ -26,14 +27,15 @@ class ClientGone(Exception):
 
 def install(app: FastAPI) -> None:
     """Answer every error with a problem document."""
-    app.exception_handler(RequestError)(_request_error)
+    app.exception_handler(RequestError)(request_error)
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(ClientGone)(_nobody_there)
     app.exception_handler(ClientDisconnect)(_nobody_there)
     app.exception_handler(Exception)(_unexpected)
 
 
-async def _request_error(request: Request, error: RequestError) -> Response:
+async def request_error(request: Request, error: RequestError) -> Response:
+    """The answer to a request that gets no result."""
     if isinstance(error, UnableToAnswer):
         logger.warning("%s: %s", error.title, error.detail)
     problem = Problem(
@@ -91,8 +93,6 @@ def _respond(request: Request, problem: Problem, headers: dict[str, str]) -> Res
 
 def _protocol_error(problem: Problem, headers: dict[str, str]) -> Response:
     """The protocol knows one field and, for every request that is at fault itself, the status 400."""
-    text = problem.detail
-    if problem.received and problem.expected:
-        text = f"{text.rstrip('.')}: received {problem.received}, expected {problem.expected}"
+    text = error_text(problem.detail, problem.received, problem.expected)
     status = HTTPStatus.BAD_REQUEST if problem.status == InvalidInput.status else problem.status
     return Response(ProtocolError(error=text).model_dump_json(), status, headers, "application/json")

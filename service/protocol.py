@@ -137,6 +137,13 @@ def check_parameters(tensor: str, parameters: Collection[str]) -> None:
             )
 
 
+def error_text(detail: str, received: str | None, expected: str | None) -> str:
+    """An error in one line, as the protocol has it."""
+    if not (received and expected):
+        return detail
+    return f"{detail.rstrip('.')}: received {received}, expected {expected}"
+
+
 async def infer(graph: ServedGraph, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Run a graph in its model's own queue; all outputs by name, N rows each.
 

@@ -1,0 +1,250 @@
+"""The Open Inference Protocol v2 over gRPC, with the event loop, engine, queues and metrics of HTTP.
+
+Needs the extra `grpc`. The messages are those of `oip.proto`. See docs/decisions/0015.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from service import oip_pb2 as pb
+from service import protocol
+from service.context import begin_record, request_id
+from service.engine import Engine
+from service.errors import (
+    CallerError,
+    InferenceFailed,
+    InvalidInput,
+    RequestError,
+    StartError,
+    TimedOut,
+    TooLarge,
+    UnableToAnswer,
+    UnknownModel,
+)
+from service.metrics import Metrics
+from service.protocol import ServedGraph
+from service.settings import Settings
+from service.tensors import Array, check_tensor, from_bytes, from_values, to_bytes
+
+logger = logging.getLogger(__name__)
+
+SERVICE = "inference.GRPCInferenceService"
+
+# The field of InferTensorContents that carries each datatype that a model may have.
+_CONTENTS = {"UINT8": "uint_contents", "INT64": "int64_contents", "FP32": "fp32_contents"}
+
+# The first that fits.
+_CODES: tuple[tuple[type[RequestError], grpc.StatusCode], ...] = (
+    (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    (TooLarge, grpc.StatusCode.RESOURCE_EXHAUSTED),  # what gRPC itself says of a message over its limit
+    (CallerError, grpc.StatusCode.INVALID_ARGUMENT),
+    (TimedOut, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (InferenceFailed, grpc.StatusCode.INTERNAL),
+    (UnableToAnswer, grpc.StatusCode.UNAVAILABLE),
+)
+
+# Checking typed contents of more bytes than this would hold up the event loop.
+_SMALL_CONTENTS = 32 * 1024
+
+Handler = Callable[[Any], Awaitable[Message]]
+Context = grpc.aio.ServicerContext
+
+
+async def start_server(settings: Settings, engine: Engine, metrics: Metrics) -> grpc.aio.Server:
+    """Serve on CAPSNET_GRPC_PORT of CAPSNET_HOST until `stop` is called.
+
+    Raises:
+        StartError: the address cannot be taken.
+    """
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", settings.max_body),
+            ("grpc.max_send_message_length", -1),  # as long as the rows that were admitted make it
+            ("grpc.so_reuseport", 0),  # a port that is taken is an error, not shared
+        ]
+    )
+    server.add_generic_rpc_handlers((_Inference(settings, engine, metrics).handlers(),))
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    try:
+        port = server.add_insecure_port(f"{host}:{settings.grpc_port}")
+    except RuntimeError as error:
+        raise StartError(
+            f"CAPSNET_GRPC_PORT: {host}:{settings.grpc_port} cannot be taken: {error}"
+        ) from error
+    await server.start()
+    logger.info("serving the Open Inference Protocol over gRPC on %s:%d", host, port)
+    return server
+
+
+class _Inference:
+    """The service's methods."""
+
+    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._metrics = metrics
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        methods: dict[str, tuple[Handler, type[Message]]] = {
+            "ServerLive": (self._server_live, pb.ServerLiveRequest),
+            "ServerReady": (self._server_ready, pb.ServerReadyRequest),
+            "ModelReady": (self._model_ready, pb.ModelReadyRequest),
+            "ServerMetadata": (self._server_metadata, pb.ServerMetadataRequest),
+            "ModelMetadata": (self._model_metadata, pb.ModelMetadataRequest),
+            "ModelInfer": (self._model_infer, pb.ModelInferRequest),
+        }
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                name: grpc.unary_unary_rpc_method_handler(
+                    self._observed(f"/{SERVICE}/{name}", handler),
+                    request_deserializer=message.FromString,
+                    response_serializer=_serialize,
+                )
+                for name, (handler, message) in methods.items()
+            },
+        )
+
+    def _observed(self, route: str, handler: Handler) -> Callable[[Any, Context], Awaitable[Message]]:
+        """Count and time a method, and end it with a status where it fails."""
+
+        async def observed(request: Any, context: Context) -> Message:
+            started = time.perf_counter()
+            request_id.set(secrets.token_hex(16))
+            begin_record()
+            status = "aborted"  # the caller left
+            self._metrics.in_flight.inc()
+            try:
+                try:
+                    answer = await self._in_time(handler(request))
+                    status = grpc.StatusCode.OK.name
+                    return answer
+                except Exception as error:
+                    code, text, trailer = _explain(error)
+                    status = code.name
+                    await context.abort(code, text, trailer)
+                    raise  # not reached: abort raises
+            finally:
+                self._metrics.in_flight.dec()
+                self._metrics.requests.labels(route, status).inc()
+                self._metrics.request_seconds.labels(route).observe(time.perf_counter() - started)
+
+        return observed
+
+    async def _in_time(self, answer: Awaitable[Message]) -> Message:
+        limit = self._settings.request_timeout
+        try:
+            async with asyncio.timeout(limit):
+                return await answer
+        except TimeoutError as error:
+            raise TimedOut(f"There was no answer within {limit:g} s.") from error
+
+    async def _server_live(self, _: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    async def _server_ready(self, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=self._engine.ready)
+
+    async def _model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
+        protocol.find_graph(self._engine, request.name, request.version)
+        return pb.ModelReadyResponse(ready=self._engine.ready)
+
+    async def _server_metadata(self, _: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(name=protocol.SERVER_NAME, version=protocol.SERVER_VERSION)
+
+    async def _model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
+        graph = protocol.find_graph(self._engine, request.name, request.version)
+        inputs, outputs = (
+            [
+                pb.ModelMetadataResponse.TensorMetadata(
+                    name=spec.name, datatype=spec.datatype, shape=spec.shape
+                )
+                for spec in specs
+            ]
+            for specs in (graph.inputs, graph.outputs)
+        )
+        return pb.ModelMetadataResponse(
+            name=graph.name,
+            versions=graph.versions,
+            platform=protocol.PLATFORM,
+            inputs=inputs,
+            outputs=outputs,
+        )
+
+    async def _model_infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+        graph = protocol.find_graph(self._engine, request.model_name, request.model_version)
+        arguments = graph, request, self._settings.max_images
+        if request.raw_input_contents or request.ByteSize() <= _SMALL_CONTENTS:
+            inputs = _inputs(*arguments)
+        else:
+            inputs = await asyncio.to_thread(_inputs, *arguments)
+        for output in request.outputs:
+            protocol.check_parameters(output.name, output.parameters)
+        wanted = protocol.find_outputs(graph, [output.name for output in request.outputs])
+        results = await protocol.infer(graph, inputs)
+        return pb.ModelInferResponse(
+            model_name=graph.name,
+            model_version=graph.version,
+            id=request.id,
+            outputs=[
+                pb.ModelInferResponse.InferOutputTensor(
+                    name=spec.name, datatype=spec.datatype, shape=results[spec.name].shape
+                )
+                for spec in wanted
+            ],
+            raw_output_contents=[to_bytes(results[spec.name]) for spec in wanted],
+        )
+
+
+def _serialize(message: Message) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def _inputs(graph: ServedGraph, request: pb.ModelInferRequest, max_rows: int) -> dict[str, Array]:
+    """The input tensors by name, known to be what the graph takes."""
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InvalidInput(
+            "The raw contents do not match the inputs.",
+            received=f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs",
+            expected="one for each input, or none at all",
+        )
+    specs = protocol.find_inputs(graph, [given.name for given in request.inputs])
+    inputs = {}
+    for position, (spec, given) in enumerate(zip(specs, request.inputs, strict=True)):
+        protocol.check_parameters(given.name, given.parameters)
+        shape = check_tensor(spec, given.datatype, given.shape, max_rows)
+        if not raw:
+            inputs[spec.name] = from_values(spec, shape, getattr(given.contents, _CONTENTS[spec.datatype]))
+        elif not given.HasField("contents"):
+            inputs[spec.name] = from_bytes(spec, shape, raw[position])
+        else:
+            raise InvalidInput(
+                f"The tensor {given.name!r} is given twice.",
+                received="contents and raw_input_contents",
+                expected="one of them",
+            )
+    return inputs
+
+
+def _explain(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """Status, words and trailing metadata for an error."""
+    if not isinstance(error, RequestError):
+        logger.exception("a gRPC method failed", exc_info=error)
+        return grpc.StatusCode.INTERNAL, "The service failed; its log says why.", ()
+    code = next(code for kind, code in _CODES if isinstance(error, kind))
+    text = protocol.error_text(error.detail, error.received, error.expected)
+    if isinstance(error, UnableToAnswer):
+        logger.warning("%s: %s", error.title, error.detail)
+        if error.retry_after is not None:
+            # How a gRPC server says when to try again (gRFC A6); in milliseconds.
+            return code, text, (("grpc-retry-pushback-ms", str(1000 * error.retry_after)),)
+    return code, text, ()

@@ -1,0 +1,253 @@
+"""A stock client of the Open Inference Protocol over gRPC, against the real process."""
+
+import asyncio
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tritonclient import grpc as sync
+from tritonclient.grpc import aio, service_pb2
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from tests.support.process import LIMIT, Served, environment, served
+from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, band, picture
+
+
+def address(process: Served) -> str:
+    for line in process.log:
+        if found := re.search(r"over gRPC on (127\.0\.0\.1:\d+)", line):
+            return found[1]
+    raise AssertionError("no gRPC server was started:\n" + "".join(process.log))
+
+
+@pytest.fixture(scope="module")
+def process(tiny_models: Path) -> Iterator[Served]:
+    with served(tiny_models, grpc_port="0", max_images="64") as started:
+        yield started
+
+
+@pytest.fixture
+def client(process: Served) -> Iterator[sync.InferenceServerClient]:
+    with sync.InferenceServerClient(address(process)) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def async_client(process: Served) -> AsyncIterator[aio.InferenceServerClient]:
+    async with aio.InferenceServerClient(address(process)) as opened:
+        yield opened
+
+
+def tensor(name: str, array: NDArray[Any]) -> sync.InferInput:
+    given = sync.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+    given.set_data_from_numpy(array)
+    return given
+
+
+def capsules_of(*classes: int) -> NDArray[np.float32]:
+    """Capsule sets (N, classes, dimensions) that the tiny decoder draws as full bands."""
+    capsules = np.zeros((len(classes), CLASSES, DIMENSIONS), np.float32)
+    capsules[range(len(classes)), classes, 0] = 1
+    return capsules
+
+
+def test_the_server_and_its_models_introduce_themselves(client: sync.InferenceServerClient) -> None:
+    """Health, readiness and metadata say the same as over HTTP."""
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.get_server_metadata().name == "capsnet"
+    assert client.is_model_ready("tiny-encoder")
+    assert client.is_model_ready("tiny-decoder", "1")
+    metadata = client.get_model_metadata("tiny-encoder", as_json=True)
+    assert metadata["versions"] == ["2", "1"]
+    assert metadata["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": ["-1", "28", "28"]}]
+    assert [output["name"] for output in metadata["outputs"]] == ["digit_capsules", "capsule_lengths"]
+
+
+def test_both_graphs_run(client: sync.InferenceServerClient) -> None:
+    """Encode once, decode; id, version and the requested outputs are as asked."""
+    image = picture(2, channels=3)[np.newaxis]
+    encoded = client.infer("colour-encoder", [tensor("images", image)], request_id="two")
+    assert encoded.get_response().id == "two"
+    assert encoded.get_response().model_version == "1"
+    inputs = [
+        tensor("target", encoded.as_numpy("capsule_lengths").argmax(axis=1)),
+        tensor("digit_capsules", encoded.as_numpy("digit_capsules")),
+    ]
+    drawn = client.infer("colour-decoder", inputs).as_numpy("reconstructions")
+    np.testing.assert_allclose(drawn * 255, image, atol=0.5)
+    only = client.infer(
+        "tiny-encoder",
+        [tensor("images", picture(5)[np.newaxis])],
+        model_version="1",
+        outputs=[sync.InferRequestedOutput("capsule_lengths")],
+        compression_algorithm="gzip",
+    )
+    assert [output.name for output in only.get_response().outputs] == ["capsule_lengths"]
+    assert only.get_response().model_version == "1"
+    assert only.as_numpy("capsule_lengths").argmax() == 5
+
+
+def test_typed_contents_are_taken_as_raw_ones_are(client: sync.InferenceServerClient) -> None:
+    """The protocol has two ways to send a tensor, for each datatype."""
+    encode = service_pb2.ModelInferRequest(model_name="tiny-encoder")
+    images = encode.inputs.add(name="images", datatype="UINT8", shape=[1, SIDE, SIDE])
+    images.contents.uint_contents.extend(picture(7).ravel().tolist())
+    answer = client._client_stub.ModelInfer(encode)
+    lengths = np.frombuffer(answer.raw_output_contents[1], np.float32)
+    assert lengths.argmax() == 7
+    decode = service_pb2.ModelInferRequest(model_name="tiny-decoder")
+    capsules = decode.inputs.add(name="digit_capsules", datatype="FP32", shape=[1, CLASSES, DIMENSIONS])
+    capsules.contents.fp32_contents.extend(capsules_of(4).ravel().tolist())
+    target = decode.inputs.add(name="target", datatype="INT64", shape=[1])
+    target.contents.int64_contents.append(4)
+    drawn = np.frombuffer(client._client_stub.ModelInfer(decode).raw_output_contents[0], np.float32)
+    assert drawn.reshape(SIDE, SIDE)[band(4), 4:24].min() == 1
+    for spoil in (
+        lambda request: request.raw_input_contents.append(b"x"),
+        lambda request: request.raw_input_contents.extend([bytes(640), bytes(8)]),
+        lambda request: request.inputs[0].contents.fp32_contents.append(0),
+        lambda request: request.inputs[0].contents.ClearField("fp32_contents"),
+    ):
+        spoiled = service_pb2.ModelInferRequest()
+        spoiled.CopyFrom(decode)
+        spoil(spoiled)
+        with pytest.raises(grpc.RpcError) as caught:
+            client._client_stub.ModelInfer(spoiled)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_errors_have_the_right_status_and_words(client: sync.InferenceServerClient) -> None:
+    """What is 404, 400 and 413 over HTTP has gRPC's own statuses here, and the same words."""
+    image = picture(0)[np.newaxis]
+    target = tensor("target", np.array([10], np.int64))
+
+    def refused(model: str, *inputs: sync.InferInput) -> tuple[str, str]:
+        with pytest.raises(InferenceServerException) as caught:
+            client.infer(model, list(inputs))
+        return caught.value.status(), caught.value.message()
+
+    encoder, decoder = "tiny-encoder", "tiny-decoder"
+    nan = np.full((1, CLASSES, DIMENSIONS), np.nan, np.float32)
+    for status, words, (found_status, found_words) in (
+        ("NOT_FOUND", "received 'tiny', expected one of colour-decoder", refused("tiny", target)),
+        ("INVALID_ARGUMENT", "expected UINT8", refused(encoder, tensor("images", image.astype(np.float16)))),
+        ("INVALID_ARGUMENT", "expected [-1, 28, 28]", refused(encoder, tensor("images", image[0]))),
+        ("INVALID_ARGUMENT", "received target", refused(decoder, target)),
+        (
+            "INVALID_ARGUMENT",
+            "expected 0 to 9",
+            refused(decoder, target, tensor("digit_capsules", capsules_of(1))),
+        ),
+        ("INVALID_ARGUMENT", "NaN", refused(decoder, target, tensor("digit_capsules", nan))),
+        ("RESOURCE_EXHAUSTED", "at most 64", refused(encoder, tensor("images", image.repeat(65, axis=0)))),
+    ):
+        assert found_status == f"StatusCode.{status}"
+        assert words in found_words
+
+
+def test_methods_of_extensions_are_unimplemented(client: sync.InferenceServerClient) -> None:
+    """Whatever else Triton's client knows is refused by name, not by silence."""
+    with pytest.raises(InferenceServerException) as caught:
+        client.get_model_repository_index()
+    assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+
+
+def test_messages_are_bounded_also_when_compressed(tiny_models: Path) -> None:
+    """A small message that inflates to a large one takes no more than the limit, and the next is served."""
+    with (
+        served(tiny_models, grpc_port="0", max_body=str(2**20)) as process,
+        sync.InferenceServerClient(address(process)) as client,
+    ):
+        before = process.peak_memory()
+        bomb = service_pb2.ModelInferRequest(model_name="tiny-encoder", raw_input_contents=[bytes(2**26)])
+        for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
+            with pytest.raises(grpc.RpcError) as caught:
+                client._client_stub.ModelInfer(bomb, compression=compression)
+            assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert process.peak_memory() - before < 32 * 2**20
+        assert client.is_server_ready()
+
+
+def test_requests_are_counted_with_those_over_http(
+    process: Served, client: sync.InferenceServerClient
+) -> None:
+    """One exposition has the methods' counts, by status."""
+    client.is_server_live()
+    exposition = process.client.get("/metrics").text
+    route = "/inference.GRPCInferenceService/ServerLive"
+    assert re.search(rf'capsnet_requests_total{{route="{route}",status="OK"}} [1-9]', exposition)
+
+
+@pytest.mark.anyio
+async def test_the_asyncio_client_does_the_same(async_client: aio.InferenceServerClient) -> None:
+    """Many callers share batches and get their own answers."""
+    assert await async_client.is_server_live()
+    assert await async_client.is_model_ready("colour-encoder")
+
+    async def ask(number: int) -> int:
+        images = tensor("images", picture(number % CLASSES)[np.newaxis])
+        result = await async_client.infer("tiny-encoder", [images], request_id=str(number))
+        assert result.get_response().id == str(number)
+        return int(result.as_numpy("capsule_lengths").argmax())
+
+    assert await asyncio.gather(*map(ask, range(64))) == [number % CLASSES for number in range(64)]
+    with pytest.raises(InferenceServerException):
+        await async_client.infer("tiny-encoder", [])
+
+
+def test_sigterm_loses_no_request(tiny_models: Path) -> None:
+    """Requests accepted before the stop are answered, later ones are refused, and the exit is clean."""
+    with served(tiny_models, grpc_port="0", max_batch="1") as process:
+        answered, refused = [], []
+
+        def ask_until_refused() -> None:
+            with sync.InferenceServerClient(address(process)) as client:
+                images = tensor("images", np.stack([picture(3)] * 200))
+                while not refused:
+                    try:
+                        found = client.infer("tiny-encoder", [images], client_timeout=LIMIT)
+                    except InferenceServerException as error:
+                        refused.append(str(error.status()))
+                    else:
+                        answered.append(set(found.as_numpy("capsule_lengths").argmax(axis=1).tolist()))
+
+        threads = [threading.Thread(target=ask_until_refused) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + LIMIT
+        while len(answered) < 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(LIMIT)
+        assert process.process.wait(LIMIT) == 0
+        assert len(answered) >= 6
+        assert all(found == {3} for found in answered)
+        assert set(refused) == {"StatusCode.UNAVAILABLE"}
+
+
+def test_a_taken_port_stops_the_start(process: Served, tiny_models: Path) -> None:
+    """The setting is named, on one line."""
+    port = address(process).rpartition(":")[2]
+    ended = subprocess.run(  # noqa: S603 # our own interpreter and module
+        [sys.executable, "-m", "service.main", "--port", "0", "--grpc-port", port],
+        env=environment(tiny_models),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert f"capsnet-serve: CAPSNET_GRPC_PORT: 127.0.0.1:{port} cannot be taken" in ended.stderr
+    assert "Traceback" not in ended.stderr
