@@ -9,7 +9,7 @@ import onnxruntime
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from service import oip, openapi, problems, routes
+from service import docs, oip, openapi, problems, routes, security
 from service.decoding import Decoder
 from service.engine import open_engine
 from service.handling import Service
@@ -26,7 +26,7 @@ class _Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         # Around Starlette's own handling of unforeseen errors, so that their answers are observed as well.
-        inner = super().build_middleware_stack()
+        inner = security.protect(super().build_middleware_stack(), self._settings)
         return Observation(inner, self._metrics, access_log=self._settings.access_log)
 
 
@@ -52,10 +52,13 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("capsnet"),
         description="Class predictions, capsule vectors, reconstructions and perturbed reconstructions.",
         lifespan=lifespan,
+        docs_url=None,  # ours is in `docs`
+        redoc_url=None,
         redirect_slashes=False,  # what /docs does not list is not there
     )
     app.include_router(routes.router)
+    app.include_router(docs.router)
     app.include_router(oip.router)
     problems.install(app)
-    openapi.install(app)
+    openapi.install(app, open_paths=security.open_paths(settings) if settings.api_keys else None)
     return app

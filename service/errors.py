@@ -4,6 +4,7 @@ ServiceError
 ├── StartError                         the operator's: the service does not start
 │   └── DeviceError                    the device that was asked for is not there
 └── RequestError                       one request gets no result
+    ├── Unauthorized             401   no valid API key, where keys are required
     ├── CallerError                    the caller's: send something else
     │   ├── MalformedBody        400   cannot be parsed at all
     │   ├── UnknownModel         404
@@ -55,6 +56,14 @@ class RequestError(ServiceError):
     def headers(self) -> dict[str, str]:
         """What the answer carries beside its body."""
         return {}
+
+
+class Unauthorized(RequestError):
+    status, title, slug = 401, "No valid API key", "unauthorized"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
 
 
 class CallerError(RequestError):

@@ -117,8 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings(_cli_parse_args=list(sys.argv[1:] if arguments is None else arguments))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = "".join(f"CAPSNET_{str(part).upper()}: " for part in first["loc"])
-        sys.stderr.write(f"capsnet-serve: {name}{first['msg']} (received {first['input']!r})\n")
+        name = "".join(f"CAPSNET_{str(part).upper()}: " for part in first["loc"][:1])
+        received = "a secret" if first["loc"][:1] == ("api_keys",) else repr(first["input"])
+        sys.stderr.write(f"capsnet-serve: {name}{first['msg']} (received {received})\n")
         return 2
     logs.configure(settings)
     try:

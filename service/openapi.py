@@ -1,5 +1,6 @@
 """The parts of the OpenAPI document that FastAPI cannot see: bodies, queries and errors of plain requests."""
 
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -7,7 +8,14 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service.errors import InvalidInput, NotAcceptable, RequestError
+from service.errors import (
+    CallerError,
+    InvalidInput,
+    NotAcceptable,
+    RequestError,
+    UnableToAnswer,
+    Unauthorized,
+)
 from service.oip_schemas import InferRequest, ProtocolError
 from service.problems import PROBLEM_MEDIA_TYPE
 from service.schemas import (
@@ -144,8 +152,12 @@ def protocol_operation(
     }
 
 
-def install(app: FastAPI) -> None:
-    """Serve a document that holds every schema it refers to."""
+def install(app: FastAPI, *, open_paths: Collection[str] | None) -> None:
+    """Serve a document that holds every schema it refers to.
+
+    Args:
+        open_paths: paths that need no API key; None where nothing needs one.
+    """
 
     def document() -> Schema:
         if app.openapi_schema is None:
@@ -157,16 +169,38 @@ def install(app: FastAPI) -> None:
                 ref_template="#/components/schemas/{model}",
             )
             schema.setdefault("components", {}).setdefault("schemas", {}).update(extra["$defs"])
+            if open_paths is not None:
+                _require_key(schema, open_paths)
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign] # FastAPI's documented way to extend the document
 
 
+def _require_key(schema: Schema, open_paths: Collection[str]) -> None:
+    """State the two ways to give an API key, where one is needed, and the answer without it."""
+    schema["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    refusal = {
+        "description": Unauthorized.title,
+        "headers": {"WWW-Authenticate": {"schema": {"type": "string"}}},
+        "content": {PROBLEM_MEDIA_TYPE: {"schema": reference(Problem)}},
+    }
+    protocol_refusal = {**refusal, "content": {"application/json": {"schema": reference(ProtocolError)}}}
+    for path, operations in schema["paths"].items():
+        if path not in open_paths:
+            for operation in operations.values():
+                operation["security"] = [{"bearer": []}, {"header": []}]
+                is_protocol = path == "/v2" or path.startswith("/v2/")
+                operation["responses"]["401"] = protocol_refusal if is_protocol else refusal
+
+
 def _titles() -> dict[int, list[str]]:
-    """Titles of every error that a request can end in, by status."""
+    """Titles of every error that an admitted request can end in, by status."""
     titles: dict[int, list[str]] = {}
-    pending: list[type[RequestError]] = [RequestError]
+    pending: list[type[RequestError]] = [CallerError, UnableToAnswer]
     while pending:
         kind = pending.pop(0)
         pending.extend(kind.__subclasses__())

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024 * 1024
 
@@ -84,6 +84,26 @@ class Settings(BaseSettings):
         Field(ge=1, le=10_000, description="Requests with large images that wait for decoding; beyond: 503."),
     ] = 64
 
+    api_keys: Annotated[
+        tuple[Annotated[SecretStr, Field(min_length=16)], ...],
+        NoDecode,
+        Field(description="API keys, separated by commas; any one admits a caller. Unset: nobody needs one."),
+    ] = ()
+    health_needs_key: Annotated[
+        bool, Field(description="Ask for an API key, where there are some, on the health paths too.")
+    ] = False
+    metrics_needs_key: Annotated[
+        bool, Field(description="Ask for an API key, where there are some, on /metrics too.")
+    ] = True
+    cors_origins: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(
+            description="Origins, separated by commas, whose pages may call from a browser; * is any; "
+            "unset: none."
+        ),
+    ] = ()
+
     body_timeout: Annotated[
         float, Field(gt=0, le=3600, description="Seconds for a request body to arrive; beyond: 408.")
     ] = 10
@@ -102,6 +122,13 @@ class Settings(BaseSettings):
         Literal["console", "json"], Field(description="Lines for people, or one JSON object a line.")
     ] = "console"
     access_log: Annotated[bool, Field(description="Log a line for every request.")] = False
+
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _separated_by_commas(cls, value: object) -> object:
+        return (
+            [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        )
 
     @model_validator(mode="after")
     def _queues_hold_a_batch(self) -> Self:

@@ -1,0 +1,138 @@
+"""API keys, CORS, security headers, and documentation that asks nobody else."""
+
+import re
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from service.settings import Settings
+from tests.api.conftest import Serve, problem
+from tests.api.test_process import start
+from tests.support.encoded import encode
+from tests.support.tiny_model import picture
+
+PNG = encode(picture(3))
+IMAGE = {"content-type": "image/png"}
+KEY = "sesame-sesame-sesame"
+OTHER = "another-key-another-key"
+KEYED = {"x-api-key": KEY}
+
+
+@pytest.fixture
+def guarded(serve: Serve) -> TestClient:
+    return serve(api_keys=f"{KEY}, {OTHER}")
+
+
+@pytest.mark.parametrize("given", [KEYED, {"authorization": f"Bearer {OTHER}"}])
+def test_a_valid_key_admits(guarded: TestClient, given: dict[str, str]) -> None:
+    """Each of several keys is admitted, in either header."""
+    assert guarded.post("/predict", content=PNG, headers={**IMAGE, **given}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/predict", "/models", "/v2", "/metrics", "/nowhere", "//livez", "/docs/../models"]
+)
+def test_without_a_key_there_is_only_a_401(guarded: TestClient, path: str) -> None:
+    """Whether a path is there, nobody learns without a key."""
+    answer = guarded.get(path, headers={"authorization": "Bearer wrong"})
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.headers["x-request-id"]
+    assert KEY not in answer.text
+
+
+def test_the_refusal_is_a_problem_document(guarded: TestClient) -> None:
+    """It says what is missing and in which headers it goes."""
+    document = problem(guarded.post("/predict", content=PNG, headers=IMAGE), 401)
+    assert "X-API-Key" in document["expected"]
+
+
+def test_health_and_documentation_are_open(guarded: TestClient) -> None:
+    """An orchestrator's probes and a newcomer's browser need no key."""
+    for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"):
+        assert guarded.get(path).status_code == 200
+
+
+def test_health_and_metrics_are_configured_apart(serve: Serve) -> None:
+    """Each can be opened or closed on its own."""
+    client = serve(api_keys=KEY, health_needs_key=True, metrics_needs_key=False)
+    assert client.get("/livez").status_code == 401
+    assert client.get("/livez", headers=KEYED).status_code == 200
+    assert client.get("/metrics").status_code == 200
+
+
+def test_keys_are_nowhere_to_be_read(guarded: TestClient) -> None:
+    """Neither /models, /metrics nor the settings themselves show one."""
+    for path in ("/models", "/metrics", "/openapi.json"):
+        assert KEY not in guarded.get(path, headers=KEYED).text
+    assert KEY not in repr(Settings(api_keys=KEY))
+
+
+def test_a_refused_key_is_not_repeated(tiny_models: Path) -> None:
+    """A key that is too short stops the start, and the line does not show it."""
+    ended = start(tiny_models, api_keys="short-secret")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("capsnet-serve: CAPSNET_API_KEYS: ")
+    assert "short-secret" not in ended.stderr
+
+
+def test_the_document_tells_of_keys_where_they_are_needed(guarded: TestClient, client: TestClient) -> None:
+    """The schemes and the 401 are documented with keys, and without keys are not."""
+    document = guarded.get("/openapi.json").json()
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "header"}
+    predict = document["paths"]["/predict"]["post"]
+    assert predict["security"] == [{"bearer": []}, {"header": []}]
+    assert "401" in predict["responses"]
+    assert "security" not in document["paths"]["/livez"]["get"]
+    plain = client.get("/openapi.json").json()
+    assert "securitySchemes" not in plain["components"]
+    assert "401" not in plain["paths"]["/predict"]["post"]["responses"]
+
+
+PREFLIGHT = {"origin": "https://a.example", "access-control-request-method": "POST"}
+
+
+def test_no_origin_may_call_by_default(client: TestClient) -> None:
+    """Without CAPSNET_CORS_ORIGINS a browser lets no other page read an answer."""
+    assert client.options("/predict", headers=PREFLIGHT).status_code == 405
+    assert "access-control-allow-origin" not in client.get("/livez", headers=PREFLIGHT).headers
+
+
+def test_named_origins_may_call(serve: Serve) -> None:
+    """A preflight needs no key; what follows does, and its refusal can be read by the page."""
+    client = serve(api_keys=KEY, cors_origins="https://a.example,https://b.example")
+    preflight = client.options(
+        "/predict", headers={**PREFLIGHT, "access-control-request-headers": "content-type,x-api-key"}
+    )
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+    refused = client.get("/models", headers={"origin": "https://b.example"})
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://b.example")
+    other = client.get("/livez", headers={"origin": "https://c.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize("path", ["/livez", "/docs", "/nowhere"])
+def test_every_answer_keeps_browsers_careful(client: TestClient, path: str) -> None:
+    """No sniffing, no framing, no foreign scripts, no referrer."""
+    headers = client.get(path).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["x-frame-options"] == "DENY"
+    assert headers["referrer-policy"] == "no-referrer"
+    policy = headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "script-src" not in policy, "scripts fall under default-src: no inline script, no eval"
+
+
+def test_the_documentation_comes_from_here_alone(client: TestClient) -> None:
+    """Every script and style that /docs names is served by us, and none stands in the page itself."""
+    page = client.get("/docs").text
+    assert "://" not in page
+    assert not re.search(r"<script(?![^>]*\bsrc=)", page)
+    names = re.findall(r'(?:src|href)="(docs/[^"]+)"', page)
+    assert len(names) == 3
+    for name in names:
+        answer = client.get(f"/{name}")
+        assert answer.status_code == 200
+        assert "javascript" in answer.headers["content-type"] or "css" in answer.headers["content-type"]
