@@ -26,8 +26,10 @@ from service.errors import (
     TimedOut,
     TooLarge,
     UnableToAnswer,
+    Unauthorized,
     UnknownModel,
 )
+from service.keys import KeyRing
 from service.metrics import Metrics
 from service.protocol import ServedGraph
 from service.settings import Settings
@@ -37,11 +39,14 @@ logger = logging.getLogger(__name__)
 
 SERVICE = "inference.GRPCInferenceService"
 
+_HEALTH = frozenset({f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady"})
+
 # The field of InferTensorContents that carries each datatype that a model may have.
 _CONTENTS = {"UINT8": "uint_contents", "INT64": "int64_contents", "FP32": "fp32_contents"}
 
 # The first that fits.
 _CODES: tuple[tuple[type[RequestError], grpc.StatusCode], ...] = (
+    (Unauthorized, grpc.StatusCode.UNAUTHENTICATED),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (TooLarge, grpc.StatusCode.RESOURCE_EXHAUSTED),  # what gRPC itself says of a message over its limit
     (CallerError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -54,7 +59,6 @@ _CODES: tuple[tuple[type[RequestError], grpc.StatusCode], ...] = (
 _SMALL_CONTENTS = 32 * 1024
 
 Handler = Callable[[Any], Awaitable[Message]]
-Context = grpc.aio.ServicerContext
 
 
 async def start_server(settings: Settings, engine: Engine, metrics: Metrics) -> grpc.aio.Server:
@@ -90,6 +94,7 @@ class _Inference:
         self._settings = settings
         self._engine = engine
         self._metrics = metrics
+        self._keys = KeyRing(settings.api_keys)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         methods: dict[str, tuple[Handler, type[Message]]] = {
@@ -112,10 +117,12 @@ class _Inference:
             },
         )
 
-    def _observed(self, route: str, handler: Handler) -> Callable[[Any, Context], Awaitable[Message]]:
+    def _observed(
+        self, route: str, handler: Handler
+    ) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]]:
         """Count and time a method, and end it with a status where it fails."""
 
-        async def observed(request: Any, context: Context) -> Message:
+        async def observed(request: Any, context: grpc.aio.ServicerContext) -> Message:
             started = time.perf_counter()
             request_id.set(secrets.token_hex(16))
             begin_record()
@@ -123,6 +130,7 @@ class _Inference:
             self._metrics.in_flight.inc()
             try:
                 try:
+                    self._check_key(route, context)
                     answer = await self._in_time(handler(request))
                     status = grpc.StatusCode.OK.name
                     return answer
@@ -137,6 +145,21 @@ class _Inference:
                 self._metrics.request_seconds.labels(route).observe(time.perf_counter() - started)
 
         return observed
+
+    def _check_key(self, route: str, context: grpc.aio.ServicerContext) -> None:
+        """Refuse callers without a valid key, where keys are required, as over HTTP."""
+        if not self._keys or (route in _HEALTH and not self._settings.health_needs_key):
+            return
+        metadata = context.invocation_metadata() or ()
+        pairs = (
+            (name.encode(), value.encode() if isinstance(value, str) else value) for name, value in metadata
+        )
+        if not self._keys.admits(pairs):
+            raise Unauthorized(
+                "This needs an API key.",
+                received="no valid key",
+                expected="metadata authorization: Bearer <key>, or x-api-key: <key>",
+            )
 
     async def _in_time(self, answer: Awaitable[Message]) -> Message:
         limit = self._settings.request_timeout
