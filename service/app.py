@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from service import docs, oip, openapi, problems, routes, security
+from service.connections import Connections
 from service.decoding import Decoder
 from service.engine import open_engine
 from service.handling import Service
@@ -27,6 +28,12 @@ class _Application(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         # Around Starlette's own handling of unforeseen errors, so that their answers are observed as well.
         inner = security.protect(super().build_middleware_stack(), self._settings)
+        inner = Connections(
+            inner,
+            stopping=lambda: not self.state.service.engine.ready,
+            body_timeout=self._settings.body_timeout,
+            max_body=self._settings.max_body,
+        )
         return Observation(inner, self._metrics, access_log=self._settings.access_log)
 
 

@@ -4,9 +4,10 @@ import asyncio
 import logging
 import math
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from socket import socket
+from socket import fromfd, socket
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from service import logs
 from service.app import create_app
+from service.backlog import stop_handshakes
 from service.engine import Engine
 from service.errors import StartError
 from service.handling import Service
@@ -22,6 +24,12 @@ from service.manifest import ManifestError
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+# Time for the clients of kept connections to hear, with their next answer, that they have to go elsewhere.
+_SETTLE = 0.25  # seconds
+
+# Time for a connection that was just made to hand over its first request.
+_FIRST_REQUEST = 1.0  # seconds
 
 # What stays of the drain limit's last moments to write out the answers of requests that ran into it.
 _LAST_ANSWERS = 1.0  # seconds
@@ -57,11 +65,28 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Stop accepting, finish what is in flight; at the limit fail what still waits."""
         limit = asyncio.create_task(self._close_engine_at_limit())
+        for server in self.servers:
+            for listener in server.sockets:
+                # A duplicate, because an event loop's own object does not take options.
+                with fromfd(listener.fileno(), listener.family, listener.type) as duplicate:
+                    stop_handshakes(duplicate)
+        await self._settle()
         stopping = [super().shutdown(sockets)]
         if self._stop_grpc:
             stopping.append(self._stop_grpc(self._settings.drain_timeout + _LAST_ANSWERS))
         await asyncio.gather(*stopping)
         limit.cancel()
+
+    async def _settle(self) -> None:
+        """Accept what has connected, and begin to answer what has been asked: the rest will be closed."""
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < _SETTLE or (
+            waited < _FIRST_REQUEST
+            and any(
+                getattr(connection, "cycle", None) is None for connection in self.server_state.connections
+            )
+        ):
+            await asyncio.sleep(0.02)
 
     async def _close_engine_at_limit(self) -> None:
         await asyncio.sleep(self._settings.drain_timeout)

@@ -41,14 +41,17 @@ class Observation:
         request_id.set(identity)
         stages = begin_record()
         status = 0
+        ended = 0.0
 
         async def observed_send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
                 timing = _server_timing(stages, time.perf_counter() - started)
                 observed = [(b"x-request-id", identity.encode()), (b"server-timing", timing.encode())]
                 message = {**message, "headers": [*message["headers"], *observed]}
+            elif not message.get("more_body"):
+                ended = time.perf_counter()  # what follows serves the connection alone
             await send(message)
 
         self._metrics.in_flight.inc()
@@ -56,7 +59,7 @@ class Observation:
             await self._app(scope, receive, observed_send)
         finally:
             self._metrics.in_flight.dec()
-            self._observe(scope, status, stages, time.perf_counter() - started)
+            self._observe(scope, status, stages, (ended or time.perf_counter()) - started)
 
     def _observe(self, scope: Scope, status: int, stages: list[Stage], seconds: float) -> None:
         route = getattr(scope.get("route"), "path", _NO_ROUTE)

@@ -1,0 +1,155 @@
+"""When the real process closes connections, and that nobody loses an answer by it."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.process import LIMIT, PNG, Served, served
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+REQUEST = HEAD + b"Content-Length: %d\r\n\r\n" % len(PNG) + PNG
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNK = b"%x\r\n%s\r\n" % (4096, bytes(4096))
+
+
+@contextlib.contextmanager
+def connected(service: Served) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT) as connection:
+        yield connection
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def send_until_closed(connection: socket.socket, data: bytes) -> int:
+    """Bytes that went out before the connection was closed."""
+    for count in range(1_000_000):
+        try:
+            connection.sendall(data)
+        except ConnectionError:
+            return count * len(data)
+    raise AssertionError("the connection stays open")
+
+
+def head_of(connection: socket.socket) -> bytes:
+    """An answer's status line and headers, in lower case."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        part = connection.recv(65536)
+        assert part, received
+        received += part
+    return received.partition(b"\r\n\r\n")[0].lower()
+
+
+def test_an_endless_body_is_answered_and_cut_off(tiny_models: Path) -> None:
+    """A client that never stops sending reads its 413, and then its connection is closed."""
+    with served(tiny_models, max_body="65536", body_timeout="2") as service, connected(service) as connection:
+        connection.sendall(CHUNKED)
+        sent = send_until_closed(connection, CHUNK)
+        assert sent < 32 * 2**20  # our limits and the kernel's buffers
+        assert service.predict() == "3"
+
+
+def test_the_answer_to_a_large_body_arrives_whole(tiny_models: Path) -> None:
+    """Closing the connection does not overtake the 413, even of a client that sends everything first."""
+    with served(tiny_models, max_body="262144") as service:
+        for _ in range(20):
+            with connected(service) as connection:
+                connection.sendall(CHUNKED.replace(b"Host", b"Connection: close\r\nHost"))
+                connection.sendall(100 * CHUNK + b"0\r\n\r\n")  # 400 KiB
+                answer = until_closed(connection)
+            assert answer.startswith(b"HTTP/1.1 413")
+            assert answer.endswith(b"}")
+
+
+def test_a_trickling_body_is_cut_off_in_time(tiny_models: Path) -> None:
+    """A byte now and then does not prolong the time that a body has, refused or not."""
+    with served(tiny_models, max_body="65536", body_timeout="0.5") as service:
+        for prefix in (b"", 17 * CHUNK):  # one that would be welcome, one that is too large already
+            with connected(service) as connection:
+                connection.sendall(CHUNKED + prefix)
+                started = time.monotonic()
+                with contextlib.suppress(ConnectionError):
+                    while time.monotonic() - started < LIMIT:
+                        connection.sendall(b"1\r\nx\r\n")
+                        time.sleep(0.05)
+                assert time.monotonic() - started < 3
+
+
+def test_slow_bodies_hold_up_nobody(tiny_models: Path) -> None:
+    """With a hundred half-sent bodies open, others are served at once; each slow one gets a 408."""
+    with served(tiny_models, body_timeout="2") as service, contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connected(service)) for _ in range(100)]
+        for connection in slow:
+            connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\nx")
+        started = time.monotonic()
+        assert service.predict() == "3"
+        assert time.monotonic() - started < 1
+        for connection in slow:
+            answer = until_closed(connection)
+            assert answer.startswith(b"HTTP/1.1 408")
+            assert b"connection: close" in answer
+
+
+def test_an_ordinary_connection_is_kept(tiny_models: Path) -> None:
+    """Once a body has been read, its connection serves the next request, whatever the answer."""
+    with served(tiny_models) as service, connected(service) as connection:
+        for body in (PNG, b"no image", PNG):
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert b"connection: close" not in head_of(connection)
+
+
+def test_connections_in_the_backlog_at_sigterm_are_served(tiny_models: Path) -> None:
+    """What the kernel had accepted before the signal is answered, though the process had not seen it."""
+    with served(tiny_models) as service, contextlib.ExitStack() as stack:
+        os.kill(service.process.pid, signal.SIGSTOP)
+        waiting = [stack.enter_context(connected(service)) for _ in range(50)]
+        for connection in waiting[:25]:
+            connection.sendall(REQUEST)
+        service.process.send_signal(signal.SIGTERM)
+        os.kill(service.process.pid, signal.SIGCONT)
+        for connection in waiting[25:]:
+            connection.sendall(REQUEST)
+        for connection in waiting:
+            answer = until_closed(connection)
+            assert answer.startswith(b"HTTP/1.1 200 OK")
+            assert b"connection: close" in answer
+        assert service.process.wait(LIMIT) == 0
+
+
+def test_no_request_is_lost_at_sigterm_under_load(tiny_models: Path) -> None:
+    """Of clients that connect for each request, each is answered or refused, and none cut off."""
+    outcomes: Counter[str] = Counter()
+
+    def call(port: int) -> None:
+        while True:
+            try:
+                connection = socket.create_connection(("127.0.0.1", port), timeout=LIMIT)
+            except ConnectionRefusedError:
+                outcomes["refused"] += 1
+                return
+            with connection:
+                try:
+                    connection.sendall(REQUEST.replace(b"Host", b"Connection: close\r\nHost"))
+                    outcomes[until_closed(connection)[:12].decode()] += 1
+                except OSError as error:
+                    outcomes[repr(error)] += 1
+
+    with served(tiny_models) as service:
+        callers = [threading.Thread(target=call, args=(service.port,)) for _ in range(8)]
+        for caller in callers:
+            caller.start()
+        time.sleep(0.5)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(LIMIT) == 0
+        for caller in callers:
+            caller.join(LIMIT)
+    assert set(outcomes) == {"HTTP/1.1 200", "refused"}, outcomes
+    assert outcomes["refused"] == len(callers)
