@@ -16,6 +16,9 @@ from training.model import CapsNet
 CHECKPOINT_FILE = "checkpoint.pt"
 FORMAT = 1
 
+# What PyTorch and zipfile raise for files that are no checkpoints.
+UNREADABLE = (OSError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
+
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message names the file and the reason."""
@@ -43,24 +46,37 @@ class Checkpoint:
 
     def network(self) -> CapsNet:
         """The network with this checkpoint's weights, in evaluation mode on the CPU."""
-        network = CapsNet(ModelConfig.from_dict(self.model_config))
-        network.load_state_dict(self.model)
+        try:
+            network = CapsNet(ModelConfig.from_dict(self.model_config))
+            network.load_state_dict(self.model)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint of other code than this: {error}") from error
         return network.eval()
+
+    def settings(self) -> TrainConfig:
+        """The settings of the run."""
+        try:
+            return TrainConfig.from_dict(self.train_config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint of other code than this: {error}") from error
 
     @property
     def finished(self) -> bool:
-        return bool(self.epoch >= TrainConfig(**self.train_config).epochs)
+        return self.epoch >= self.settings().epochs
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
     """Replace `path` in one step: an interruption leaves the old checkpoint or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save({field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            torch.save({field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Checkpoint:
@@ -74,9 +90,13 @@ def read(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; `capsnet train` writes one after each epoch")
     try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums in its own files
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointError(f"{path}: damaged, the checksum of {damaged} does not match")
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    except UNREADABLE as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise CheckpointError(f"{path}: checkpoint format {found}, this code reads format {FORMAT}")

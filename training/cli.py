@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from service.manifest import MANIFEST_FILE, ManifestError
 from training import checkpoint as checkpoints
 from training import data
@@ -20,6 +22,9 @@ from training.visualize import draw_dimensions, draw_reconstructions
 
 DEFAULTS = TrainConfig()
 
+# Faults of what was given or of the place it should go to, not of this program: a line says enough.
+EXPECTED = (CheckpointError, DataError, ExportError, ManifestError, OSError, TrainingError, ValueError)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the process's exit status."""
@@ -27,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
-    except (CheckpointError, DataError, ExportError, ManifestError, TrainingError, ValueError) as error:
+    except torch.OutOfMemoryError as error:
+        print(f"capsnet: the device is out of memory; try a smaller --batch-size ({error})", file=sys.stderr)
+        return 1
+    except EXPECTED as error:
         print(f"capsnet: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -86,8 +94,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--output",
         type=Path,
-        default=Path("runs/mnist"),
-        help="folder for checkpoint, TensorBoard log, result",
+        help="folder for checkpoint, TensorBoard log, result; unset: runs/<dataset>",
     )
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     command.add_argument(
@@ -130,7 +137,12 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--seed", type=int, default=DEFAULTS.seed, help="same seed, same machine, same weights"
     )
-    command.add_argument("--device", choices=["auto", "cpu", "cuda"], default=DEFAULTS.device)
+    command.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default=DEFAULTS.device,
+        help="auto takes CUDA where there is some; cuda fails where there is none",
+    )
     command.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],
@@ -164,7 +176,7 @@ def _train(options: argparse.Namespace) -> None:
             device=options.device,
             precision=options.precision,
         ),
-        options.output,
+        options.output or Path("runs", options.dataset),
         load_test=_loader(options, "test"),
         resume=options.resume,
     )
@@ -202,7 +214,7 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint.pt")
     _add_dataset(command)
     command.add_argument("--models", type=Path, default=Path("models"), help="folder of exported models")
-    command.add_argument("--name", default="mnist", help="the model's name")
+    command.add_argument("--name", help="the model's name; unset: its data set's")
     command.add_argument("--version", default="1", help="a whole number; the service takes the newest")
 
 
@@ -210,7 +222,7 @@ def _export(options: argparse.Namespace) -> None:
     checkpoint = checkpoints.read(options.checkpoint)
     if not checkpoint.finished:
         print(f"note: this run has finished {checkpoint.epoch} of {checkpoint.train_config['epochs']} epochs")
-    place = Name(options.models, options.name, options.version)
+    place = Name(options.models, options.name or checkpoint.dataset, options.version)
     manifest = export(checkpoint, place, partial(_load_split, options))
     print(f"{place.folder}: test error {manifest.measured.test_error:.2f} %")
 
@@ -236,9 +248,9 @@ def _visualize(options: argparse.Namespace) -> None:
     predictor, dataset = _predictor(options.network), _loader(options, "test")()
     require_fit(predictor, dataset)
     options.output.mkdir(parents=True, exist_ok=True)
-    draw_reconstructions(predictor, dataset, options.output / "reconstructions.png")
     for label in options.label or dataset.classes:
         draw_dimensions(predictor, dataset, label, options.output / f"dimensions-{_file_name(label)}.png")
+    draw_reconstructions(predictor, dataset, options.output / "reconstructions.png")
     print(f"pictures are in {options.output}")
 
 

@@ -9,7 +9,23 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class _Stored:
+    """Settings that a checkpoint carries as plain values."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises ValueError for a setting that this code does not know."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown settings {unknown}; this code knows {sorted(known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Stored):
     """Shape of a capsule network. The defaults are the paper's, for its 28x28 grey digits."""
 
     classes: tuple[str, ...]
@@ -62,21 +78,10 @@ class ModelConfig:
         size = (self.height, self.width)
         return size if self.channels == 1 else (*size, self.channels)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown network settings {unknown}; this code knows {sorted(known)}")
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**settings)
-
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One training run. Two runs with equal settings on the same machine give the same weights."""
+class TrainConfig(_Stored):
+    """One training run. Equal settings give equal weights, on one machine with as many threads."""
 
     epochs: int = 50
     batch_size: int = 128
@@ -101,14 +106,13 @@ class TrainConfig:
         for name, smallest in (("epochs", 1), ("batch_size", 1), ("max_shift", 0), ("validation_images", 0)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected a whole number from 0 to 2^63 - 1")
         for name in ("learning_rate", "final_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
         if not 0 <= self.reconstruction_weight < math.inf:
             raise ValueError(f"reconstruction_weight is {self.reconstruction_weight}, expected 0 or more")
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 TWEAK_RANGE = (-0.25, 0.25)

@@ -13,7 +13,7 @@ import numpy as np
 import pooch
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 DIGITS = tuple("0123456789")
@@ -57,7 +57,8 @@ class Dataset:
 class _IdxFile:
     """A published IDX file: `md5` of the .gz on the mirrors, `sha256` of the bytes inside, if known.
 
-    The content is what counts: a file that somebody compressed again, or unpacked, is still the file.
+    Where it is known, the content is what counts: a file that somebody compressed again, or unpacked, is
+    still the file. Otherwise only the published archive is.
     """
 
     name: str
@@ -149,9 +150,12 @@ def load(name: str, split: Split, data_dir: Path | None = None, *, download: boo
     if name not in IDX_SOURCES:
         raise DataError(f"dataset is {name!r}, expected one of {[*IDX_SOURCES, 'folder']}")
     source = IDX_SOURCES[name]
+    # All four files now, so that a run does not end on a missing test set.
+    files = [file for pair in source.files.values() for file in pair]
+    paths = {file.name: _find(root, name, file, source, download) for file in files}
     images_file, labels_file = source.files[split]
-    images, images_digest = _read_idx(_find(root, name, images_file, source, download), images_file, 3)
-    labels, labels_digest = _read_idx(_find(root, name, labels_file, source, download), labels_file, 1)
+    images, images_digest = _read_idx(paths[images_file.name], images_file, 3, name)
+    labels, labels_digest = _read_idx(paths[labels_file.name], labels_file, 1, name)
     if len(images) != len(labels):
         raise DataError(f"{root}: {len(images)} images in {images_file.name}, but {len(labels)} labels")
     if labels.max(initial=0) >= len(source.classes):
@@ -166,8 +170,10 @@ def load(name: str, split: Split, data_dir: Path | None = None, *, download: boo
 
 
 def _find(root: Path, name: str, file: _IdxFile, source: _IdxSource, download: bool) -> Path:
-    for folder in (root, root / name):
-        for candidate in (folder / f"{file.name}.gz", folder / file.name):
+    endings = (".gz", "") if file.sha256 else (".gz",)
+    for folder in (root / name, root):
+        for ending in endings:
+            candidate = folder / (file.name + ending)
             if candidate.is_file():
                 return candidate
     if not download:
@@ -192,7 +198,7 @@ def _find(root: Path, name: str, file: _IdxFile, source: _IdxSource, download: b
     )
 
 
-def _read_idx(path: Path, file: _IdxFile, axes: int) -> tuple[NDArray[np.uint8], str]:
+def _read_idx(path: Path, file: _IdxFile, axes: int, name: str) -> tuple[NDArray[np.uint8], str]:
     """One verified IDX file of unsigned bytes and the sha256 of its unpacked content."""
     try:
         packed = path.read_bytes()
@@ -213,82 +219,103 @@ def _read_idx(path: Path, file: _IdxFile, axes: int) -> tuple[NDArray[np.uint8],
         )
     digest = hashlib.sha256(content).hexdigest()
     if file.sha256 is not None:
-        _require_digest(path, "sha256 of the content", digest, file.sha256)
-    elif path.suffix == ".gz":
-        _require_digest(path, "md5", hashlib.md5(packed, usedforsecurity=False).hexdigest(), file.md5)
+        _require_digest(path, name, "sha256 of the content", digest, file.sha256)
+    else:
+        md5 = hashlib.md5(packed, usedforsecurity=False).hexdigest()
+        _require_digest(path, name, "md5", md5, file.md5)
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy(), digest
 
 
-def _require_digest(path: Path, kind: str, found: str, expected: str) -> None:
+def _require_digest(path: Path, name: str, kind: str, found: str, expected: str) -> None:
     if found != expected:
         raise DataError(
-            f"{path}: {kind} is {found}, expected {expected}; "
-            "the file was altered: delete it and it will be downloaded again"
+            f"{path}: {kind} is {found}, expected {expected}; this is not the published file of {name}: "
+            "move it away and it will be downloaded again"
         )
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one folder of pictures for each class in it")
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    classes = tuple(sorted(entry.name for entry in visible if entry.is_dir()))
     if len(classes) < 2:
         raise DataError(f"{folder}: {len(classes)} class folders, expected at least 2")
     return classes
 
 
 def _load_folder(root: Path, split: Split) -> Dataset:
-    """Pictures of one size in `<split>/<class label>/`: grey ones stay grey, colour ones become RGB."""
-    folder = root / split
-    # Both splits are looked at now, so that a run does not end on test pictures that it cannot use.
+    """Pictures of one size in `<split>/<class label>/`: grey ones stay grey, colour ones become RGB.
+
+    Both splits are read, so that they agree and a run does not end on test pictures that it cannot use.
+    """
     classes, other = _class_folders(root / "train"), _class_folders(root / "test")
     if classes != other:
         raise DataError(f"{root / 'test'}: classes {list(other)}, expected those of train: {list(classes)}")
-    files = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in PICTURE_SUFFIXES
-    ]
-    for label, name in enumerate(classes):
-        if all(other != label for _, other in files):
-            raise DataError(
-                f"{folder / name}: no pictures; expected files ending in {sorted(PICTURE_SUFFIXES)}"
-            )
-    pictures = [_read_picture(path) for path, _ in files]
-    if any(picture.ndim == 3 for picture in pictures):  # one colour picture makes the whole set colour
-        pictures = [p if p.ndim == 3 else np.repeat(p[..., None], 3, axis=-1) for p in pictures]
-    first = pictures[0].shape
+    pictures = {
+        path: _read_picture(path)
+        for folder in (root / "train", root / "test")
+        for name in classes
+        for path in _picture_files(folder / name)
+    }
+    colour = any(picture.ndim == 3 for picture in pictures.values())  # one makes the whole set colour
+    first_path, first = next(iter(pictures.items()))
     digest = hashlib.sha256()
-    for (path, _), picture in zip(files, pictures, strict=True):
-        if picture.shape != first:
+    images, labels = [], []
+    for path, picture in pictures.items():
+        if picture.shape[:2] != first.shape[:2]:
             raise DataError(
-                f"{path}: {picture.shape[1]}x{picture.shape[0]} pixels, expected {first[1]}x{first[0]} "
-                f"as in {files[0][0]}; give all pictures one size"
+                f"{path}: {picture.shape[1]}x{picture.shape[0]} pixels, expected {first.shape[1]}x"
+                f"{first.shape[0]} as in {first_path}; give all pictures one size"
             )
-        digest.update(f"{path.parent.name}/{path.name}".encode() + b"\0" + picture.tobytes())
+        if path.parent.parent == root / split:
+            image = np.repeat(picture[..., None], 3, axis=-1) if colour and picture.ndim == 2 else picture
+            images.append(image)
+            labels.append(classes.index(path.parent.name))
+            digest.update(f"{path.parent.name}/{path.name}".encode() + b"\0" + image.tobytes())
     return Dataset(
         "folder",
         classes,
-        torch.from_numpy(np.stack(pictures)),
-        torch.tensor([label for _, label in files]),
-        {folder.name: digest.hexdigest()},
+        torch.from_numpy(np.stack(images)),
+        torch.tensor(labels),
+        {split: digest.hexdigest()},
     )
 
 
+def _picture_files(folder: Path) -> list[Path]:
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+    )
+    if not files:
+        raise DataError(f"{folder}: no pictures; expected files ending in {sorted(PICTURE_SUFFIXES)}")
+    return files
+
+
 def _read_picture(path: Path) -> NDArray[np.uint8]:
+    """A picture as (H, W) or (H, W, 3); what is transparent in it is white."""
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            mode = "L" if upright.mode in ("1", "L", "LA") else "RGB"
-            return np.asarray(upright.convert(mode))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            if upright.mode.startswith(("I", "F")):
+                raise DataError(f"{path}: {upright.mode} pixels, expected 8 bits a channel; convert it")
+            if upright.has_transparency_data:
+                white = Image.new("RGBA", upright.size, "white")
+                mode = "L" if upright.mode == "LA" else "RGB"
+                upright = Image.alpha_composite(white, upright.convert("RGBA")).convert(mode)
+            return np.asarray(upright.convert("L" if upright.mode in ("1", "L") else "RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable picture ({error})") from error
 
 
 def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split off `count` random images: (the rest, the held-out ones). The same seed gives the same split."""
     if not 0 <= count < len(dataset):
-        raise DataError(f"{count} images to hold out, expected 0 to {len(dataset) - 1} of {dataset.name}")
+        raise DataError(
+            f"{count} validation images are to be held out of the {len(dataset)} of {dataset.name}, "
+            f"expected 0 to {len(dataset) - 1}; see --validation-images"
+        )
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
 
     def pick(indices: Tensor) -> Dataset:
@@ -302,15 +329,13 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]
 def shift(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Move each image of (B, H, W[, 3]) down by its `rows` and right by its `columns`, (B,) each.
 
-    What leaves the frame is lost and what enters is zero, the background.
+    What leaves the frame is lost; what enters repeats the border, the background of light and dark images.
     """
     height, width = images.shape[1:3]
     y = torch.arange(height, device=images.device) - rows[:, None]  # (B, H): where each row comes from
     x = torch.arange(width, device=images.device) - columns[:, None]  # (B, W)
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
     batch = torch.arange(len(images), device=images.device)[:, None, None]
-    moved = images[batch, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
-    return moved * inside.reshape(inside.shape + (1,) * (images.ndim - 3))
+    return images[batch, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
 
 
 def random_shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:

@@ -31,14 +31,13 @@ from service.manifest import (
     write_manifest,
 )
 from training.checkpoint import Checkpoint
-from training.config import TWEAK_RANGE, TWEAK_STEP, ModelConfig, TrainConfig
+from training.config import TWEAK_RANGE, TWEAK_STEP, ModelConfig
 from training.data import Dataset, Split, hold_out
 from training.evaluate import Evaluation, evaluate
 from training.model import CapsNet, Encoder, length
 from training.model_card import model_card
 from training.outliers import outliers
 from training.predictor import OnnxPredictor, Predictor, TorchPredictor
-from training.train import precision
 
 OPSET = 20
 PARITY_BATCHES = (1, 2, 7, 64)
@@ -124,7 +123,7 @@ def _fill(
 ) -> Manifest:
     network = checkpoint.network()
     round_to_half(network)
-    config, train_config = network.config, TrainConfig(**checkpoint.train_config)
+    config, train_config = network.config, checkpoint.settings()
     say("writing encoder.onnx and decoder.onnx")
     encoder = folder / "encoder.onnx"
     decoder = folder / "decoder.onnx"
@@ -133,7 +132,8 @@ def _fill(
 
     held_out = hold_out(training, train_config.validation_images, train_config.seed)[1]
     source = held_out if len(held_out) else training
-    calibration_images = hold_out(source, min(CALIBRATION_IMAGES, len(source) - 1), seed=0)[1]
+    few = len(source) <= CALIBRATION_IMAGES
+    calibration_images = source if few else hold_out(source, CALIBRATION_IMAGES, seed=0)[1]
 
     manifest = Manifest(
         name=place.name,
@@ -164,7 +164,7 @@ def _fill(
             seed=train_config.seed,
             epochs=checkpoint.epoch,
             parameters=sum(parameter.numel() for parameter in network.parameters()),
-            precision=precision(train_config),
+            precision=train_config.precision,
         ),
     )
     write_manifest(folder, manifest)
@@ -197,7 +197,7 @@ def _fill(
                         kind: beyond(
                             evaluate(exported, replace(test, images=images, labels=labels)), threshold
                         )
-                        for kind, images, labels in strangers(test)
+                        for kind, images, labels in outlier_sets(test)
                     },
                 },
             ),
@@ -220,7 +220,7 @@ def beyond(evaluation: Evaluation, threshold: float) -> float:
     return 100 * float((evaluation.reconstruction_errors > threshold).mean())
 
 
-def strangers(dataset: Dataset) -> Iterator[tuple[str, Tensor, Tensor]]:
+def outlier_sets(dataset: Dataset) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Kinds of pictures that are of no class: name, images like those of `dataset`, labels of no meaning."""
     light = image_spec(dataset).polarity == "light_on_dark"
     for kind, pictures in outliers(tuple(dataset.images.shape[1:]), OUTLIERS).items():
@@ -371,13 +371,14 @@ def parity_error(exported: Predictor, reference: Predictor, dataset: Dataset) ->
             *zip(exported.encode(images), (capsules, lengths), strict=True),
             (exported.decode(capsules, target), reference.decode(capsules, target)),
         ]
-        worst = max(worst, *(float(np.abs(found - expected).max()) for found, expected in pairs))
+        # np.max, because Python's max would let NaN pass for the smaller of two numbers.
+        worst = float(np.max([worst, *(np.abs(found - expected).max() for found, expected in pairs)]))
     return worst
 
 
 def _spread(dataset: Dataset) -> NDArray[np.int64]:
-    """Indices of images, class after class in turn."""
+    """Indices of images, class after class in turn, as many as the largest comparison takes."""
     labels = dataset.labels.numpy()
-    by_class = [np.flatnonzero(labels == k) for k in range(len(dataset.classes))]
     rounds = max(PARITY_BATCHES)
-    return np.concatenate([[rows[i] for rows in by_class if i < len(rows)] for i in range(rounds)])
+    by_class = [np.resize(np.flatnonzero(labels == k), rounds) for k in range(len(dataset.classes))]
+    return np.stack(by_class, axis=1).reshape(-1)[:rounds]

@@ -22,6 +22,11 @@ from training.config import ModelConfig
 EPSILON = 1e-12
 
 
+def scale(images: Tensor) -> Tensor:
+    """Bytes to numbers in [0, 1]."""
+    return images.float() / 255
+
+
 def length(capsules: Tensor) -> Tensor:
     """Length of each capsule, (…, D) -> (…): how sure the network is that the entity is present."""
     return (capsules.square().sum(dim=-1) + EPSILON).sqrt()
@@ -56,18 +61,18 @@ class PrimaryCapsules(nn.Module):
 class CapsuleLayer(nn.Module):
     """Capsules fully connected to the N capsules below, through routing by agreement (procedure 1).
 
-    The paper predicts each output capsule k from each input capsule i, u_hat_ki = W_ki u_i, and routes:
-    s_k = sum_i c_ki u_hat_ki, then b_ki += u_hat_ki . v_k. Both uses of u_hat are linear in it, so W can
-    move out of the sum and to the other side of the dot product. With input capsule i written as
-    position p of group g,
+    The paper predicts each capsule k (its j) from each capsule n below (its i), u_hat_kn = W_kn u_n, and
+    routes: s_k = sum_n c_kn u_hat_kn, then b_kn += u_hat_kn . v_k. Both uses of u_hat are linear in it, so
+    W can move out of the sum and to the other side of the dot product. With capsule n written as position
+    p of group g,
 
         s_k = sum_g W_kg (sum_p c_kgp u_gp)        u_hat_kgp . v_k = u_gp . (W_kg^T v_k)
 
     and u_hat, N * K * D numbers for each image, never exists. The capsules of a group share one matrix
     W_kg; `num_groups` = N, the default and the paper's choice, makes every group a single capsule.
 
-    As in the paper, the coupling coefficients are found by a procedure and not learned: gradients pass
-    through the last weighted sum alone.
+    The coupling coefficients are found by a procedure and not learned: gradients pass through the last
+    weighted sum alone. The paper does not say whether its own did more.
     """
 
     def __init__(
@@ -185,11 +190,6 @@ class Encoder(nn.Module):
         x = x.unsqueeze(1) if self.grey else x.permute(0, 3, 1, 2)  # (B, channels, H, W)
         capsules: Tensor = self.digit_capsules(self.primary_capsules(F.relu(self.conv(x))))
         return capsules
-
-
-def scale(images: Tensor) -> Tensor:
-    """Bytes to numbers in [0, 1]."""
-    return images.float() / 255
 
 
 class CapsNet(nn.Module):

@@ -36,7 +36,7 @@ images few should be; of pictures that are of no class, drawn by chance (`traini
 
 {recipe}
 
-The schedule was fixed before the run began, and nothing was chosen on the test images.
+{promise}
 
 ## Limits
 - It sees one object on a plain background. A picture with none, or with two, still gets a class;
@@ -93,6 +93,9 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                 for k, label in enumerate(manifest.classes)
             ],
         ),
+        promise="The schedule was fixed before the run began, and nothing was chosen on the test images."
+        if made.epochs == train.epochs
+        else f"The run was not finished: it stands at epoch {made.epochs} of {train.epochs}.",
         recipe=_table(
             ("setting", "value"),
             [

@@ -7,8 +7,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def train(
 
     Args:
         resume: go on from the checkpoint in `output`. The result is the same, to the last bit on one
-            machine, as if the run had not been interrupted.
+            machine with as many threads, as if the run had not been interrupted.
 
     Raises:
         TrainingError: for a device that is not there, an existing run without `resume`, or a loss that
@@ -57,13 +58,19 @@ def train(
         CheckpointError: if the checkpoint to resume from is damaged or was made with other settings.
     """
     device = resolve_device(config.device)
+    # What `auto` came to is part of the run: a resumed run must not change it, and the manifest names it.
+    config = replace(config, device=device.type, precision=precision(config, device))
     path = output / checkpoints.CHECKPOINT_FILE
     if path.exists() and not resume:
         raise TrainingError(f"{path} exists; add --resume to go on with it, or choose another --output")
+    if not path.exists() and (output / RESULT_FILE).exists():
+        raise TrainingError(f"{output / RESULT_FILE} is of another run; choose another --output")
     rest, validation = hold_out(dataset, config.validation_images, config.seed)
     torch.manual_seed(config.seed)
     network = CapsNet(model_config).to(device)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's types lack it
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):  # and nothing else: other weights with four axes are no images
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in its types
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
     generators = {
         "order": torch.Generator().manual_seed(config.seed),
@@ -95,19 +102,39 @@ def train(
         print(f"Resuming {path} after epoch {state.epoch} of {config.epochs}.")
     print(
         f"Training on {len(rest):,} images of {dataset.name} ({len(validation):,} held out), "
-        f"{sum(p.numel() for p in network.parameters()):,} parameters, {device} in {precision(config)}."
+        f"{sum(p.numel() for p in network.parameters()):,} parameters, {config.device} in {config.precision}."
     )
 
-    images, labels = rest.images.to(device), rest.labels.to(device)
-    steps = math.ceil(len(rest) / config.batch_size)
-    with SummaryWriter(output, purge_step=state.epoch * steps) as board:
+    if state.epoch < config.epochs:
+        _train_epochs(network, optimizer, generators, rest, validation, config, state, path)
+    if not (output / RESULT_FILE).exists():
+        _write_result(network, state, load_test(), output)
+    return state
+
+
+def _train_epochs(
+    network: CapsNet,
+    optimizer: torch.optim.Optimizer,
+    generators: dict[str, torch.Generator],
+    training: Dataset,
+    validation: Dataset,
+    config: TrainConfig,
+    state: Checkpoint,
+    path: Path,
+) -> None:
+    """Train the epochs that `state` still lacks, and save it after each."""
+    device = next(network.parameters()).device
+    images, labels = training.images.to(device), training.labels.to(device)
+    steps = math.ceil(len(labels) / config.batch_size)
+    with SummaryWriter(path.parent, purge_step=state.epoch * steps) as board:
         for epoch in range(state.epoch, config.epochs):
             began = time.monotonic()
             row = _train_epoch(network, optimizer, images, labels, config, generators, epoch, board)
             row["seconds"] = time.monotonic() - began
             if len(validation):
                 row["validation_error"] = evaluate(TorchPredictor(network), validation).error
-                board.add_scalar("error/validation", row["validation_error"], (epoch + 1) * steps)
+                # At the epoch's last step: one later, a resumed run would purge it.
+                board.add_scalar("error/validation", row["validation_error"], (epoch + 1) * steps - 1)
             state.epoch = epoch + 1
             state.history.append(row)
             state.model = network.state_dict()
@@ -115,9 +142,6 @@ def train(
             state.generators = {name: generator.get_state() for name, generator in generators.items()}
             checkpoints.save(state, path)
             print(f"epoch {epoch + 1}/{config.epochs}: " + ", ".join(f"{k} {v:.5g}" for k, v in row.items()))
-    if not (output / RESULT_FILE).exists():
-        _write_result(network, state, load_test(), output)
-    return state
 
 
 def _train_epoch(
@@ -136,7 +160,7 @@ def _train_epoch(
     totals = torch.zeros(3, device=images.device)  # margin loss, reconstruction loss, mistakes
     network.train()
     with (
-        convolutions_in(network, precision(config)),
+        convolutions_in(network, config.precision),
         tqdm(order.split(config.batch_size), desc=f"epoch {epoch + 1}/{config.epochs}", leave=False) as bar,
     ):
         for step, batch in enumerate(bar, start=epoch * steps):
@@ -157,22 +181,29 @@ def _train_epoch(
                 )
             if step % LOG_EVERY == 0:
                 value = loss.item()
-                if not math.isfinite(value):
-                    raise TrainingError(
-                        f"the loss is {value} at step {step} (epoch {epoch + 1}); "
-                        f"try a smaller --learning-rate than {config.learning_rate}"
-                    )
+                _require_finite(value, step, config)
                 bar.set_postfix(loss=f"{value:.4f}")
                 board.add_scalar("loss/total", value, step)
                 board.add_scalar("loss/margin", margin.mean(), step)
                 board.add_scalar("loss/reconstruction", reconstruction.mean(), step)
                 board.add_scalar("learning_rate", optimizer.param_groups[0]["lr"], step)
     margin_mean, reconstruction_mean, mistakes = (totals / len(labels)).tolist()
+    # Nothing that is not a number may reach the checkpoint, which would keep it for ever.
+    weights = sum(parameter.detach().sum().item() for parameter in network.parameters())
+    _require_finite(margin_mean + reconstruction_mean + weights, (epoch + 1) * steps - 1, config)
     return {
         "margin_loss": margin_mean,
         "reconstruction_loss": reconstruction_mean,
         "training_error": 100 * mistakes,
     }
+
+
+def _require_finite(value: float, step: int, config: TrainConfig) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the loss or the weights are {value} by step {step}; "
+            f"try a smaller --learning-rate than {config.learning_rate}"
+        )
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -184,11 +215,16 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where PyTorch sees it, otherwise the CPU; a named device must be there."""
+    """`auto` is CUDA where PyTorch sees it, otherwise the CPU; a named device must be there.
+
+    CUDA is told to be repeatable, and exact where fp32 is asked for.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise TrainingError(f"device is {name!r}, expected auto, cpu or cuda")
+    torch.backends.cudnn.deterministic = True  # its fastest gradients add up in no fixed order
+    torch.backends.cudnn.allow_tf32 = False  # which rounds to ten bits of mantissa
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise TrainingError(f"device is {name!r}, expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise TrainingError(
             f"device cuda was asked for, but PyTorch {torch.__version__} sees no CUDA device; "
@@ -197,11 +233,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def precision(config: TrainConfig) -> str:
-    """The arithmetic that `config.precision` comes to on its device: `fp32` or `bf16`."""
+def precision(config: TrainConfig, device: torch.device) -> Literal["fp32", "bf16"]:
+    """The arithmetic that `config.precision` comes to on `device`."""
     if config.precision != "auto":
         return config.precision
-    return "bf16" if resolve_device(config.device).type == "cuda" else "fp32"
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 @contextmanager

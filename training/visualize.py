@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from training.config import TWEAK_RANGE, TWEAK_STEP
-from training.data import Dataset
+from training.data import DataError, Dataset
 from training.predictor import Predictor
 
 mpl.use("Agg")  # files only: no window, no display needed
@@ -45,7 +45,11 @@ def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, col
 
 
 def draw_dimensions(predictor: Predictor, dataset: Dataset, label: str, path: Path) -> None:
-    """Draw figure 4 for one picture of class `label`: a row for each dimension, a column for each change."""
+    """Draw figure 4 for one picture of class `label`: a row for each dimension, a column for each change.
+
+    Raises:
+        DataError: if the network does not know the class.
+    """
     index, target = typical(predictor, dataset, label)
     capsules, _ = predictor.encode(dataset.images[index : index + 1].numpy())
     low, high = TWEAK_RANGE
@@ -81,7 +85,7 @@ def typical(predictor: Predictor, dataset: Dataset, label: str) -> tuple[int, in
     Of the first hundred pictures of the class, the one with the longest capsule.
     """
     if label not in dataset.classes:
-        raise ValueError(f"class {label!r} is unknown, expected one of {list(dataset.classes)}")
+        raise DataError(f"class {label!r} is unknown, expected one of {list(dataset.classes)}")
     target = dataset.classes.index(label)
     candidates = np.flatnonzero(dataset.labels.numpy() == target)[:100]
     _, lengths = predictor.encode(dataset.images[candidates].numpy())

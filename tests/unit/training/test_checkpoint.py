@@ -54,6 +54,28 @@ def test_a_failed_save_keeps_the_old_checkpoint(
     with pytest.raises(OSError, match="no space"):
         checkpoints.save(state, path)
     assert checkpoints.read(path).epoch == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_flipped_bit(state: Checkpoint, tmp_path: Path) -> None:
+    """One wrong bit in the weights is found out."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoints.save(state, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt: damaged, the checksum of .* does not match"):
+        checkpoints.read(path)
+
+
+def test_checkpoint_of_other_code(state: Checkpoint) -> None:
+    """A weight that is missing or a setting that is unknown is an error of the checkpoint, not a crash."""
+    state.model.popitem()
+    with pytest.raises(CheckpointError, match=r"(?s)other code than this: .*Missing key"):
+        state.network()
+    state.train_config["dropout"] = 0.5
+    with pytest.raises(CheckpointError, match=r"other code than this: unknown settings \['dropout'\]"):
+        state.settings()
 
 
 def test_missing(tmp_path: Path) -> None:
@@ -69,6 +91,10 @@ def test_damaged(state: Checkpoint, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"checkpoint.pt: not a readable checkpoint"):
         checkpoints.read(path)
+    for content in (b"", b"hello world\n"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"checkpoint.pt: not a readable checkpoint \(.+\)"):
+            checkpoints.read(path)
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match=r"checkpoint format list, this code reads format 1"):
         checkpoints.read(path)

@@ -42,6 +42,7 @@ def test_from_pictures_to_model(
     [
         (["evaluate", "nowhere"], "nowhere: no such checkpoint"),
         (["export", "nowhere"], "nowhere: no such checkpoint"),
+        (["export", "file", "--models", "models"], "file: not a readable checkpoint"),
         (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere/train: no such folder"),
     ],
 )
@@ -54,7 +55,18 @@ def test_errors(
 ) -> None:
     """A fault ends the command with status 1 and one line, not a traceback."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a folder")
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_output_that_cannot_be_written(
+    mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A place that cannot be written to is one line, with the place in it."""
+    (tmp_path / "file").write_text("not a folder")
+    source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder), "--validation-images", "0"]
+    assert main(["train", *source, "--epochs", "1", "--output", str(tmp_path / "file" / "run")]) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_round_trip() -> None:
 
 def test_unknown_setting() -> None:
     """A setting that this code does not know is named, not ignored."""
-    with pytest.raises(ValueError, match=r"unknown network settings \['dropout'\]"):
+    with pytest.raises(ValueError, match=r"unknown settings \['dropout'\]"):
         ModelConfig.from_dict({"classes": DIGITS, "dropout": 0.5})
 
 
@@ -58,6 +58,7 @@ def test_unknown_setting() -> None:
     [
         ({"epochs": 0}, "epochs is 0, expected at least 1"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808, expected a whole number from 0"),
         ({"max_shift": -1}, "max_shift is -1, expected at least 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a positive number"),
         ({"final_learning_rate": float("nan")}, "final_learning_rate is nan"),

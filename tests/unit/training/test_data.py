@@ -102,7 +102,7 @@ def test_own_copy(published: Path, tmp_path: Path, folder: str, pack: bool) -> N
         (gzip.compress(b""), "starts with nothing, expected 00000803"),
         (gzip.compress(FILES["train-labels-idx1-ubyte"]), "starts with 00000801, expected 00000803"),
         (gzip.compress(FILES["train-images-idx3-ubyte"][:-7]), r"113 bytes of data, expected 120"),
-        (gzip.compress(idx(IMAGES + 1)), "sha256 of the content is .* altered"),
+        (gzip.compress(idx(IMAGES + 1)), "sha256 of the content is .* not the published file of mnist"),
     ],
     ids=["truncated", "a web page", "empty", "labels for images", "short", "altered"],
 )
@@ -123,8 +123,12 @@ def test_md5_where_nothing_else_is_published(
     files = {"train": (data._IdxFile(images.name, images.md5), labels), "test": (images, labels)}
     monkeypatch.setitem(data.IDX_SOURCES, "mnist", data._IdxSource(source.classes, source.mirrors, files))  # type: ignore[arg-type] # plain strings as keys
     assert len(load("mnist", "train", tmp_path)) == 5
+    (tmp_path / images.name).write_bytes(FILES[images.name])
+    (tmp_path / "mnist" / f"{images.name}.gz").rename(tmp_path / "aside")
+    with pytest.raises(DataError, match=r"missing, and not to be downloaded"):
+        load("mnist", "train", tmp_path, download=False)  # an unpacked file could be anything
     (tmp_path / "mnist" / f"{images.name}.gz").write_bytes(gzip.compress(idx(IMAGES + 1)))
-    with pytest.raises(DataError, match=r"md5 is .*, expected .* altered"):
+    with pytest.raises(DataError, match=r"md5 is .*, expected .* not the published file"):
         load("mnist", "train", tmp_path)
 
 
@@ -217,11 +221,40 @@ def test_broken_picture(pictures: Path) -> None:
         load("folder", "train", pictures)
 
 
+def test_test_pictures_are_read_at_the_start(pictures: Path) -> None:
+    """Test pictures of another size are found out at once, and colour is decided for both splits."""
+    picture(pictures / "test" / "cat" / "m.png", "RGB", value=(1, 2, 3))
+    assert load("folder", "train", pictures).images.shape == (2, 18, 20, 3)
+    picture(pictures / "test" / "cat" / "m.png", size=(9, 9))
+    with pytest.raises(DataError, match=r"test/cat/m.png: 9x9 pixels, expected 20x18"):
+        load("folder", "train", pictures)
+
+
+def test_transparency_is_white(pictures: Path) -> None:
+    """Black ink on a transparent ground is black on white, not black on black."""
+    picture(pictures / "train" / "ant" / "m.png", "LA", value=(0, 0))
+    assert load("folder", "train", pictures).images[0].unique().tolist() == [255]
+
+
+def test_deep_pictures_are_refused(pictures: Path) -> None:
+    """A picture of 16 bits is refused rather than cut down to nothing."""
+    picture(pictures / "train" / "ant" / "m.png", "I;16", value=40000)
+    with pytest.raises(DataError, match=r"m.png: I;16 pixels, expected 8 bits a channel"):
+        load("folder", "train", pictures)
+
+
+def test_hidden_files_are_not_seen(pictures: Path) -> None:
+    """Folders and files that begin with a dot are no classes and no pictures."""
+    (pictures / "train" / ".ipynb_checkpoints").mkdir()
+    (pictures / "train" / "ant" / "._m.png").write_bytes(b"not a picture")
+    assert len(load("folder", "train", pictures)) == 2
+
+
 def test_shift_by_hand() -> None:
-    """Each image moves its own way; what enters is zero and what leaves is lost."""
+    """Each image moves its own way; what enters repeats the border and what leaves is lost."""
     images = torch.tensor([[[1, 2], [3, 4]]] * 3, dtype=torch.uint8)
     moved = shift(images, torch.tensor([1, 0, 0]), torch.tensor([0, -1, 0]))
-    assert moved.tolist() == [[[0, 0], [1, 2]], [[2, 0], [4, 0]], [[1, 2], [3, 4]]]
+    assert moved.tolist() == [[[1, 2], [1, 2]], [[2, 2], [4, 4]], [[1, 2], [3, 4]]]
     assert moved.dtype == torch.uint8
 
 
@@ -229,7 +262,7 @@ def test_shift_of_colour_pictures() -> None:
     """The three channels of a pixel move together."""
     images = torch.arange(12, dtype=torch.uint8).reshape(1, 2, 2, 3)
     moved = shift(images, torch.tensor([0]), torch.tensor([1]))
-    assert moved.tolist() == [[[[0, 0, 0], [0, 1, 2]], [[0, 0, 0], [6, 7, 8]]]]
+    assert moved.tolist() == [[[[0, 1, 2], [0, 1, 2]], [[6, 7, 8], [6, 7, 8]]]]
 
 
 def test_random_shift_covers_its_range() -> None:
@@ -251,5 +284,5 @@ def test_hold_out() -> None:
     assert torch.equal(held.images.flatten().long(), held.labels)
     assert held.labels.tolist() == hold_out(dataset, 12, seed=3)[1].labels.tolist()
     assert held.labels.tolist() != hold_out(dataset, 12, seed=4)[1].labels.tolist()
-    with pytest.raises(DataError, match="50 images to hold out, expected 0 to 49"):
+    with pytest.raises(DataError, match=r"50 validation images .* of the 50 of numbers, expected 0 to 49"):
         hold_out(dataset, 50, seed=0)

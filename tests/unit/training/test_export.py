@@ -1,5 +1,3 @@
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +8,15 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from service.manifest import read_manifest, sha256
+from service.manifest import ManifestError, read_manifest, sha256
 from training import export as exporting
 from training.checkpoint import Checkpoint
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split
 from training.evaluate import evaluate
-from training.export import ExportError, Name, export, image_spec, round_to_half
+from training.export import ExportError, Name, export, image_spec, parity_error, round_to_half
 from training.model import CapsNet
-from training.predictor import OnnxPredictor, TorchPredictor
+from training.predictor import Floats, Labels, OnnxPredictor, TorchPredictor
 from training.train import train
 
 Load = Callable[[Split], Dataset]
@@ -169,15 +167,30 @@ def test_baked_in_mask(
     assert list(place.root.iterdir()) == []
 
 
-def test_fixed_batch_axis(exported: Name, place: Name) -> None:
-    """A graph whose batch size is frozen is refused by the reader of manifests."""
-    shutil.copytree(exported.folder, place.folder)
-    path = place.folder / "manifest.json"
-    content = json.loads(path.read_text())
-    content["encoder"]["inputs"][0]["shape"][0] = 3
-    path.write_text(json.dumps(content))
-    with pytest.raises(Exception, match=r"encoder.inputs is .*, expected"):
-        read_manifest(place.folder)
+def test_frozen_batch(
+    state: Checkpoint, load_split: Load, place: Name, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph whose batch size is that of the example is refused, and nothing is written."""
+    dynamic = torch.onnx.export
+
+    def static(*arguments: object, dynamic_shapes: object, **options: object) -> object:
+        return dynamic(*arguments, **options)  # type: ignore[arg-type] # as the exporter gave them
+
+    monkeypatch.setattr(torch.onnx, "export", static)
+    with pytest.raises(ManifestError, match=r"encoder.inputs is .*, expected"):
+        export(state, place, load_split)
+    assert list(place.root.iterdir()) == []
+
+
+def test_outputs_that_are_no_numbers(state: Checkpoint, load_split: Load) -> None:
+    """NaN on one side is a difference, not an agreement."""
+
+    class Broken(TorchPredictor):
+        def decode(self, capsules: Floats, target: Labels) -> Floats:
+            return super().decode(capsules, target) * np.float32(np.nan)
+
+    network = state.network()
+    assert np.isnan(parity_error(Broken(network), TorchPredictor(network), load_split("test")))
 
 
 def test_colour_network(

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training import checkpoint as checkpoints
 from training import train as training
 from training.checkpoint import CheckpointError
 from training.config import ModelConfig, TrainConfig
-from training.data import Dataset, Split
+from training.data import Dataset, Split, shift
 from training.losses import margin_loss
 from training.model import CapsNet
 from training.predictor import TorchPredictor
@@ -141,14 +142,144 @@ def test_without_validation(run: Run, train_config: TrainConfig, tmp_path: Path)
     assert "validation_error" not in state.history[0]
 
 
+@pytest.mark.parametrize("step", [0, 3, 11])
 def test_loss_that_is_no_number(
+    run: Run, train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """A loss that is no longer a number, at whatever step, ends the run and reaches no checkpoint."""
+    steps = iter(range(100))
+
+    def poisoned(lengths: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return margin_loss(lengths, target) * (torch.nan if next(steps) == step else 1)
+
+    monkeypatch.setattr(training, "margin_loss", poisoned)
+    with pytest.raises(TrainingError, match=r"are nan by step .* smaller --learning-rate"):
+        run(train_config, tmp_path)
+    if step < 4:  # four steps an epoch
+        assert not (tmp_path / "checkpoint.pt").exists()
+    else:
+        saved = checkpoints.read(tmp_path)
+        assert saved.epoch == step // 4
+        assert all(weight.isfinite().all() for weight in saved.model.values())
+
+
+def test_weights_that_are_no_numbers(
     run: Run, train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss that is no longer a number ends the run with a reason."""
-    monkeypatch.setattr(training, "margin_loss", lambda lengths, _: lengths.sum(dim=-1) * torch.nan)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 0 .* smaller --learning-rate"):
+    """Weights spoilt by the epoch's very last step, whose loss was still a number, reach no checkpoint."""
+    adam_step = torch.optim.Adam.step
+    steps = iter(range(100))
+
+    def spoil(optimizer: torch.optim.Adam) -> None:
+        adam_step(optimizer)
+        if next(steps) == 3:
+            optimizer.param_groups[0]["params"][0].data.fill_(torch.nan)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spoil)
+    with pytest.raises(TrainingError, match="the loss or the weights are nan by step 3"):
         run(train_config, tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
+def test_what_a_step_does(
+    run: Run,
+    load_split: Load,
+    train_config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arithmetic: str,
+) -> None:
+    """Shifted images go in with their labels as targets, at the scheduled rate and precision."""
+    originals = load_split("train")
+    rates: list[float] = []
+    moved = 0
+    forward, adam_step = CapsNet.forward, torch.optim.Adam.step
+
+    def spy(
+        network: CapsNet, images: torch.Tensor, target: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal moved
+        assert target is not None
+        for image, label in zip(images, target, strict=True):
+            stored = originals.images[originals.labels == label]
+            ways = [
+                shift(stored, torch.full((len(stored),), y), torch.full((len(stored),), x))
+                .eq(image)
+                .flatten(1)
+                .all(dim=1)
+                .any()
+                for y in (-1, 0, 1)
+                for x in (-1, 0, 1)
+            ]
+            assert any(ways), "an image of its class, moved by one pixel at most"
+            moved += not ways[4]
+        dtypes = []
+        hook = network.encoder.conv.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
+        found = forward(network, images, target)
+        hook.remove()
+        assert dtypes == [torch.bfloat16 if arithmetic == "bf16" else torch.float32]
+        return found
+
+    def note_rate(optimizer: torch.optim.Adam) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        adam_step(optimizer)
+
+    monkeypatch.setattr(CapsNet, "forward", spy)
+    monkeypatch.setattr(torch.optim.Adam, "step", note_rate)
+    config = replace(train_config, precision=arithmetic)  # type: ignore[arg-type] # one of the two
+    run(config, tmp_path)
+    assert moved > 60
+    assert rates == [learning_rate(config, step, 12) for step in range(12)]
+
+
+def test_reconstruction_weight(
+    run: Run, train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is the margin loss plus the weighted reconstruction loss: without weight, nothing is drawn."""
+    config = replace(train_config, epochs=1)
+    without = run(replace(config, reconstruction_weight=0), tmp_path / "without").model
+    torch.manual_seed(config.seed)
+    fresh = CapsNet(ModelConfig.from_dict(checkpoints.read(tmp_path / "without").model_config)).state_dict()
+    assert all(torch.equal(without[name], fresh[name]) for name in fresh if name.startswith("decoder"))
+    totals = []
+    backward = torch.Tensor.backward
+
+    def note(loss: torch.Tensor) -> None:
+        totals.append(loss.item())
+        backward(loss)  # type: ignore[no-untyped-call] # a function kept in a variable escapes the exception
+
+    monkeypatch.setattr(torch.Tensor, "backward", note)
+    monkeypatch.setattr(training, "margin_loss", lambda lengths, _: 0 * lengths.sum(dim=-1) + 3)
+    monkeypatch.setattr(training, "reconstruction_loss", lambda pictures, _: 0 * pictures[:, 0, 0] + 2000)
+    run(replace(config, reconstruction_weight=0.0005), tmp_path / "with")
+    assert totals == pytest.approx([4.0] * 4)
+
+
+def test_result_of_another_run(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
+    """A result whose run is gone is not mistaken for that of a new one."""
+    config = replace(train_config, epochs=1)
+    run(config, tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    with pytest.raises(TrainingError, match=r"result\.json is of another run"):
+        run(config, tmp_path, resume=True)
+
+
+def test_layout(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
+    """The convolutions' weights lie channels last; the transformation matrices stay as they are read."""
+    weights = run(replace(train_config, epochs=1), tmp_path).model
+    assert weights["encoder.primary_capsules.conv.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert weights["encoder.digit_capsules.weight"].is_contiguous()
+
+
+def test_log(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
+    """TensorBoard's log holds the validation error of every epoch, once, after a resumption too."""
+    run(replace(train_config, epochs=3), tmp_path)
+    run(replace(train_config, epochs=3), tmp_path, resume=True)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("error/validation")] == [3, 7, 11]
+    assert "loss/margin" in events.Tags()["scalars"]
 
 
 def test_learning_rate_decays_exponentially() -> None:
@@ -189,3 +320,10 @@ def test_mixed_precision_touches_the_convolutions_alone(model_config: ModelConfi
     assert torch.equal(
         torch.from_numpy(TorchPredictor(network).encode(images.numpy())[0]), torch.from_numpy(before)
     )
+
+
+def test_auto_is_settled_at_the_start(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
+    """What `auto` came to is stored, so that no later machine can change it."""
+    state = run(replace(train_config, epochs=1, device="auto"), tmp_path)
+    assert state.train_config["device"] == resolve_device("auto").type
+    assert state.train_config["precision"] in ("fp32", "bf16")

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from training import visualize
 from training.config import ModelConfig
-from training.data import Dataset, Split
+from training.data import DataError, Dataset, Split
 from training.model import CapsNet
 from training.predictor import TorchPredictor
 from training.visualize import draw_dimensions, draw_reconstructions, typical
@@ -51,11 +53,22 @@ def test_dimensions(predictor: Recorder, load_split: Load, tmp_path: Path) -> No
         assert picture.width > picture.height
 
 
-def test_reconstructions(predictor: Recorder, load_split: Load, tmp_path: Path) -> None:
+def test_reconstructions(
+    predictor: Recorder, load_split: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Right and wrong pictures are each drawn from the capsule of the class that was predicted."""
     dataset = load_split("test")
     draw_reconstructions(predictor, dataset, tmp_path / "r.png", columns=5)
     lengths = predictor.encode(dataset.images.numpy())[1]
+    shown: list[NDArray[np.floating[Any]]] = []
+    monkeypatch.setattr(visualize, "_show", lambda _, picture: shown.append(picture))
+    predictor.decoded.clear()
+    draw_reconstructions(predictor, dataset, tmp_path / "unseen.png", columns=5)
+    inputs, drawn = np.stack(shown[::2]), np.stack(shown[1::2])
+    known = {image.tobytes() for image in dataset.images.numpy() / 255}
+    assert all(picture.tobytes() in known for picture in inputs)
+    again = [TorchPredictor.decode(predictor, *call) for call in predictor.decoded]
+    np.testing.assert_array_equal(drawn, np.concatenate(again))
     for capsules, target in predictor.decoded:
         assert np.linalg.norm(capsules, axis=-1).argmax(axis=-1).tolist() == target.tolist()
     assert 0 < len(predictor.decoded) <= 2
@@ -66,5 +79,5 @@ def test_reconstructions(predictor: Recorder, load_split: Load, tmp_path: Path) 
 
 def test_unknown_class(predictor: Recorder, load_split: Load, tmp_path: Path) -> None:
     """A class that the network does not know is answered with those it does."""
-    with pytest.raises(ValueError, match="class 'cube' is unknown, expected one of"):
+    with pytest.raises(DataError, match="class 'cube' is unknown, expected one of"):
         draw_dimensions(predictor, load_split("test"), "cube", tmp_path / "d.png")
