@@ -1,0 +1,62 @@
+"""The graphs that come with the repository against PyTorch, with the weights that are in their files."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from service.manifest import Manifest, read_manifest
+from tests.support.mnist import ROOT, mnist_test_images
+from training.config import ModelConfig
+from training.data import Dataset
+from training.model import CapsNet
+from training.predictor import OnnxPredictor, TorchPredictor
+
+VERSIONS = sorted(path.parent for path in (ROOT / "models").glob("mnist/*/manifest.json"))
+
+
+@pytest.fixture(scope="module")
+def mnist() -> Dataset:
+    return mnist_test_images()
+
+
+def network(folder: Path, manifest: Manifest) -> CapsNet:
+    """The PyTorch network, rebuilt from nothing but the model folder."""
+    config = ModelConfig(classes=manifest.classes, routing_iterations=manifest.capsules.routing_iterations)
+    rebuilt = CapsNet(config).eval()
+    weights = {}
+    for prefix, graph in (("", manifest.encoder), ("decoder.", manifest.decoder)):
+        for tensor in onnx.load(folder / graph.file).graph.initializer:
+            name = prefix + tensor.name.removesuffix(".half")
+            weights[name] = torch.from_numpy(numpy_helper.to_array(tensor).copy()).float()
+    rebuilt.load_state_dict({name: weights[name] for name in rebuilt.state_dict()})
+    return rebuilt
+
+
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+def test_onnx_runtime_agrees_with_pytorch(folder: Path, mnist: Dataset) -> None:
+    """Capsules, lengths and reconstructions agree to 1e-4 at batch sizes 1, 2, 7 and 64."""
+    exported = OnnxPredictor(folder)
+    reference = TorchPredictor(network(folder, exported.manifest))
+    for size in (1, 2, 7, 64):
+        images = mnist.images[:size].numpy()  # 7, 2, 1, 0, 4, 1, 4, …: winners differ
+        capsules, lengths = exported.encode(images)
+        expected_capsules, expected_lengths = reference.encode(images)
+        np.testing.assert_allclose(capsules, expected_capsules, atol=1e-4)
+        np.testing.assert_allclose(lengths, expected_lengths, atol=1e-4)
+        longest = expected_lengths.argmax(axis=-1)
+        assert size == 1 or len(set(longest.tolist())) > 1
+        np.testing.assert_allclose(
+            exported.decode(capsules, longest), reference.decode(expected_capsules, longest), atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+def test_the_card_states_the_manifests_error(folder: Path) -> None:
+    """The model card and the manifest name the same number of mistakes."""
+    measured = read_manifest(folder).measured
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert f"{measured.test_error:.2f} % ({measured.test_mistakes} of {measured.test_images})" in card
