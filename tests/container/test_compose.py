@@ -26,7 +26,10 @@ def test_every_setting_is_passed_on() -> None:
     text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
     settings = {f"CAPSNET_{name.upper()}" for name in Settings.model_fields}
 
-    assert set(re.findall(r"^ +- (CAPSNET_\w+)$", text, re.MULTILINE)) == settings - SET_INSIDE - NOT_IN_THE_IMAGE
+    assert (
+        set(re.findall(r"^ +- (CAPSNET_\w+)$", text, re.MULTILINE))
+        == settings - SET_INSIDE - NOT_IN_THE_IMAGE
+    )
 
 
 @pytest.fixture(scope="module")
