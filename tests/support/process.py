@@ -67,6 +67,7 @@ def served(models: Path, **settings: str) -> Iterator[Served]:
     )
     assert process.stderr is not None
     log: list[str] = []
+    drain = threading.Thread(target=log.extend, args=(process.stderr,), daemon=True)
     try:
         for line in process.stderr:
             log.append(line)
@@ -74,7 +75,6 @@ def served(models: Path, **settings: str) -> Iterator[Served]:
                 break
         else:
             raise AssertionError("the process did not start:\n" + "".join(log))
-        drain = threading.Thread(target=log.extend, args=(process.stderr,), daemon=True)
         drain.start()
         service = Served(process, log, int(found[1]))
         with service.client:
@@ -82,5 +82,6 @@ def served(models: Path, **settings: str) -> Iterator[Served]:
     finally:
         process.kill()
         process.wait()
-        drain.join(LIMIT)
+        if drain.ident is not None:  # a process that did not start has said all it will
+            drain.join(LIMIT)
         process.stderr.close()
