@@ -112,6 +112,9 @@ class Provenance(_Record):
     training_images: Annotated[int, Field(ge=1)]
     seed: int
     epochs: Annotated[int, Field(ge=1)]
+    """Passes over the training images, those behind the first weights included."""
+    start: str | None = None
+    """The model whose weights this one began with; none if they were random."""
     parameters: Annotated[int, Field(ge=1)]
     precision: str
     """Arithmetic of the training run: `fp32` or `bf16`."""

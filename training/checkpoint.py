@@ -42,6 +42,8 @@ class Checkpoint:
     """States of the random generators, by what they draw."""
     history: list[dict[str, float]]
     """One row for each completed epoch."""
+    start: dict[str, Any] | None = None
+    """Where the first weights came from (`Start.origin`); none if they were random."""
     format: int = FORMAT
 
     def network(self) -> CapsNet:
@@ -59,6 +61,11 @@ class Checkpoint:
             return TrainConfig.from_dict(self.train_config)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"checkpoint of other code than this: {error}") from error
+
+    @property
+    def epochs_in_all(self) -> int:
+        """Epochs completed, those behind the first weights included."""
+        return self.epoch + (self.start["epochs"] if self.start else 0)
 
     @property
     def finished(self) -> bool:

@@ -17,6 +17,7 @@ from training.data import DataError, Dataset
 from training.evaluate import evaluate, require_fit
 from training.export import ExportError, Name, export
 from training.predictor import OnnxPredictor, Predictor, TorchPredictor
+from training.start import read_start
 from training.train import TrainingError, resolve_device, train
 from training.visualize import draw_dimensions, draw_reconstructions
 
@@ -98,6 +99,11 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     command.add_argument(
+        "--start",
+        type=Path,
+        help="begin with the weights of this run, checkpoint.pt or exported model folder; unset: random ones",
+    )
+    command.add_argument(
         "--epochs", type=int, default=DEFAULTS.epochs, help="passes over the training images"
     )
     command.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size, help="images a step")
@@ -178,6 +184,7 @@ def _train(options: argparse.Namespace) -> None:
         ),
         options.output or Path("runs", options.dataset),
         load_test=_loader(options, "test"),
+        start=read_start(options.start) if options.start else None,
         resume=options.resume,
     )
 

@@ -5,11 +5,10 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,9 @@ from training.data import Dataset, hold_out, random_shift
 from training.evaluate import evaluate
 from training.losses import margin_loss, reconstruction_loss
 from training.model import CapsNet, length, scale
+from training.precision import convolutions_in, resolve_precision
 from training.predictor import TorchPredictor
+from training.start import Start
 
 RESULT_FILE = "result.json"
 LOG_EVERY = 50
@@ -41,6 +42,7 @@ def train(
     output: Path,
     *,
     load_test: Callable[[], Dataset],
+    start: Start | None = None,
     resume: bool = False,
 ) -> Checkpoint:
     """Train a network on `dataset`, less the held-out validation images, into the folder `output`.
@@ -49,17 +51,18 @@ def train(
     epoch `result.json` with the error on the test images, which are loaded and looked at only then.
 
     Args:
+        start: weights to begin with, instead of random ones.
         resume: go on from the checkpoint in `output`. The result is the same, to the last bit on one
             machine with as many threads, as if the run had not been interrupted.
 
     Raises:
-        TrainingError: for a device that is not there, an existing run without `resume`, or a loss that
-            is no longer a number.
+        TrainingError: for a device that is not there, an existing run without `resume`, weights to begin
+            with that do not fit, or a loss that is no longer a number.
         CheckpointError: if the checkpoint to resume from is damaged or was made with other settings.
     """
     device = resolve_device(config.device)
     # What `auto` came to is part of the run: a resumed run must not change it, and the manifest names it.
-    config = replace(config, device=device.type, precision=precision(config, device))
+    config = replace(config, device=device.type, precision=resolve_precision(config.precision, device))
     path = output / checkpoints.CHECKPOINT_FILE
     if path.exists() and not resume:
         raise TrainingError(f"{path} exists; add --resume to go on with it, or choose another --output")
@@ -67,7 +70,10 @@ def train(
         raise TrainingError(f"{output / RESULT_FILE} is of another run; choose another --output")
     rest, validation = hold_out(dataset, config.validation_images, config.seed)
     torch.manual_seed(config.seed)
-    network = CapsNet(model_config).to(device)
+    network = CapsNet(model_config)
+    if start is not None:
+        _begin_with(network, start)
+    network.to(device)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):  # and nothing else: other weights with four axes are no images
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in its types
@@ -88,12 +94,14 @@ def train(
         optimizer={},
         generators={},
         history=[],
+        start=None if start is None else start.origin(),
     )
     if resume and path.exists():
         saved = checkpoints.read(path)
         checkpoints.require_same(path, saved.model_config, state.model_config)
         checkpoints.require_same(path, saved.train_config, state.train_config)
         checkpoints.require_same(path, saved.dataset_checksums, state.dataset_checksums)
+        checkpoints.require_same(path, {"start": saved.start}, {"start": state.start})
         network.load_state_dict(saved.model)
         optimizer.load_state_dict(saved.optimizer)
         for name, generator in generators.items():
@@ -110,6 +118,16 @@ def train(
     if not (output / RESULT_FILE).exists():
         _write_result(network, state, load_test(), output)
     return state
+
+
+def _begin_with(network: CapsNet, start: Start) -> None:
+    try:
+        network.load_state_dict(start.weights)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"the weights of {start.source} are of another network than the one to train; start from one of "
+            f"the same image size, classes and routing ({error})"
+        ) from error
 
 
 def _train_epochs(
@@ -233,30 +251,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def precision(config: TrainConfig, device: torch.device) -> Literal["fp32", "bf16"]:
-    """The arithmetic that `config.precision` comes to on `device`."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if device.type == "cuda" else "fp32"
-
-
-@contextmanager
-def convolutions_in(network: CapsNet, arithmetic: str) -> Iterator[None]:
-    """Run the convolutions, nearly all of the work, in `arithmetic`; everything else stays in fp32."""
-    if arithmetic == "fp32":
-        yield
-        return
-    device = next(network.parameters()).device.type
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    for conv in convolutions:
-        conv.forward = torch.autocast(device, torch.bfloat16)(conv.forward)  # type: ignore[method-assign] # hides the class's method, for a while
-    try:
-        yield
-    finally:
-        for conv in convolutions:
-            del conv.forward
-
-
 def code_revision() -> str:
     """The commit that this code is at, with `-dirty` after it if files differ; `unknown` outside git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -277,6 +271,7 @@ def _write_result(network: CapsNet, state: Checkpoint, test: Dataset, output: Pa
         "code_revision": state.code_revision,
         "model_config": state.model_config,
         "train_config": state.train_config,
+        "start": state.start,
         "history": state.history,
     }
     partial = output / f"{RESULT_FILE}.partial"

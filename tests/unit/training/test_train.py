@@ -14,8 +14,9 @@ from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split, shift
 from training.losses import margin_loss
 from training.model import CapsNet
+from training.precision import convolutions_in
 from training.predictor import TorchPredictor
-from training.train import TrainingError, convolutions_in, learning_rate, resolve_device, train
+from training.train import TrainingError, learning_rate, resolve_device, train
 
 Load = Callable[[Split], Dataset]
 

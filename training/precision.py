@@ -1,0 +1,75 @@
+"""The arithmetic that the convolutions, nearly all of the work, are trained in."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
+
+from training.config import Precision
+
+
+def resolve_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """The arithmetic that `name` comes to on `device`."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+@contextmanager
+def convolutions_in(network: nn.Module, arithmetic: str) -> Iterator[None]:
+    """Run the convolutions of `network` in `arithmetic`; everything else stays in fp32."""
+    if arithmetic == "fp32":
+        yield
+        return
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    for conv in convolutions:
+        forward = _on_cpu(conv) if on_cpu else torch.autocast("cuda", torch.bfloat16)(conv.forward)
+        conv.forward = forward  # type: ignore[assignment, method-assign] # hides the class's method, for a while
+    try:
+        yield
+    finally:
+        for conv in convolutions:
+            del conv.forward
+
+
+def _on_cpu(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return Bf16Convolution.apply(x, conv.weight, conv.bias, conv.stride)  # type: ignore[no-any-return, no-untyped-call] # torch's
+
+    return forward
+
+
+class Bf16Convolution(torch.autograd.Function):
+    """A convolution in bf16 whose weight gradient is one matrix product.
+
+    oneDNN's own weight gradient in bf16 takes twice the time of that product on cores with AVX512-BF16 but
+    without AMX; its other two directions run near the processor's peak. The product needs every patch of
+    the input side by side: kernel height x kernel width / stride^2 times the input's memory, for a moment.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Tensor:
+        """x (B, C, H, W), weight (O, C, kh, kw), bias (O,) -> (B, O, rows, columns) in bf16."""
+        x, weight = x.bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv2d(x, weight, bias.bfloat16(), stride)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        """Gradients of x, if it has one, weight and bias; the last two in fp32."""
+        x, weight = ctx.saved_tensors
+        gradient = gradients[0]
+        rows, columns = ctx.stride
+        height, width = weight.shape[2:]
+        patches = x.permute(0, 2, 3, 1).unfold(1, height, rows).unfold(2, width, columns)
+        patches = patches.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)  # (B*rows*columns, kh*kw*C)
+        flat = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (B*rows*columns, O)
+        of_weight = (flat.mT @ patches).unflatten(1, (height, width, -1)).permute(0, 3, 1, 2)
+        of_x = conv2d_input(x.shape, weight, gradient, ctx.stride) if ctx.needs_input_grad[0] else None
+        return of_x, of_weight.float(), flat.sum(dim=0, dtype=torch.float32), None
