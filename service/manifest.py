@@ -105,6 +105,15 @@ class Measured(_Record):
         return 100 * self.test_mistakes / self.test_images
 
 
+class Start(_Record):
+    source: str
+    """`<name>/<version>` of a model, or what run they are of."""
+    sha256: str
+    """Of the file that the encoder's weights were read from."""
+    epochs: Annotated[int, Field(ge=0)]
+    """Passes over the training images behind these weights, in all."""
+
+
 class Provenance(_Record):
     code_revision: str
     dataset: str
@@ -112,9 +121,8 @@ class Provenance(_Record):
     training_images: Annotated[int, Field(ge=1)]
     seed: int
     epochs: Annotated[int, Field(ge=1)]
-    """Passes over the training images, those behind the first weights included."""
-    start: str | None = None
-    """The model whose weights this one began with; none if they were random."""
+    start: Start | None = None
+    """The weights that training began with; none if they were random."""
     parameters: Annotated[int, Field(ge=1)]
     precision: str
     """Arithmetic of the training run: `fp32` or `bf16`."""

@@ -101,6 +101,12 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
             [
                 ("dataset", f"{made.dataset}, {made.training_images} training images"),
                 ("epochs", f"{made.epochs} of {train.epochs}, in batches of {train.batch_size}"),
+                (
+                    "first weights",
+                    f"those of {made.start.source}, after {made.start.epochs} epochs"
+                    if made.start
+                    else "random",
+                ),
                 ("seed", made.seed),
                 (
                     "optimizer",

@@ -49,9 +49,9 @@ def _exported(folder: Path) -> Start:
         **_weights(folder / manifest.encoder.file, "encoder.", ""),
         **_weights(folder / manifest.decoder.file, "layers.", "decoder."),
     }
-    return Start(
-        weights, f"{manifest.name}/{manifest.version}", manifest.encoder.sha256, manifest.provenance.epochs
-    )
+    made = manifest.provenance
+    epochs = made.epochs + (made.start.epochs if made.start else 0)
+    return Start(weights, f"{manifest.name}/{manifest.version}", manifest.encoder.sha256, epochs)
 
 
 def _weights(graph: Path, belongs: str, prefix: str) -> dict[str, Tensor]:

@@ -125,8 +125,9 @@ def _begin_with(network: CapsNet, start: Start) -> None:
         network.load_state_dict(start.weights)
     except RuntimeError as error:
         raise TrainingError(
-            f"the weights of {start.source} are of another network than the one to train; start from one of "
-            f"the same image size, classes and routing ({error})"
+            f"the weights of {start.source} are of another network than the one to train: its image size, "
+            "classes and settings must be the same. An exported network of a few thousand weights has lost "
+            f"the names of some: start from the run's checkpoint. ({error})"
         ) from error
 
 

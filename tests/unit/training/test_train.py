@@ -14,8 +14,6 @@ from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split, shift
 from training.losses import margin_loss
 from training.model import CapsNet
-from training.precision import convolutions_in
-from training.predictor import TorchPredictor
 from training.train import TrainingError, learning_rate, resolve_device, train
 
 Load = Callable[[Split], Dataset]
@@ -299,28 +297,6 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError, match="device is 'tpu', expected auto, cpu or cuda"):
         resolve_device("tpu")
     assert resolve_device("auto") == torch.device("cpu")
-
-
-def test_mixed_precision_touches_the_convolutions_alone(model_config: ModelConfig) -> None:
-    """In bf16 the convolutions give bf16 and everything after them fp32; afterwards all is as before."""
-    torch.manual_seed(0)
-    network = CapsNet(model_config).eval()
-    images = torch.randint(0, 256, (4, 13, 12), dtype=torch.uint8)
-    before = TorchPredictor(network).encode(images.numpy())[0]
-    kinds = []
-    hooks = [
-        module.register_forward_hook(lambda _, __, output: kinds.append(output.dtype))
-        for module in (network.encoder.conv, network.encoder.primary_capsules, network.encoder.digit_capsules)
-    ]
-    with convolutions_in(network, "bf16"):
-        mixed, _ = network(images)
-    assert kinds == [torch.bfloat16, torch.float32, torch.float32]
-    for hook in hooks:
-        hook.remove()
-    assert 0 < (mixed - torch.from_numpy(before)).abs().max() < 0.05
-    assert torch.equal(
-        torch.from_numpy(TorchPredictor(network).encode(images.numpy())[0]), torch.from_numpy(before)
-    )
 
 
 def test_auto_is_settled_at_the_start(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.config import ModelConfig
+from training.model import CapsNet
+from training.precision import Bf16Convolution, convolutions_in, resolve_precision
+from training.predictor import TorchPredictor
+
+
+def test_mixed_precision_touches_the_convolutions_alone(model_config: ModelConfig) -> None:
+    """In bf16 the convolutions give bf16 and everything after them fp32; afterwards all is as before."""
+    torch.manual_seed(0)
+    network = CapsNet(model_config).eval()
+    images = torch.randint(0, 256, (4, 13, 12), dtype=torch.uint8)
+    before = TorchPredictor(network).encode(images.numpy())[0]
+    kinds = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: kinds.append(output.dtype))
+        for module in (network.encoder.conv, network.encoder.primary_capsules, network.encoder.digit_capsules)
+    ]
+    with convolutions_in(network, "bf16"):
+        mixed, _ = network(images)
+    assert kinds == [torch.bfloat16, torch.float32, torch.float32]
+    for hook in hooks:
+        hook.remove()
+    assert 0 < (mixed - torch.from_numpy(before)).abs().max() < 0.05
+    assert torch.equal(
+        torch.from_numpy(TorchPredictor(network).encode(images.numpy())[0]), torch.from_numpy(before)
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 2)])
+def test_gradients_are_those_of_the_convolution(channels: int, stride: tuple[int, int]) -> None:
+    """Numbers that bf16 holds exactly give the output and the three gradients of an exact convolution."""
+    generator = torch.Generator().manual_seed(0)
+
+    def small(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=generator).float()
+
+    inputs = [small(2, channels, 7, 9), small(4, channels, 3, 2), small(4)]
+    exact = [value.clone().requires_grad_() for value in inputs]
+    ours = [value.clone().requires_grad_() for value in inputs]
+    image, weight, bias = exact
+    expected = F.conv2d(image, weight, bias, stride)
+    found = Bf16Convolution.apply(*ours, stride)  # type: ignore[no-untyped-call] # torch's
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.float(), expected)
+    gradient = small(*expected.shape)
+    expected.backward(gradient)
+    found.backward(gradient.bfloat16())
+    for one, other in zip(ours, exact, strict=True):
+        assert other.grad is not None
+        assert other.grad.abs().max() <= 256  # beyond it bf16 rounds whole numbers
+        assert one.grad is not None
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_an_image_needs_no_gradient() -> None:
+    """The first convolution's input gets no gradient, and its work is not done."""
+    weight, bias = torch.ones(2, 1, 3, 3, requires_grad=True), torch.zeros(2, requires_grad=True)
+    output = Bf16Convolution.apply(torch.ones(1, 1, 5, 5), weight, bias, (1, 1))  # type: ignore[no-untyped-call] # torch's
+    assert output.grad_fn.next_functions[0] == (None, 0)
+    output.sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full_like(weight, 9))  # each weight meets nine ones
+
+
+def test_auto_precision() -> None:
+    """`auto` is bf16 on CUDA and fp32 on the CPU; what is named stays."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [resolve_precision("auto", device) for device in (cpu, cuda)] == ["fp32", "bf16"]
+    assert [resolve_precision("bf16", cpu), resolve_precision("fp32", cuda)] == ["bf16", "fp32"]

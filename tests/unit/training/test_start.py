@@ -1,0 +1,122 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.manifest import Start as Recorded
+from service.manifest import read_manifest
+from training import checkpoint as checkpoints
+from training.checkpoint import Checkpoint, CheckpointError
+from training.config import ModelConfig, TrainConfig
+from training.data import Dataset, Split
+from training.export import Name, export, round_to_half
+from training.start import Start, read_start
+from training.train import TrainingError, train
+
+Load = Callable[[Split], Dataset]
+Run = Callable[..., Checkpoint]
+
+
+@pytest.fixture
+def run(model_config: ModelConfig, train_config: TrainConfig, load_split: Load) -> Run:
+    def run(output: Path, start: Start | None = None, *, epochs: int = 1, resume: bool = False) -> Checkpoint:
+        return train(
+            load_split("train"),
+            model_config,
+            replace(train_config, epochs=epochs),
+            output,
+            load_test=lambda: load_split("test"),
+            start=start,
+            resume=resume,
+        )
+
+    return run
+
+
+def test_from_a_run(run: Run, tmp_path: Path) -> None:
+    """The weights of a run are read from its folder or from its checkpoint."""
+    state = run(tmp_path / "run")
+    for path in (tmp_path / "run", tmp_path / "run" / checkpoints.CHECKPOINT_FILE):
+        start = read_start(path)
+        assert start.epochs == 1
+        assert start.source == "a run on shapes"
+        assert start.weights.keys() == state.model.keys()
+        assert all(torch.equal(start.weights[name], state.model[name]) for name in state.model)
+
+
+def test_from_an_exported_model(
+    model_config: ModelConfig, train_config: TrainConfig, load_split: Load, tmp_path: Path
+) -> None:
+    """The weights of an exported model are the run's, as the export rounded them."""
+    # The exporter computes what depends on small tensors alone, and their names are gone.
+    large = replace(model_config, primary_groups=16)
+    state = train(
+        load_split("train"), large, train_config, tmp_path / "run", load_test=lambda: load_split("test")
+    )
+    place = Name(tmp_path / "models", "shapes", "3")
+    manifest = export(state, place, load_split)
+    start = read_start(place.folder)
+    assert start.origin() == {"source": "shapes/3", "sha256": manifest.encoder.sha256, "epochs": 3}
+    network = state.network()
+    round_to_half(network)
+    expected = network.state_dict()
+    assert start.weights.keys() == expected.keys()
+    assert all(torch.equal(start.weights[name], expected[name]) for name in expected)
+
+
+def test_training_begins_with_the_weights(run: Run, tmp_path: Path) -> None:
+    """A first epoch from given weights gives just what an epoch from those weights gives, and no other."""
+    run(tmp_path / "long", epochs=4)
+    start = read_start(tmp_path / "long")
+    none = {name: torch.zeros_like(value) for name, value in start.weights.items()}
+    begun, again = run(tmp_path / "begun", start), run(tmp_path / "again", start)
+    nothing = run(tmp_path / "nothing", replace(start, weights=none))
+    name = "encoder.digit_capsules.weight"
+    assert torch.equal(begun.model[name], again.model[name])
+    assert nothing.model[name].abs().max() == 0  # all-zero weights get no gradient
+    assert begun.model[name].abs().max() > 0
+
+
+def test_epochs_add_up(run: Run, load_split: Load, tmp_path: Path) -> None:
+    """Manifest, card and a third run know every epoch behind the weights, and where the first came from."""
+    run(tmp_path / "one", epochs=2)
+    second = run(tmp_path / "two", read_start(tmp_path / "one"))
+    assert second.epochs_in_all == 3
+    assert read_start(tmp_path / "two").epochs == 3
+    place = Name(tmp_path / "models", "shapes", "1")
+    export(second, place, load_split)
+    made = read_manifest(place.folder).provenance
+    assert made.epochs == 1
+    assert made.start == Recorded(
+        source="a run on shapes", sha256=read_start(tmp_path / "one").sha256, epochs=2
+    )
+    assert "those of a run on shapes, after 2 epochs" in (place.folder / "MODEL_CARD.md").read_text()
+    assert read_start(place.folder).epochs == 3
+
+
+def test_an_export_without_names(run: Run, load_split: Load, tmp_path: Path) -> None:
+    """Of a small network, whose export has lost names, the message says what to start from instead."""
+    place = Name(tmp_path / "models", "shapes", "1")
+    export(run(tmp_path / "one"), place, load_split)
+    with pytest.raises(TrainingError, match=r"start from the run's checkpoint(.|\n)*digit_capsules"):
+        run(tmp_path / "two", read_start(place.folder))
+
+
+def test_resuming_needs_the_same_start(run: Run, tmp_path: Path) -> None:
+    """A run that began with given weights is not resumed as one that began with others."""
+    run(tmp_path / "one")
+    start = read_start(tmp_path / "one")
+    run(tmp_path / "two", start)
+    with pytest.raises(CheckpointError, match="start = "):
+        run(tmp_path / "two", resume=True)
+    assert run(tmp_path / "two", start, resume=True).epoch == 1
+
+
+def test_weights_of_another_network(run: Run, tmp_path: Path) -> None:
+    """Weights that do not fit are refused before anything is written."""
+    start = Start({"encoder.conv.weight": torch.zeros(1)}, "another/1", "", 1)
+    with pytest.raises(TrainingError, match="the weights of another/1 are of another network"):
+        run(tmp_path / "run", start)
+    assert not (tmp_path / "run").exists()
