@@ -67,5 +67,5 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(docs.router)
     app.include_router(oip.router)
     problems.install(app)
-    openapi.install(app, open_paths=security.open_paths(settings) if settings.api_keys else None)
+    openapi.install(app, settings, open_paths=security.open_paths(settings) if settings.api_keys else None)
     return app

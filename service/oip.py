@@ -76,8 +76,16 @@ _VERSION = "/models/{name}/versions/{version}"
 
 
 @router.get(_VERSION, summary="The tensors of this version", responses=openapi.protocol_errors(404))
+async def version_metadata(request: Request, name: str, version: str) -> ModelMetadata:
+    return _metadata(request, name, version)
+
+
 @router.get(_MODEL, summary="The tensors of the newest version", responses=openapi.protocol_errors(404))
-async def model_metadata(request: Request, name: str, version: str | None = None) -> ModelMetadata:
+async def model_metadata(request: Request, name: str) -> ModelMetadata:
+    return _metadata(request, name, None)
+
+
+def _metadata(request: Request, name: str, version: str | None) -> ModelMetadata:
     graph = protocol.find_graph(service_of(request).engine, name, version)
     return ModelMetadata(
         name=graph.name,
@@ -93,10 +101,18 @@ async def model_metadata(request: Request, name: str, version: str | None = None
     summary="Whether this version is ready",
     responses=openapi.protocol_errors(404, 503),
 )
+async def version_ready(request: Request, name: str, version: str) -> ModelReady:
+    return _ready(request, name, version)
+
+
 @router.get(
     f"{_MODEL}/ready", summary="Whether the model is ready", responses=openapi.protocol_errors(404, 503)
 )
-async def model_ready(request: Request, name: str, version: str | None = None) -> ModelReady:
+async def model_ready(request: Request, name: str) -> ModelReady:
+    return _ready(request, name, None)
+
+
+def _ready(request: Request, name: str, version: str | None) -> ModelReady:
     graph = protocol.find_graph(service_of(request).engine, name, version)
     _require_ready(request)
     return ModelReady(name=graph.name, ready=True)
@@ -116,21 +132,39 @@ class _Asked:
 
 
 _INFER = openapi.protocol_operation(
-    bodies={JSON: openapi.reference(InferRequest), OCTETS: openapi.BINARY},
+    bodies={JSON: openapi.body(openapi.reference(InferRequest)), OCTETS: openapi.body(openapi.BINARY)},
     answers={OCTETS: openapi.BINARY},
     request_header=HEADER_LENGTH,
 )
 
 
-@router.post(f"{_VERSION}/infer", summary="Run this version", response_model=InferAnswer, **_INFER)
-@router.post(f"{_MODEL}/infer", summary="Run the newest version", response_model=InferAnswer, **_INFER)
-async def infer(request: Request, name: str, version: str | None = None) -> Response:
-    """Run one graph on a batch.
+_RUN = """Run one graph on a batch.
 
-    Tensors are numbers in the JSON object, or bytes after it: then `Inference-Header-Content-Length` gives
-    the object's length, in the request and in the answer alike. The body may be compressed (`gzip` or
-    `deflate`); its length after decompression has the same limit.
-    """
+Tensors are numbers in the JSON object, or bytes after it: then `Inference-Header-Content-Length` gives
+the object's length, in the request and in the answer alike. The body may be compressed (`gzip` or
+`deflate`); its length after decompression has the same limit.
+"""
+
+
+@router.post(
+    f"{_VERSION}/infer", summary="Run this version", description=_RUN, response_model=InferAnswer, **_INFER
+)
+async def version_infer(request: Request, name: str, version: str) -> Response:
+    return await _infer(request, name, version)
+
+
+@router.post(
+    f"{_MODEL}/infer",
+    summary="Run the newest version",
+    description=_RUN,
+    response_model=InferAnswer,
+    **_INFER,
+)
+async def model_infer(request: Request, name: str) -> Response:
+    return await _infer(request, name, None)
+
+
+async def _infer(request: Request, name: str, version: str | None) -> Response:
     service = service_of(request)
     graph = protocol.find_graph(service.engine, name, version)
     body = await read_body(request, service.settings)

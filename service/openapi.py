@@ -1,6 +1,7 @@
 """The parts of the OpenAPI document that FastAPI cannot see: bodies, queries and errors of plain requests."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from copy import deepcopy
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,10 +27,32 @@ from service.schemas import (
     SweepChoice,
     SweepRequest,
 )
+from service.settings import Settings
 
 Schema = dict[str, Any]
 
 BINARY: Schema = {"type": "string", "format": "binary"}
+
+# Headers that an answer has by its status; every answer has the first two.
+_HEADERS: dict[str, Schema] = {
+    "X-Request-ID": {
+        "description": "The request's own, or the one that it was given",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "Server-Timing": {
+        "description": "Milliseconds in each stage",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "Retry-After": {
+        "description": "Seconds after which trying again makes sense",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "WWW-Authenticate": {"required": True, "schema": {"type": "string"}},
+}
+_EVERY_ANSWER = ("X-Request-ID", "Server-Timing")
+_BY_STATUS = {"401": "WWW-Authenticate", "503": "Retry-After"}
 
 # Models that only references name; FastAPI adds those of the answers itself.
 _REFERENCED = (
@@ -52,14 +75,29 @@ def files() -> Schema:
     return {"type": "array", "items": BINARY, "minItems": 1}
 
 
-def form(required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
-    """The schema of a multipart body."""
+def form(
+    required: dict[str, Schema], optional: dict[str, Schema] | None = None, *, encoding: dict[str, str]
+) -> Schema:
+    """A multipart body.
+
+    Args:
+        required, optional: the schema of each part.
+        encoding: media types of parts that are files, or whose schema leaves that open.
+    """
     return {
-        "type": "object",
-        "properties": {**required, **(optional or {})},
-        "required": list(required),
-        "additionalProperties": False,
+        "schema": {
+            "type": "object",
+            "properties": {**required, **(optional or {})},
+            "required": list(required),
+            "additionalProperties": False,
+        },
+        "encoding": {part: {"contentType": media} for part, media in encoding.items()},
     }
+
+
+def body(schema: Schema) -> Schema:
+    """A body that is no form."""
+    return {"schema": schema}
 
 
 def problems(*statuses: int) -> dict[int | str, Schema]:
@@ -80,7 +118,7 @@ def operation(
 
     Args:
         query: the query parameters.
-        bodies: a schema for each media type of the body.
+        bodies: a `body` or `form` for each media type.
         answers: a schema for each media type of the answer beside JSON.
     """
     schema = query.model_json_schema()
@@ -94,11 +132,10 @@ def operation(
         }
         for name, parameter in schema["properties"].items()
     ]
-    content = {media: {"schema": body} for media, body in bodies.items()}
     return {
         "openapi_extra": {
             "parameters": parameters,
-            "requestBody": {"required": True, "content": content},
+            "requestBody": {"required": True, "content": bodies},
         },
         "responses": {
             200: {"content": {media: {"schema": answer} for media, answer in answers.items()}},
@@ -124,7 +161,7 @@ def protocol_operation(
     """Keyword arguments of the protocol's inference routes, which read their plain request.
 
     Args:
-        bodies: a schema for each media type of the body.
+        bodies: a `body` for each media type.
         answers: a schema for each media type of the answer beside JSON.
         request_header: the header that tells the JSON object's length where bytes follow it.
     """
@@ -140,20 +177,27 @@ def protocol_operation(
                     "schema": {"type": "integer", "minimum": 1},
                 }
             ],
-            "requestBody": {
-                "required": True,
-                "content": {media: {"schema": body} for media, body in bodies.items()},
-            },
+            "requestBody": {"required": True, "content": bodies},
         },
         "responses": {
-            200: {"content": {media: {"schema": answer} for media, answer in answers.items()}},
+            200: {
+                "headers": {
+                    request_header: {
+                        "description": "As in a request, where bytes of tensors follow the JSON object",
+                        "schema": {"type": "integer", "minimum": 1},
+                    }
+                },
+                "content": {media: {"schema": answer} for media, answer in answers.items()},
+            },
             **protocol_errors(*statuses),
         },
     }
 
 
-def install(app: FastAPI, *, open_paths: Collection[str] | None) -> None:
+def install(app: FastAPI, settings: Settings, *, open_paths: Collection[str] | None) -> None:
     """Serve a document that holds every schema it refers to.
+
+    It says nothing of what is served: it is the same for everybody, with a key or without.
 
     Args:
         open_paths: paths that need no API key; None where nothing needs one.
@@ -169,12 +213,69 @@ def install(app: FastAPI, *, open_paths: Collection[str] | None) -> None:
                 ref_template="#/components/schemas/{model}",
             )
             schema.setdefault("components", {}).setdefault("schemas", {}).update(extra["$defs"])
+            _forget_fastapis_validation(schema)
+            _forget_unspoken_defaults(schema)
+            _state_limits(schema, settings)
             if open_paths is not None:
                 _require_key(schema, open_paths)
+            _state_headers(schema)
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign] # FastAPI's documented way to extend the document
+
+
+def _operations(schema: Schema) -> Iterator[tuple[str, Schema]]:
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            yield path, operation
+
+
+def _forget_fastapis_validation(schema: Schema) -> None:
+    """Drop the answer that FastAPI assumes wherever it parses a path: text is all that ours take."""
+    for _, operation in _operations(schema):
+        content = operation["responses"].get("422", {}).get("content", {})
+        if "HTTPValidationError" in str(content):
+            del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
+
+
+def _forget_unspoken_defaults(node: Any) -> None:
+    """Drop defaults that stand for an absent value and could not be sent: an empty text, an empty list."""
+    if isinstance(node, dict):
+        if node.get("default") in ("", []) and ("minLength" in node or "minItems" in node):
+            del node["default"]
+        for child in node.values():
+            _forget_unspoken_defaults(child)
+    elif isinstance(node, list):
+        for child in node:
+            _forget_unspoken_defaults(child)
+
+
+def _state_limits(schema: Schema, settings: Settings) -> None:
+    """State how many values a list may have by the settings."""
+    parts = schema["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    parts["properties"]["images"]["maxItems"] = settings.max_images
+    for model in _REFERENCED:
+        properties = schema["components"]["schemas"][model.__name__].get("properties", {})
+        for name, limit in (
+            ("images", settings.max_images),
+            ("tweaks", settings.max_tweaks),
+            ("deltas", settings.max_deltas),
+        ):
+            if name in properties:
+                properties[name]["maxItems"] = limit
+
+
+def _state_headers(schema: Schema) -> None:
+    schema["components"]["headers"] = _HEADERS
+    for _, operation in _operations(schema):
+        for status, response in operation["responses"].items():
+            names = [*_EVERY_ANSWER, *filter(None, [_BY_STATUS.get(status)])]
+            response.setdefault("headers", {}).update(
+                {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+            )
 
 
 def _require_key(schema: Schema, open_paths: Collection[str]) -> None:
@@ -185,16 +286,14 @@ def _require_key(schema: Schema, open_paths: Collection[str]) -> None:
     }
     refusal = {
         "description": Unauthorized.title,
-        "headers": {"WWW-Authenticate": {"schema": {"type": "string"}}},
         "content": {PROBLEM_MEDIA_TYPE: {"schema": reference(Problem)}},
     }
     protocol_refusal = {**refusal, "content": {"application/json": {"schema": reference(ProtocolError)}}}
-    for path, operations in schema["paths"].items():
+    for path, operation in _operations(schema):
         if path not in open_paths:
-            for operation in operations.values():
-                operation["security"] = [{"bearer": []}, {"header": []}]
-                is_protocol = path == "/v2" or path.startswith("/v2/")
-                operation["responses"]["401"] = protocol_refusal if is_protocol else refusal
+            operation["security"] = [{"bearer": []}, {"header": []}]
+            is_protocol = path == "/v2" or path.startswith("/v2/")
+            operation["responses"]["401"] = deepcopy(protocol_refusal if is_protocol else refusal)
 
 
 def _titles() -> dict[int, list[str]]:

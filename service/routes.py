@@ -64,6 +64,8 @@ Result = TypeVar("Result")
 PREDICT_BODIES = (*FORMATS, MULTIPART, JSON, NPY)
 PREDICT_ANSWERS = (JSON, NPY, NPZ)
 
+_PICTURES = ", ".join(FORMATS)  # of a form's file part, as OpenAPI lists them
+
 
 @router.post(
     "/predict",
@@ -72,10 +74,10 @@ PREDICT_ANSWERS = (JSON, NPY, NPZ)
     **openapi.operation(
         PredictQuery,
         bodies={
-            **dict.fromkeys(FORMATS, openapi.BINARY),
-            MULTIPART: openapi.form({"images": openapi.files()}),
-            JSON: openapi.reference(PredictRequest),
-            NPY: openapi.BINARY,
+            **dict.fromkeys(FORMATS, openapi.body(openapi.BINARY)),
+            MULTIPART: openapi.form({"images": openapi.files()}, encoding={"images": _PICTURES}),
+            JSON: openapi.body(openapi.reference(PredictRequest)),
+            NPY: openapi.body(openapi.BINARY),
         },
         answers={NPY: openapi.BINARY, NPZ: openapi.BINARY},
     ),
@@ -171,9 +173,11 @@ RECONSTRUCT_ANSWERS = (JSON, PNG)
     **openapi.operation(
         ReconstructQuery,
         bodies={
-            JSON: openapi.reference(ReconstructRequest),
+            JSON: openapi.body(openapi.reference(ReconstructRequest)),
             MULTIPART: openapi.form(
-                {"image": openapi.BINARY}, {"request": openapi.reference(ReconstructChoice)}
+                {"image": openapi.BINARY},
+                {"request": openapi.reference(ReconstructChoice)},
+                encoding={"image": _PICTURES, "request": JSON},
             ),
         },
         answers={PNG: openapi.BINARY},
@@ -226,8 +230,12 @@ SWEEP_ANSWERS = (JSON, NPZ, PNG)
     **openapi.operation(
         SweepQuery,
         bodies={
-            JSON: openapi.reference(SweepRequest),
-            MULTIPART: openapi.form({"image": openapi.BINARY}, {"request": openapi.reference(SweepChoice)}),
+            JSON: openapi.body(openapi.reference(SweepRequest)),
+            MULTIPART: openapi.form(
+                {"image": openapi.BINARY},
+                {"request": openapi.reference(SweepChoice)},
+                encoding={"image": _PICTURES, "request": JSON},
+            ),
         },
         answers={NPZ: openapi.BINARY, PNG: openapi.BINARY},
     ),
@@ -435,7 +443,14 @@ async def ready(request: Request) -> ReadyAnswer:
     "/metrics",
     summary="Figures for Prometheus",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses={
+        200: {
+            "content": {
+                media: {"schema": {"type": "string"}}
+                for media in ("text/plain", "application/openmetrics-text")
+            }
+        }
+    },
 )
 async def metrics(request: Request) -> Response:
     """Counts and durations since the start, in Prometheus' text form or, if accepted, OpenMetrics."""

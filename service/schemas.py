@@ -35,6 +35,16 @@ ModelReference = Annotated[
 ]
 
 
+# docs/examples/seven.png, so that what the page offers to try works.
+_EXAMPLE = (
+    "data:image/png;base64,"
+    "iVBORw0KGgoAAAANSUhEUgAAABwAAAAcCAAAAABXZoBIAAAAxUlEQVR4nGNgGDaAEUKFpD77sfTFHeyS9xQYGBg+X4UKPuk6"
+    "w8DAwMDAAuGm6l/TMnSweCzLwPDntSTDozPIOhkYGBgYBA3PmDIw/Lh1XShnGi5nBP+9KIRLTuzl/2AokwlDMlv0/U1cGq1/"
+    "/rPDJcfQ+m83Ky45zrM/rHBqrPu3Daec9+8PlrjkhO/+W4ZLjvn0v9vKuCTV/v3zxSUn/+BfMSMuydZ//0xwydl+QpdEClsb"
+    "Hoa7X1AkWZA5F53f4TIWEwAAaRE8kJuHrgAAAAAASUVORK5CYII="
+)
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -61,8 +71,8 @@ class PredictQuery(_ModelQuery):
     image: Annotated[Flag, Field(description="Add the picture as the network saw it")] = False
     top_k: Annotated[
         int,
-        BeforeValidator(_from_query),
         Field(ge=1, le=1000, description="How many of the longest capsules `top` lists"),
+        BeforeValidator(_from_query),  # last, or the document would not know the bounds for those of a number
     ] = 3
 
 
@@ -165,7 +175,7 @@ class ReconstructRequest(_Source, _Choice):
             **_exactly_one("image", "capsules"),
             "examples": [
                 {
-                    "image": "data:image/png;base64,…",
+                    "image": _EXAMPLE,
                     "class": "5",
                     "tweaks": [{"dimension": 3, "delta": 0.15}],
                 }
@@ -182,9 +192,7 @@ class SweepRequest(_Source, _SweepChoice):
     model_config = ConfigDict(
         json_schema_extra={
             **_exactly_one("image", "capsules"),
-            "examples": [
-                {"image": "data:image/png;base64,…", "dimensions": [0, 3], "deltas": [-0.2, 0, 0.2]}
-            ],
+            "examples": [{"image": _EXAMPLE, "dimensions": [0, 3], "deltas": [-0.2, 0, 0.2]}],
         }
     )
 

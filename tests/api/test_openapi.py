@@ -1,5 +1,6 @@
 """The OpenAPI document says what the routes really take and give."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,8 +27,10 @@ def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
     def walk(node: Any) -> None:
         if isinstance(node, dict):
             reference = node.get("$ref")
-            if reference and reference.rpartition("/")[2] not in document["components"]["schemas"]:
-                missing.append(reference)
+            if reference:
+                _, _, kind, name = reference.split("/")
+                if name not in document["components"][kind]:
+                    missing.append(reference)
             for child in node.values():
                 walk(child)
         elif isinstance(node, list):
@@ -84,6 +87,90 @@ def test_every_query_parameter_is_documented(document: dict[str, Any], path: str
     parameters = document["paths"][path]["post"]["parameters"]
     assert {parameter["name"] for parameter in parameters} == names
     assert all(parameter["description"] and parameter["schema"] for parameter in parameters)
+
+
+def test_a_parameters_bounds_are_in_json_schemas_words(document: dict[str, Any]) -> None:
+    """What a parameter's schema says of a number is what validators and clients understand."""
+    parameters = document["paths"]["/predict"]["post"]["parameters"]
+    top_k = next(parameter["schema"] for parameter in parameters if parameter["name"] == "top_k")
+    assert top_k == {"type": "integer", "minimum": 1, "maximum": 1000, "default": 3}
+
+
+def test_no_default_is_a_value_that_would_be_refused(document: dict[str, Any]) -> None:
+    """An empty text or list that stands for nothing given is not offered as a value to send."""
+    refused = []
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            if "default" in node and len(str(node["default"])) < node.get("minLength", 0):
+                refused.append(node)
+            if node.get("default") == [] and node.get("minItems", 0) > 0:
+                refused.append(node)
+            for child in node.values():
+                walk(child)
+        elif isinstance(node, list):
+            for child in node:
+                walk(child)
+
+    walk(document)
+    assert refused == []
+
+
+@pytest.mark.parametrize(("path", "form"), [(POSTS[1], "ReconstructRequest"), (POSTS[2], "SweepRequest")])
+def test_every_example_is_answered(
+    client: TestClient, document: dict[str, Any], path: str, form: str
+) -> None:
+    """What the page offers to try works."""
+    for example in document["components"]["schemas"][form]["examples"]:
+        assert client.post(path, json=example).status_code == 200
+
+
+def test_limits_of_the_settings_are_documented(serve: Callable[..., TestClient]) -> None:
+    """As many images, tweaks and deltas as the settings allow are what the document allows."""
+    served = serve(max_images=7, max_tweaks=5, max_deltas=3).get("/openapi.json").json()
+    schemas = served["components"]["schemas"]
+    assert schemas["PredictRequest"]["properties"]["images"]["maxItems"] == 7
+    for name in ("ReconstructRequest", "ReconstructChoice", "SweepRequest", "SweepChoice"):
+        assert schemas[name]["properties"]["tweaks"]["maxItems"] == 5
+    for name in ("SweepRequest", "SweepChoice"):
+        assert schemas[name]["properties"]["deltas"]["maxItems"] == 3
+
+
+def test_every_answer_documents_its_headers(client: TestClient, document: dict[str, Any]) -> None:
+    """The request's id and its timing are on every answer, and Retry-After on those of an overload."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                assert {"X-Request-ID", "Server-Timing"} <= set(response["headers"])
+                assert ("Retry-After" in response["headers"]) == (status == "503")
+    answer = client.get("/livez")
+    assert {"x-request-id", "server-timing"} <= set(answer.headers)
+
+
+@pytest.mark.parametrize("accept", ["text/plain", "application/openmetrics-text; version=1.0.0"])
+def test_both_forms_of_the_metrics_are_documented(
+    client: TestClient, document: dict[str, Any], accept: str
+) -> None:
+    """Whichever form Prometheus asks for, the document has its media type."""
+    found = client.get("/metrics", headers={"accept": accept}).headers["content-type"].partition(";")[0]
+    assert found == accept.partition(";")[0]
+    assert found in document["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
+
+
+def test_the_protocols_routes_document_their_path_and_nothing_else(document: dict[str, Any]) -> None:
+    """A version belongs into the path; FastAPI's own validation errors never come."""
+    parameters = document["paths"]["/v2/models/{name}"]["get"]["parameters"]
+    assert [(parameter["name"], parameter["in"]) for parameter in parameters] == [("name", "path")]
+    for path, operations in document["paths"].items():
+        if path.startswith("/v2"):
+            assert all("422" not in operation["responses"] for operation in operations.values())
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_a_version_in_the_query_changes_nothing(client: TestClient) -> None:
+    """Only the path chooses a version."""
+    newest = client.get("/v2/models/tiny-encoder").json()
+    assert client.get("/v2/models/tiny-encoder?version=99").json() == newest
 
 
 def test_the_answers_are_of_the_documented_form(client: TestClient) -> None:
