@@ -22,7 +22,7 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-container check lint types imports audit format train evaluate export visualize \
+.PHONY: help serve test test-container fuzz check lint types imports audit format train evaluate export visualize \
 	image constraints proto clean
 
 help: ## this list
@@ -48,6 +48,9 @@ test-container: $(EVERYTHING) ## build the image and test the running container;
 		echo "make: no Docker engine answers at $${DOCKER_HOST:-its default address}: start one, or set DOCKER_HOST." >&2; \
 		exit 1; }
 	$(PY) -m pytest tests/container $(ARGS)
+
+fuzz: $(EVERYTHING) ## schemathesis against a served process; ARGS="--max-examples 1000 --seed 7 --models models"
+	$(PY) -m tests.fuzz.run $(ARGS)
 
 check: lint types imports audit ## lint, format, types, import rules, known vulnerabilities
 

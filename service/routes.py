@@ -261,7 +261,7 @@ async def sweep(request: Request) -> Response:
         deltas = choice.deltas or default_deltas(shape.tweak_range, shape.tweak_step)
         index = _class_index(model, choice.label)
         _check_count("tweaks", len(tweaks), service.settings.max_tweaks)
-        _check_count("deltas", len(deltas), service.settings.max_deltas)
+        _check_count("deltas", len(choice.deltas), service.settings.max_deltas)
         _check_dimensions(model, [*dimensions, *(tweak.dimension for tweak in tweaks)])
         capsules, index = await _capsules(service, model, query, image, index)
         capsules = apply_tweaks(capsules, index, tweaks)

@@ -20,6 +20,12 @@ def _from_query(text: object) -> object:
     return text
 
 
+def _whole(number: object) -> object:
+    """A whole number with a decimal point as the integer that JSON Schema takes it for."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+Dimension = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Flag = Annotated[bool, BeforeValidator(_from_query)]
 Component = Annotated[float, Field(ge=-MAX_COMPONENT, le=MAX_COMPONENT, allow_inf_nan=False)]
 Base64 = Annotated[
@@ -100,7 +106,7 @@ class TweakRequest(_Request):
 
     model_config = ConfigDict(json_schema_extra=_exactly_one("delta", "value"))
 
-    dimension: Annotated[int, Field(ge=0)]
+    dimension: Dimension
     delta: Component = 0.0
     value: Component = 0.0
 
@@ -146,7 +152,7 @@ class _Source(_Request):
 
 class _SweepChoice(_Choice):
     dimensions: Annotated[
-        list[Annotated[int, Field(ge=0)]],
+        list[Dimension],
         Field(
             min_length=1,
             json_schema_extra={"uniqueItems": True},

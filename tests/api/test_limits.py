@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.batching import Arrays, Batcher
@@ -278,3 +279,11 @@ async def test_the_number_of_images_has_a_limit_in_every_form(tiny_models: Path)
             ]
             for body in bodies:
                 assert (await service.client.post("/predict", **body)).status_code == status
+
+
+def test_the_models_own_deltas_are_never_too_many(serve: Callable[..., TestClient]) -> None:
+    """Who sends no deltas has not sent too many of them, however few the settings allow."""
+    client = serve(max_deltas=3)
+    image = base64_text(encode(picture(1)))
+    assert len(client.post("/reconstruct/sweep", json={"image": image}).json()["deltas"]) == 11
+    problem(client.post("/reconstruct/sweep", json={"image": image, "deltas": [0, 0, 0, 0]}), 422)

@@ -167,3 +167,18 @@ def test_a_sweep_takes_a_form(client: TestClient) -> None:
     }
     answer = client.post("/reconstruct/sweep", files=files)
     assert answer.json() == ask(client, "/reconstruct/sweep", image=ENCODED, dimensions=[0], deltas=[0.1])
+
+
+def test_a_dimension_may_be_written_with_a_decimal_point(client: TestClient) -> None:
+    """3.0 is the integer 3, as in JSON Schema, whose words the document uses; 3.5 is none."""
+    image = base64_text(encode(picture(1)))
+    plain, pointed = (
+        client.post("/reconstruct", json={"image": image, "tweaks": [{"dimension": written, "delta": 0.2}]})
+        for written in (3, 3.0)
+    )
+    assert pointed.status_code == 200
+    assert pointed.json() == plain.json()
+    swept = client.post("/reconstruct/sweep", json={"image": image, "dimensions": [3.0]})
+    assert swept.json()["dimensions"] == [3]
+    refused = client.post("/reconstruct/sweep", json={"image": image, "dimensions": [3.5]})
+    assert refused.status_code == 422
