@@ -22,7 +22,7 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-container fuzz check lint types imports audit format train evaluate export visualize \
+.PHONY: help serve test test-container fuzz soak check lint types imports audit format train evaluate export visualize \
 	image constraints proto clean
 
 help: ## this list
@@ -51,6 +51,9 @@ test-container: $(EVERYTHING) ## build the image and test the running container;
 
 fuzz: $(EVERYTHING) ## schemathesis against a served process; ARGS="--max-examples 1000 --seed 7 --models models"
 	$(PY) -m tests.fuzz.run $(ARGS)
+
+soak: $(EVERYTHING) ## 15 minutes of mixed and hostile load; ARGS="--duration 60", ARGS=--goodput, ARGS="--models models"
+	$(PY) -m tests.soak.run $(ARGS)
 
 check: lint types imports audit ## lint, format, types, import rules, known vulnerabilities
 

@@ -105,11 +105,7 @@ class Batcher:
         with self._changed:
             if self._closing:
                 raise ShuttingDown(f"{self.name} takes no more work")
-            if self._depth + self._weight(item) > self._queue_length:
-                raise Overloaded(
-                    f"{self._depth} rows wait for {self.name}, which holds {self._queue_length}",
-                    retry_after=max(1, math.ceil(self._depth * self._seconds_per_row)),
-                )
+            self._require_room(self._weight(item))
             self._waiting.append(item)
             self._depth += self._weight(item)
             self._metrics.depth.set(self._depth)
@@ -121,6 +117,22 @@ class Batcher:
                 self._withdraw(item)
             if item.taken:
                 add_stages((Stage("queue", item.submitted, item.started), *item.stages))
+
+    def require_room(self) -> None:
+        """Refuse early what `submit` would refuse, before anything is spent on it.
+
+        Raises:
+            Overloaded: the queue has no room for a single row.
+        """
+        with self._changed:
+            self._require_room(1)
+
+    def _require_room(self, rows: int) -> None:
+        if self._depth + rows > self._queue_length:
+            raise Overloaded(
+                f"{self._depth} rows wait for {self.name}, which holds {self._queue_length}",
+                retry_after=max(1, math.ceil(self._depth * self._seconds_per_row)),
+            )
 
     async def close(self, limit: float) -> None:
         """Refuse new items, finish those that wait within `limit` seconds, and fail the rest.

@@ -116,6 +116,14 @@ class Model:
         )
         self._state(served=True)
 
+    def require_room(self) -> None:
+        """Refuse an image that could not be admitted before it is decoded.
+
+        Raises:
+            Overloaded: the encoder's queue is full.
+        """
+        self._encoder.require_room()
+
     async def predict(self, images: NDArray[np.uint8]) -> Predictions:
         """Classify images (N, H, W[, 3]) and reconstruct each from its longest capsule."""
         _require(images, np.uint8, self.manifest.image_shape)

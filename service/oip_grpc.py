@@ -32,6 +32,7 @@ from service.errors import (
 from service.keys import KeyRing
 from service.metrics import Metrics
 from service.protocol import ServedGraph
+from service.refusals import log_refusal
 from service.settings import Settings
 from service.tensors import Array, check_tensor, from_bytes, from_values, to_bytes
 
@@ -266,7 +267,7 @@ def _explain(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, s
     code = next(code for kind, code in _CODES if isinstance(error, kind))
     text = protocol.error_text(error.detail, error.received, error.expected)
     if isinstance(error, UnableToAnswer):
-        logger.warning("%s: %s", error.title, error.detail)
+        log_refusal(error)
         if error.retry_after is not None:
             # How a gRPC server says when to try again (gRFC A6); in milliseconds.
             return code, text, (("grpc-retry-pushback-ms", str(1000 * error.retry_after)),)

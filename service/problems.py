@@ -3,7 +3,6 @@
 Below /v2 it is the Open Inference Protocol's error object instead.
 """
 
-import logging
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
@@ -14,9 +13,8 @@ from service.context import request_id
 from service.errors import InvalidInput, RequestError, UnableToAnswer
 from service.oip_schemas import ProtocolError
 from service.protocol import error_text
+from service.refusals import log_refusal
 from service.schemas import Problem
-
-logger = logging.getLogger(__name__)
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
@@ -37,7 +35,7 @@ def install(app: FastAPI) -> None:
 async def request_error(request: Request, error: RequestError) -> Response:
     """The answer to a request that gets no result."""
     if isinstance(error, UnableToAnswer):
-        logger.warning("%s: %s", error.title, error.detail)
+        log_refusal(error)
     problem = Problem(
         type=_urn(error.slug),
         title=error.title,

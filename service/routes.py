@@ -97,6 +97,7 @@ async def predict(request: Request) -> Response:
     kind = media_type(request, PREDICT_BODIES)
     model = service.engine.choose(query.model or None)
     body = await read_body(request, service.settings)
+    model.require_room()
 
     async def work() -> Response:
         if kind == NPY:
@@ -364,6 +365,7 @@ async def _capsules(
             )
         lengths = np.linalg.norm(given.capsules, axis=1)
         return given.capsules, int(lengths.argmax()) if index is None else index
+    model.require_room()
     images = await service.decoder.decode([given.image or b""], model.manifest.image, query.preprocess)
     found = await model.predict(images)
     return found.capsules[0], int(found.index[0]) if index is None else index

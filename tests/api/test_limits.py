@@ -100,6 +100,23 @@ async def test_health_answers_while_the_device_is_busy(tiny_models: Path) -> Non
         assert (await service.client.get("/readyz")).status_code == 200
 
 
+async def test_overload_is_refused_before_anything_is_decoded(tiny_models: Path) -> None:
+    """With the queue full not even a broken image is looked at."""
+    async with running(tiny_models, max_batch=1, queue_length=1) as service:
+        first = await service.busy()
+        second = service.predict()
+        await service.waiting(1)
+        for path, body, kind in (
+            ("/predict", b"broken", "image/png"),
+            ("/reconstruct", b'{"image": "QUJD"}', "application/json"),
+        ):
+            refused = await service.client.post(path, content=body, headers={"content-type": kind})
+            problem(refused, 503)
+            assert refused.headers["retry-after"]
+        service.go_on.set()
+        assert [(await task).status_code for task in (first, second)] == [200, 200]
+
+
 async def test_an_answer_that_takes_too_long_is_a_503(tiny_models: Path) -> None:
     """At the request's time limit its caller is told, and its rows leave the queue."""
     async with running(tiny_models, request_timeout=0.05) as service:
