@@ -1,5 +1,6 @@
 """The application: its lifetime, its routes, its answers to errors."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -7,6 +8,7 @@ from typing import Any
 
 import onnxruntime
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
 from service import docs, oip, openapi, problems, routes, security
@@ -17,13 +19,15 @@ from service.handling import Service
 from service.metrics import Metrics
 from service.observation import Observation
 from service.settings import Settings
+from service.tracing import Tracing, open_tracing
 
 
 class _Application(FastAPI):
-    def __init__(self, settings: Settings, metrics: Metrics, **parts: Any) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, tracing: Tracing | None, **parts: Any) -> None:
         self._settings = settings
         self._metrics = metrics
-        super().__init__(**parts)
+        self._tracing = tracing
+        super().__init__(telemetry=_telemetry(tracing), **parts)
 
     def build_middleware_stack(self) -> ASGIApp:
         # Around Starlette's own handling of unforeseen errors, so that their answers are observed as well.
@@ -34,27 +38,43 @@ class _Application(FastAPI):
             body_timeout=self._settings.body_timeout,
             max_body=self._settings.max_body,
         )
-        return Observation(inner, self._metrics, access_log=self._settings.access_log)
+        return Observation(inner, self._metrics, self._tracing, access_log=self._settings.access_log)
+
+
+def _telemetry(tracing: Tracing | None) -> TelemetryConfig:
+    """FastAPI's part: the span of each request. Figures and logs have their own ways out."""
+    return {
+        "tracing": tracing is not None,
+        "tracer_provider": tracing.provider if tracing else None,
+        "operation_spans": False,  # of dependencies and the like, which these routes do not have
+        "metrics": False,
+        "logs": False,
+        "auto_configure": False,
+    }
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The service as an ASGI application. Models are loaded when its lifespan begins."""
     metrics = Metrics()
     metrics.build(version("capsnet"), onnxruntime.__version__)
+    tracing = open_tracing()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_engine(settings, metrics) as engine:
             decoder = Decoder(settings)
-            app.state.service = Service(settings, engine, decoder, metrics)
+            app.state.service = Service(settings, engine, decoder, metrics, tracing)
             try:
                 yield
             finally:
                 decoder.close()
+                if tracing:
+                    await asyncio.to_thread(tracing.close)
 
     app = _Application(
         settings,
         metrics,
+        tracing,
         title="Capsule network service",
         version=version("capsnet"),
         description="Class predictions, capsule vectors, reconstructions and perturbed reconstructions.",

@@ -29,6 +29,9 @@ class Stage(NamedTuple):
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request in hand; empty outside of one."""
 
+trace_id: ContextVar[str] = ContextVar("trace_id", default="")
+"""The id of its trace, in hexadecimal; empty where there are no traces."""
+
 _record: ContextVar[list[Stage] | None] = ContextVar("stages", default=None)
 
 

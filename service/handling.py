@@ -13,6 +13,7 @@ from service.errors import TimedOut
 from service.metrics import Metrics
 from service.problems import ClientGone
 from service.settings import Settings
+from service.tracing import Tracing
 
 Result = TypeVar("Result")
 
@@ -25,6 +26,7 @@ class Service:
     engine: Engine
     decoder: Decoder
     metrics: Metrics
+    tracing: Tracing | None
 
 
 def service_of(request: Request) -> Service:

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from service.context import request_id
+from service.context import request_id, trace_id
 from service.settings import Settings
 
 
@@ -23,20 +23,20 @@ def configure(settings: Settings) -> None:
 
 
 class ConsoleFormatter(logging.Formatter):
-    """`time level logger: message [request id]`, and the stack below it."""
+    """`time level logger: message [request id trace id]`, and the stack below it."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 # logging's name
         line = super().formatMessage(record)
-        identity = request_id.get()
-        return f"{line} [{identity}]" if identity else line
+        identities = " trace ".join(filter(None, (request_id.get(), trace_id.get())))
+        return f"{line} [{identities}]" if identities else line
 
 
 class JSONFormatter(logging.Formatter):
     """One JSON object a line: `time` (UTC), `level`, `logger`, `message`, and where there are some
-    `request_id`, `exception` and the record's `fields`.
+    `request_id`, `trace_id`, `exception` and the record's `fields`.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -48,6 +48,8 @@ class JSONFormatter(logging.Formatter):
         }
         if identity := request_id.get():
             entry["request_id"] = identity
+        if trace := trace_id.get():
+            entry["trace_id"] = trace
         entry |= getattr(record, "fields", {})
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)

@@ -5,11 +5,11 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from socket import fromfd, socket
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 from pydantic import ValidationError
@@ -23,6 +23,9 @@ from service.handling import Service
 from service.manifest import ManifestError
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    from service.oip_grpc import Server as GrpcServer
+
 logger = logging.getLogger(__name__)
 
 # Time for the clients of kept connections to hear, with their next answer, that they have to go elsewhere.
@@ -35,20 +38,16 @@ _FIRST_REQUEST = 1.0  # seconds
 _LAST_ANSWERS = 1.0  # seconds
 
 
-StopGrpc = Callable[[float], Coroutine[Any, Any, None]]
-"""Stops accepting at once and finishes what is in flight within so many seconds."""
-
-
 class _Server(uvicorn.Server):
     """Uvicorn, draining by our rules and ending with exit code 0."""
 
     def __init__(
-        self, config: uvicorn.Config, engine: Engine, settings: Settings, stop_grpc: StopGrpc | None
+        self, config: uvicorn.Config, engine: Engine, settings: Settings, grpc: "GrpcServer | None"
     ) -> None:
         super().__init__(config)
         self._engine = engine
         self._settings = settings
-        self._stop_grpc = stop_grpc
+        self._grpc = grpc
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
@@ -65,6 +64,8 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Stop accepting, finish what is in flight; at the limit fail what still waits."""
         limit = asyncio.create_task(self._close_engine_at_limit())
+        if self._grpc:
+            await self._grpc.leave()
         for server in self.servers:
             for listener in server.sockets:
                 # A duplicate, because an event loop's own object does not take options.
@@ -72,8 +73,8 @@ class _Server(uvicorn.Server):
                     stop_handshakes(duplicate)
         await self._settle()
         stopping = [super().shutdown(sockets)]
-        if self._stop_grpc:
-            stopping.append(self._stop_grpc(self._settings.drain_timeout + _LAST_ANSWERS))
+        if self._grpc:
+            stopping.append(self._grpc.stop(self._settings.drain_timeout + _LAST_ANSWERS))
         await asyncio.gather(*stopping)
         limit.cancel()
 
@@ -119,11 +120,11 @@ async def serve(settings: Settings) -> None:
     )
     async with app.router.lifespan_context(app):
         service = app.state.service
-        stop_grpc = await _start_grpc(service)
-        await _Server(config, service.engine, settings, stop_grpc).serve()
+        grpc = await _start_grpc(service)
+        await _Server(config, service.engine, settings, grpc).serve()
 
 
-async def _start_grpc(service: Service) -> StopGrpc | None:
+async def _start_grpc(service: Service) -> "GrpcServer | None":
     if service.settings.grpc_port is None:
         return None
     try:
@@ -132,8 +133,7 @@ async def _start_grpc(service: Service) -> StopGrpc | None:
         raise StartError(
             f"CAPSNET_GRPC_PORT is set, but {error.name} is not installed; install the extra `grpc`"
         ) from error
-    server = await start_server(service.settings, service.engine, service.metrics)
-    return server.stop  # type: ignore[no-any-return] # gRPC is published without type information
+    return await start_server(service.settings, service.engine, service.metrics, service.tracing)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

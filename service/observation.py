@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.context import Stage, begin_record, request_id
 from service.metrics import Metrics
+from service.tracing import Tracing
 
 access_logger = logging.getLogger("service.access")
 
@@ -27,9 +28,10 @@ class Observation:
     A request keeps the X-Request-ID that it came with, if that is sane, and gets one otherwise.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, access_log: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None, *, access_log: bool) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
         self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,6 +41,8 @@ class Observation:
         started = time.perf_counter()
         identity = _given_id(scope["headers"]) or secrets.token_hex(16)
         request_id.set(identity)
+        if self._tracing:
+            self._tracing.begin(identity)
         stages = begin_record()
         status = 0
         ended = 0.0
@@ -60,6 +64,8 @@ class Observation:
         finally:
             self._metrics.in_flight.dec()
             self._observe(scope, status, stages, (ended or time.perf_counter()) - started)
+            if self._tracing:
+                self._tracing.add_stages(stages)
 
     def _observe(self, scope: Scope, status: int, stages: list[Stage], seconds: float) -> None:
         route = getattr(scope.get("route"), "path", _NO_ROUTE)

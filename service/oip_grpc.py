@@ -8,13 +8,14 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
+from service import grpc_health, protocol
 from service import oip_pb2 as pb
-from service import protocol
 from service.context import begin_record, request_id
 from service.engine import Engine
 from service.errors import (
@@ -35,12 +36,20 @@ from service.protocol import ServedGraph
 from service.refusals import log_refusal
 from service.settings import Settings
 from service.tensors import Array, check_tensor, from_bytes, from_values, to_bytes
+from service.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 SERVICE = "inference.GRPCInferenceService"
 
-_HEALTH = frozenset({f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady"})
+_HEALTH = frozenset(
+    {
+        f"/{SERVICE}/ServerLive",
+        f"/{SERVICE}/ServerReady",
+        f"/{grpc_health.SERVICE}/Check",
+        f"/{grpc_health.SERVICE}/Watch",
+    }
+)
 
 # The field of InferTensorContents that carries each datatype that a model may have.
 _CONTENTS = {"UINT8": "uint_contents", "INT64": "int64_contents", "FP32": "fp32_contents"}
@@ -62,7 +71,9 @@ _SMALL_CONTENTS = 32 * 1024
 Handler = Callable[[Any], Awaitable[Message]]
 
 
-async def start_server(settings: Settings, engine: Engine, metrics: Metrics) -> grpc.aio.Server:
+async def start_server(
+    settings: Settings, engine: Engine, metrics: Metrics, tracing: Tracing | None
+) -> "Server":
     """Serve on CAPSNET_GRPC_PORT of CAPSNET_HOST until `stop` is called.
 
     Raises:
@@ -75,7 +86,10 @@ async def start_server(settings: Settings, engine: Engine, metrics: Metrics) -> 
             ("grpc.so_reuseport", 0),  # a port that is taken is an error, not shared
         ]
     )
-    server.add_generic_rpc_handlers((_Inference(settings, engine, metrics).handlers(),))
+    inference = _Inference(settings, engine, metrics, tracing)
+    server.add_generic_rpc_handlers((inference.handlers(),))
+    health = grpc_health.Health(inference.check_key)
+    await health.serve(server, SERVICE)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
         port = server.add_insecure_port(f"{host}:{settings.grpc_port}")
@@ -85,16 +99,34 @@ async def start_server(settings: Settings, engine: Engine, metrics: Metrics) -> 
         ) from error
     await server.start()
     logger.info("serving the Open Inference Protocol over gRPC on %s:%d", host, port)
-    return server
+    return Server(server, health)
+
+
+class Server:
+    """A gRPC server that serves."""
+
+    def __init__(self, server: grpc.aio.Server, health: grpc_health.Health) -> None:
+        self._server = server
+        self._health = health
+
+    async def leave(self) -> None:
+        """Say to whoever asks or watches that new calls belong elsewhere."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace: float) -> None:
+        """Accept nothing more, and finish what is in flight within so many seconds."""
+        self._health.end_watches()
+        await self._server.stop(grace)
 
 
 class _Inference:
     """The service's methods."""
 
-    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics, tracing: Tracing | None) -> None:
         self._settings = settings
         self._engine = engine
         self._metrics = metrics
+        self._tracing = tracing
         self._keys = KeyRing(settings.api_keys)
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -125,13 +157,19 @@ class _Inference:
 
         async def observed(request: Any, context: grpc.aio.ServicerContext) -> Message:
             started = time.perf_counter()
-            request_id.set(secrets.token_hex(16))
-            begin_record()
+            identity = secrets.token_hex(16)
+            request_id.set(identity)
+            stages = begin_record()
             status = "aborted"  # the caller left
             self._metrics.in_flight.inc()
+            ending = ExitStack()
+            if self._tracing:
+                metadata = dict(context.invocation_metadata() or ())
+                ending.enter_context(self._tracing.rpc(route, metadata, identity))
+                ending.callback(self._tracing.add_stages, stages)
             try:
                 try:
-                    self._check_key(route, context)
+                    self.check_key(route, context)
                     answer = await self._in_time(handler(request))
                     status = grpc.StatusCode.OK.name
                     return answer
@@ -141,13 +179,14 @@ class _Inference:
                     await context.abort(code, text, trailer)
                     raise  # not reached: abort raises
             finally:
+                ending.close()
                 self._metrics.in_flight.dec()
                 self._metrics.requests.labels(route, status).inc()
                 self._metrics.request_seconds.labels(route).observe(time.perf_counter() - started)
 
         return observed
 
-    def _check_key(self, route: str, context: grpc.aio.ServicerContext) -> None:
+    def check_key(self, route: str, context: grpc.aio.ServicerContext) -> None:
         """Refuse callers without a valid key, where keys are required, as over HTTP."""
         if not self._keys or (route in _HEALTH and not self._settings.health_needs_key):
             return

@@ -3,9 +3,13 @@
 import asyncio
 import socket
 import struct
+import time
 from typing import NamedTuple, Self
 
 LIMIT = 60.0  # seconds after which an answer counts as lost
+
+# The service closes what is idle for 5 s, uvicorn's default; a request that is on its way then is lost.
+IDLE = 2.0  # seconds
 
 
 class Answer(NamedTuple):
@@ -33,6 +37,7 @@ class Connection:
     def __init__(self, port: int) -> None:
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._used = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -67,8 +72,12 @@ class Connection:
         return Answer(int(first.split(" ")[1]), headers, body)
 
     async def exchange(self, data: bytes) -> Answer:
+        if time.monotonic() - self._used > IDLE:
+            self.close()
         await self.send(data)
-        return await self.receive()
+        answer = await self.receive()
+        self._used = time.monotonic()
+        return answer
 
     def close(self, *, reset: bool = False) -> None:
         if self._streams is None:

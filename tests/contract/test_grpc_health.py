@@ -1,0 +1,60 @@
+"""Health as gRPC's own protocol has it, asked of the real process by the protocol's own stub."""
+
+import re
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from tests.support.process import LIMIT, Served, served
+
+OIP = "inference.GRPCInferenceService"
+
+
+def channel(process: Served) -> grpc.Channel:
+    found = next(filter(None, (re.search(r"over gRPC on (127\.0\.0\.1:\d+)", line) for line in process.log)))
+    return grpc.insecure_channel(found[1])
+
+
+def test_health_follows_readiness_until_the_stop(tiny_models: Path) -> None:
+    """SERVING for the server and its service; a watcher hears of SIGTERM at once and holds up no exit."""
+    with served(tiny_models, grpc_port="0") as process, channel(process) as open_channel:
+        stub = HealthStub(open_channel)
+        for service in ("", OIP):
+            answer = stub.Check(HealthCheckRequest(service=service), timeout=LIMIT)
+            assert answer.status == HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Check(HealthCheckRequest(service="other"), timeout=LIMIT)
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        watch = stub.Watch(HealthCheckRequest(service=OIP), timeout=60)
+        assert next(watch).status == HealthCheckResponse.SERVING
+        process.process.send_signal(signal.SIGTERM)
+        assert next(watch).status == HealthCheckResponse.NOT_SERVING
+        assert list(watch) == []  # ended, and in order
+        assert process.process.wait(LIMIT) == 0
+        assert not any("Traceback" in line for line in process.log)
+
+
+@pytest.mark.parametrize(("needs_key", "allowed"), [("false", True), ("true", False)])
+def test_health_needs_a_key_where_the_settings_say_so(
+    tiny_models: Path, needs_key: str, allowed: bool
+) -> None:
+    """As over HTTP: open by default, and closed where health needs a key."""
+    key = "a key of sixteen"
+    settings = {"grpc_port": "0", "api_keys": key, "health_needs_key": needs_key}
+    with served(tiny_models, **settings) as process, channel(process) as open_channel:
+        stub = HealthStub(open_channel)
+        if allowed:
+            assert stub.Check(HealthCheckRequest(), timeout=LIMIT).status == HealthCheckResponse.SERVING
+        else:
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Check(HealthCheckRequest(), timeout=LIMIT)
+            assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(grpc.RpcError) as refused:
+                next(stub.Watch(HealthCheckRequest(), timeout=LIMIT))
+            assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        answer = stub.Check(HealthCheckRequest(), metadata=[("x-api-key", key)], timeout=LIMIT)
+        assert answer.status == HealthCheckResponse.SERVING
