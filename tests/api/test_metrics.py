@@ -123,8 +123,8 @@ def test_processes_that_share_a_folder_answer_for_all(
         first.predict()
         second.predict()
         second.predict()
-        # A request is counted after its last byte, and before the same connection's next request: so ask first
-        # whom was asked last.
+        # A request is counted after its last byte, but before the next one on its connection: so the process
+        # that was asked last is the first to be asked again.
         for service in (second, first):
             found = figures(service.client.get("/metrics").text)
             assert value(found, "capsnet_requests_total", route="/predict", status="200") == 3
