@@ -152,9 +152,9 @@ class Model:
         drawn = await self.reconstruct(swept, np.full(len(swept), index, np.int64))
         return drawn.reshape(len(dimensions), len(deltas), *drawn.shape[1:])
 
-    def in_distribution(self, errors: Float) -> NDArray[np.bool_]:
-        """Whether each reconstruction error is one that the training distribution's images have."""
-        return errors <= self.manifest.calibration.threshold
+    def in_distribution(self, errors: Float, lengths: Float) -> NDArray[np.bool_]:
+        """Whether errors (N,) and lengths (N, classes) are such as the classes' own images have."""
+        return self.manifest.calibration.usual(errors, lengths)
 
     async def close(self, limit: float) -> None:
         """Finish what waits within `limit` seconds, then fail the rest."""

@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SCHEMA_VERSION: Final = 1
@@ -78,14 +80,27 @@ class CapsuleSpec(_Record):
     tweak_step: Annotated[float, Field(gt=0)]
 
 
+def margins(lengths: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How much longer the longest capsule is than the next, (N,), by the lengths (N, classes)."""
+    second, first = np.partition(lengths, -2, axis=-1)[:, -2:].T
+    return first - second  # type: ignore[no-any-return] # NumPy's subtraction
+
+
 class Calibration(_Record):
-    """Summed squared reconstruction error below which `quantile` of the images lie."""
+    """What is usual for an image of one of the classes: `quantile` of `images` are within both bounds."""
 
     threshold: Annotated[float, Field(gt=0)]
+    """Largest summed squared reconstruction error."""
+    margin: Annotated[float, Field(ge=0, le=1)] = 0
+    """Least difference between the longest capsule's length and the next one's."""
     quantile: Annotated[float, Field(gt=0, lt=1)]
     images: Annotated[int, Field(ge=1)]
     source: Literal["held-out", "training"]
     """`training` where the network was trained on every training image and none was left to hold out."""
+
+    def usual(self, errors: NDArray[np.float32], lengths: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Which images are within both, by reconstruction error (N,) and capsule lengths (N, classes)."""
+        return (errors <= self.threshold) & (margins(lengths) >= self.margin)
 
 
 class Measured(_Record):
@@ -96,7 +111,7 @@ class Measured(_Record):
     parity_error: Annotated[float, Field(ge=0)]
     """Largest absolute difference between ONNX Runtime and PyTorch over all outputs."""
     beyond_threshold: dict[str, Annotated[float, Field(ge=0, le=100)]] = {}
-    """Share of pictures, in per cent, beyond the calibrated threshold: of `test` images, wrongly; of
+    """Share of pictures, in per cent, beyond either calibrated bound: of `test` images, wrongly; of
     pictures that are of no class, by their kind, rightly."""
 
     @property

@@ -123,7 +123,7 @@ async def _predict_images(request: Request, kind: str, body: bytes, settings: Se
 def _predict_answer(
     answer: str, model: Model, query: PredictQuery, images: Pixels, found: Predictions
 ) -> Response:
-    in_distribution = model.in_distribution(found.errors)
+    in_distribution = model.in_distribution(found.errors, found.lengths)
     if answer == NPY:
         return _npy(found.lengths)
     if answer == NPZ:

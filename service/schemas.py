@@ -224,7 +224,10 @@ class Prediction(BaseModel):
     lengths: Annotated[list[float], Field(description="Capsule lengths in the order of the classes")]
     top: Annotated[list[RankedClass], Field(description="The longest capsules, longest first")]
     reconstruction_error: Annotated[float, Field(description="Summed squared error against the image")]
-    in_distribution: Annotated[bool, Field(description="Whether that error is one of ordinary images")]
+    in_distribution: Annotated[
+        bool,
+        Field(description="Whether that error, and the longest capsule's lead over the next, are usual"),
+    ]
     capsules: list[list[float]] | None = None
     reconstruction: DataUrl | None = None
     image: DataUrl | None = None

@@ -18,6 +18,8 @@ class Evaluation:
     """Index of the longest capsule, (M,)."""
     reconstruction_errors: NDArray[np.float32]
     """Summed squared error of the reconstruction from the longest capsule, (M,)."""
+    lengths: NDArray[np.float32]
+    """Capsule lengths, (M, K)."""
 
     @property
     def images(self) -> int:
@@ -40,7 +42,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, batch_size: int = 250) -> E
         DataError: if the images or classes are not those that the network takes.
     """
     require_fit(predictor, dataset)
-    predictions, errors = [], []
+    predictions, errors, all_lengths = [], [], []
     for start in range(0, len(dataset), batch_size):
         images = dataset.images[start : start + batch_size].cpu().numpy()
         capsules, lengths = predictor.encode(images)
@@ -48,7 +50,9 @@ def evaluate(predictor: Predictor, dataset: Dataset, batch_size: int = 250) -> E
         difference = predictor.decode(capsules, longest) - images / np.float32(255)
         predictions.append(longest)
         errors.append(np.square(difference).reshape(len(images), -1).sum(axis=-1))
-    return Evaluation(dataset.labels.cpu().numpy(), np.concatenate(predictions), np.concatenate(errors))
+        all_lengths.append(lengths)
+    found = (np.concatenate(parts) for parts in (predictions, errors, all_lengths))
+    return Evaluation(dataset.labels.cpu().numpy(), *found)
 
 
 def require_fit(predictor: Predictor, dataset: Dataset) -> None:

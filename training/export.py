@@ -28,6 +28,7 @@ from service.manifest import (
     Provenance,
     Start,
     TensorSpec,
+    margins,
     sha256,
     write_manifest,
 )
@@ -180,24 +181,26 @@ def _fill(
         )
     say(f"measuring on {len(test):,} test and {len(calibration_images):,} calibration images")
     result = evaluate(exported, test)
-    threshold = quantile(evaluate(exported, calibration_images), CALIBRATION_QUANTILE)
+    threshold, margin = bounds(evaluate(exported, calibration_images), CALIBRATION_QUANTILE)
+    calibration = Calibration(
+        threshold=threshold,
+        margin=margin,
+        quantile=CALIBRATION_QUANTILE,
+        images=len(calibration_images),
+        source="held-out" if len(held_out) else "training",
+    )
     manifest = manifest.model_copy(
         update={
-            "calibration": Calibration(
-                threshold=threshold,
-                quantile=CALIBRATION_QUANTILE,
-                images=len(calibration_images),
-                source="held-out" if len(held_out) else "training",
-            ),
+            "calibration": calibration,
             "measured": Measured(
                 test_images=result.images,
                 test_mistakes=result.mistakes,
                 parity_error=parity,
                 beyond_threshold={
-                    "test": beyond(result, threshold),
+                    "test": unusual(result, calibration),
                     **{
-                        kind: beyond(
-                            evaluate(exported, replace(test, images=images, labels=labels)), threshold
+                        kind: unusual(
+                            evaluate(exported, replace(test, images=images, labels=labels)), calibration
                         )
                         for kind, images, labels in outlier_sets(test)
                     },
@@ -212,14 +215,24 @@ def _fill(
     return manifest
 
 
-def quantile(evaluation: Evaluation, share: float) -> float:
-    """Reconstruction error below which `share` of the images lie."""
-    return float(np.quantile(evaluation.reconstruction_errors, share))
+def bounds(evaluation: Evaluation, share: float) -> tuple[float, float]:
+    """Largest error and least margin between which `share` of the images lie, cutting off as many by each."""
+    leads = margins(evaluation.lengths)
+    # By how many of the images each is surpassed, in either respect: the worse of the two counts.
+    worse = np.maximum(_ranks(evaluation.reconstruction_errors), _ranks(-leads))
+    inside = worse <= np.quantile(worse, share)
+    return float(evaluation.reconstruction_errors[inside].max()), float(leads[inside].min())
 
 
-def beyond(evaluation: Evaluation, threshold: float) -> float:
-    """Share of images whose reconstruction error is above `threshold`, in per cent."""
-    return 100 * float((evaluation.reconstruction_errors > threshold).mean())
+def _ranks(values: NDArray[np.float32]) -> NDArray[np.int64]:
+    """How many of the values are smaller than each."""
+    return np.searchsorted(np.sort(values), values)
+
+
+def unusual(evaluation: Evaluation, calibration: Calibration) -> float:
+    """Share of the images that are beyond the calibrated bounds, in per cent."""
+    usual = calibration.usual(evaluation.reconstruction_errors, evaluation.lengths)
+    return 100 * float(1 - usual.mean())
 
 
 def outlier_sets(dataset: Dataset) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -20,15 +20,16 @@ Of the exported graphs, run by ONNX Runtime:
 
 {figures}
 
-Reconstruction error is the summed squared error over the picture, both sides in [0, 1]. The threshold
-comes from {calibration_source}.
+Reconstruction error is the summed squared error over the picture, both sides in [0, 1]; the margin is how
+much longer the longest capsule is than the next. The bounds come from {calibration_source}.
 
 {classes_table}
 
 ## What it takes for one of its own
 
-A picture is flagged as not in distribution if its reconstruction error is beyond the threshold. Of the test
-images few should be; of pictures that are of no class, drawn by chance (`training/outliers.py`), many:
+A picture is flagged as not in distribution if its reconstruction error or its margin is beyond the bound.
+Of the test images few should be; of pictures that are of no class, drawn by chance (`training/outliers.py`),
+many:
 
 {detection}
 
@@ -77,8 +78,8 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                 ("largest difference from PyTorch", f"{measured.parity_error:.1e}"),
                 ("median reconstruction error, test images", f"{np.median(test.reconstruction_errors):.2f}"),
                 (
-                    f"threshold below which {calibration.quantile:.0%} of {calibration.images} images lie",
-                    f"{calibration.threshold:.2f}",
+                    f"bounds within which {calibration.quantile:.0%} of {calibration.images} images lie",
+                    f"error up to {calibration.threshold:.2f}, margin from {calibration.margin:.3f}",
                 ),
             ],
         ),

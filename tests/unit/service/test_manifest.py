@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from service.manifest import MANIFEST_FILE, ManifestError, read_manifest, write_manifest
+from service.manifest import MANIFEST_FILE, Calibration, ManifestError, margins, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -93,3 +94,26 @@ def test_an_altered_graph_is_named(folder: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ManifestError, match=r"encoder\.onnx: sha256"):
         read_manifest(folder)
+
+
+def test_margins() -> None:
+    """The margin is the longest length less the next, wherever the two stand, and 0 for a tie."""
+    lengths = np.array([[0.1, 0.9, 0.6], [0.8, 0.2, 0.1], [0.5, 0.5, 0.1]], np.float32)
+    np.testing.assert_allclose(margins(lengths), [0.3, 0.6, 0], atol=1e-6)
+
+
+def test_usual_is_within_both_bounds() -> None:
+    """An image is usual up to the error and from the margin of the calibration, both included."""
+    calibration = Calibration(threshold=4, margin=0.25, quantile=0.95, images=1, source="held-out")
+    errors = np.array([4, 4.1, 4, 4], np.float32)
+    lengths = np.array([[0.5, 0.75], [0.5, 0.75], [0.5, 0.7], [0.75, 0.5]], np.float32)
+    assert calibration.usual(errors, lengths).tolist() == [True, False, False, True]
+
+
+def test_a_manifest_without_a_margin_asks_for_none(folder: Path) -> None:
+    """Models that were exported before there was a margin are judged by the error alone."""
+    document = json.loads((folder / MANIFEST_FILE).read_text())
+    document["calibration"].pop("margin", None)
+    (folder / MANIFEST_FILE).write_text(json.dumps(document))
+    calibration = read_manifest(folder).calibration
+    assert calibration.usual(np.zeros(1, np.float32), np.full((1, 2), 0.5, np.float32)).tolist() == [True]

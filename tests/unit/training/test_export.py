@@ -13,8 +13,8 @@ from training import export as exporting
 from training.checkpoint import Checkpoint
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split
-from training.evaluate import evaluate
-from training.export import ExportError, Name, export, image_spec, parity_error, round_to_half
+from training.evaluate import Evaluation, evaluate
+from training.export import ExportError, Name, bounds, export, image_spec, parity_error, round_to_half
 from training.model import CapsNet
 from training.predictor import Floats, Labels, OnnxPredictor, TorchPredictor
 from training.train import train
@@ -69,10 +69,11 @@ def test_export(exported: Name, load_split: Load) -> None:
     assert manifest.measured.parity_error < 1e-4
     assert manifest.calibration.source == "held-out"
     assert manifest.calibration.threshold > 0
+    assert 0 <= manifest.calibration.margin < 1
     assert manifest.provenance.dataset_checksums == {"train": "train shapes", "test": "test shapes"}
     assert set(manifest.measured.beyond_threshold) == {"test", "noise", "blank pages", "letters", "garments"}
-    flagged = result.reconstruction_errors > manifest.calibration.threshold
-    assert manifest.measured.beyond_threshold["test"] == pytest.approx(100 * flagged.mean())
+    usual = manifest.calibration.usual(result.reconstruction_errors, result.lengths)
+    assert manifest.measured.beyond_threshold["test"] == pytest.approx(100 * (1 - usual.mean()))
     card = (exported.folder / "MODEL_CARD.md").read_text()
     assert f"({manifest.measured.test_mistakes} of 66)" in card
     assert list(exported.root.iterdir()) == [exported.root / "shapes"], "the workshop is cleared away"
@@ -226,3 +227,22 @@ def test_impossible_names(tmp_path: Path, name: str, version: str) -> None:
     """Names and versions that could not be served are refused before any work is done."""
     with pytest.raises(ExportError, match="expected"):
         Name(tmp_path, name, version)
+
+
+def test_bounds_hold_the_share_and_cut_by_both() -> None:
+    """The bounds keep the asked share, and cut off about as many images by error as by margin."""
+    random = np.random.default_rng(0)
+    count = 4000
+    lengths = np.zeros((count, 3), np.float32)
+    lengths[:, 1] = random.uniform(0, 1, count)
+    evaluation = Evaluation(
+        labels=np.zeros(count, np.int64),
+        predictions=np.zeros(count, np.int64),
+        reconstruction_errors=random.uniform(0, 50, count).astype(np.float32),
+        lengths=lengths,
+    )
+    error, margin = bounds(evaluation, 0.95)
+    by_error = evaluation.reconstruction_errors > error
+    by_margin = lengths[:, 1] < margin
+    assert 1 - (by_error | by_margin).mean() == pytest.approx(0.95, abs=0.002)
+    assert by_error.mean() == pytest.approx(by_margin.mean(), abs=0.01)
