@@ -11,13 +11,14 @@ from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
-from service import docs, oip, openapi, problems, routes, security
+from service import docs, oip, oip_repository, openapi, problems, routes, security
 from service.connections import Connections
 from service.decoding import Decoder
 from service.engine import open_engine
 from service.handling import Service
 from service.metrics import Metrics
 from service.observation import Observation
+from service.repository import Repository
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
 
@@ -63,7 +64,8 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_engine(settings, metrics) as engine:
             decoder = Decoder(settings)
-            app.state.service = Service(settings, engine, decoder, metrics, tracing)
+            repository = Repository(settings, engine, metrics) if settings.repository else None
+            app.state.service = Service(settings, engine, decoder, metrics, tracing, repository)
             try:
                 yield
             finally:
@@ -86,6 +88,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(routes.router)
     app.include_router(docs.router)
     app.include_router(oip.router)
+    if settings.repository:
+        app.include_router(oip_repository.router)
     problems.install(app)
     openapi.install(app, settings, open_paths=security.open_paths(settings) if settings.api_keys else None)
     return app

@@ -93,13 +93,13 @@ def _matches(name: str, media: str) -> bool:
     return name in ("*/*", media) or (name.endswith("/*") and media.startswith(name[:-1]))
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
+async def read_body(request: Request, settings: Settings, *, may_be_empty: bool = False) -> bytes:
     """The whole body, which never takes more memory than the limit.
 
     Raises:
         TooLarge: by its Content-Length, or as soon as more has arrived.
         BodyTimeout: not complete in time.
-        MalformedBody: empty.
+        MalformedBody: empty, where it may not be.
     """
     limit = settings.max_body
     too_large = TooLarge(
@@ -122,7 +122,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
             received=f"{len(body)} bytes in {settings.body_timeout:g} s",
             expected=f"the whole body within {settings.body_timeout:g} s",
         ) from error
-    if not body:
+    if not body and not may_be_empty:
         raise MalformedBody("The body is empty.", received="0 bytes", expected="a body as /docs describes it")
     return bytes(body)
 

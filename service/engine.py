@@ -6,7 +6,7 @@ Plain Python over numpy arrays; HTTP stops above this module.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from service.batching import Arrays, Batcher
 from service.context import measured
 from service.errors import StartError, UnknownModel
-from service.manifest import MANIFEST_FILE, Manifest, read_manifest
+from service.manifest import MANIFEST_FILE, Manifest, ManifestError, read_manifest
 from service.metrics import Metrics
 from service.sessions import Session, UsedDevice, open_session, resolve_device, warm_up
 from service.settings import Device, Settings
@@ -85,8 +85,14 @@ def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
         open_session(folder / graph.file, graph, device=device, threads=settings.threads)
         for graph in (manifest.encoder, manifest.decoder)
     )
-    warm_up(encoder, manifest.encoder, settings.max_batch)
-    warm_up(decoder, manifest.decoder, settings.max_decoder_batch)
+    for session, graph, max_batch in (
+        (encoder, manifest.encoder, settings.max_batch),
+        (decoder, manifest.decoder, settings.max_decoder_batch),
+    ):
+        try:
+            warm_up(session, graph, max_batch)
+        except Exception as error:  # ONNX Runtime's exceptions share no base but this
+            raise ManifestError(f"{folder / graph.file}: ONNX Runtime cannot run it: {error}") from error
     return Graphs(manifest, encoder, decoder)
 
 
@@ -99,7 +105,10 @@ class Model:
         self.threads = graphs.encoder.threads
         served = self.manifest.name, self.manifest.version
         name = "/".join(served)
-        self._state = partial(metrics.model, *served, self.device, self.threads)
+        self._forget = partial(metrics.forget, *served, self.device, self.threads)
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
         self._encoder = Batcher(
             f"{name} encoder",
             graphs.predict,
@@ -114,7 +123,19 @@ class Model:
             queue_length=settings.decoder_queue_length,
             metrics=metrics.queue(*served, "decoder"),
         )
-        self._state(served=True)
+        metrics.model(*served, self.device, self.threads)
+
+    @contextmanager
+    def in_use(self) -> Iterator["Model"]:
+        """Keep the version served for as long as a request needs it, whoever retires it meanwhile."""
+        self._users += 1
+        self._unused.clear()
+        try:
+            yield self
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
 
     def require_room(self) -> None:
         """Refuse an image that could not be admitted before it is decoded.
@@ -158,8 +179,16 @@ class Model:
 
     async def close(self, limit: float) -> None:
         """Finish what waits within `limit` seconds, then fail the rest."""
-        self._state(served=False)
         await asyncio.gather(self._encoder.close(limit), self._decoder.close(limit))
+
+    async def retire(self, limit: float) -> None:
+        """Close once no request needs the version any more, and drop its figures.
+
+        A request that was given up may have left a batch running; `limit` seconds are waited for that.
+        """
+        await self._unused.wait()
+        await self.close(limit)
+        self._forget()
 
 
 def _require(array: NDArray[np.generic], dtype: type[np.generic], row: tuple[int, ...]) -> None:
@@ -176,7 +205,8 @@ class Engine:
     def __init__(self, models: Sequence[Model], default_model: str | None) -> None:
         self._models: dict[str, dict[str, Model]] = {}
         for model in models:
-            self._models.setdefault(model.manifest.name, {})[model.manifest.version] = model
+            self._add(model)
+        self._retiring: set[Model] = set()
         self._default = default_model or min(self._models)
         if self._default not in self._models:
             raise StartError(
@@ -217,10 +247,37 @@ class Engine:
     def _newest_first(self, name: str) -> list[str]:
         return sorted(self._models[name], key=int, reverse=True)
 
+    def _add(self, model: Model) -> None:
+        self._models.setdefault(model.manifest.name, {})[model.manifest.version] = model
+
+    async def change(self, added: Sequence[Model], retired: Sequence[Model], limit: float) -> None:
+        """Serve the versions in `added` from now on, and those in `retired` no longer.
+
+        To requests this is one step. Those that already use a retired version finish on it; when this
+        returns, they have. The default model must keep a version.
+        """
+        self._retiring.update(retired)
+        for model in added:
+            self._add(model)
+            _announce(model)
+        for model in retired:
+            logger.info("%s/%s is being retired", model.manifest.name, model.manifest.version)
+            versions = self._models[model.manifest.name]
+            del versions[model.manifest.version]
+            if not versions:
+                del self._models[model.manifest.name]
+        await asyncio.gather(*(model.retire(limit) for model in retired))
+        self._retiring.difference_update(retired)
+
     async def close(self, limit: float) -> None:
         """Refuse new work, finish what waits within `limit` seconds, and fail the rest."""
         self.ready = False
-        await asyncio.gather(*(model.close(limit) for model in self))
+        await asyncio.gather(*(model.close(limit) for model in (*self, *self._retiring)))
+
+
+def version_folders(models: Path) -> list[Path]:
+    """Every `<name>/<version>` folder."""
+    return sorted(path for path in models.glob("*/*") if path.is_dir() and path.name.isdecimal())
 
 
 def model_folders(models: Path) -> list[Path]:
@@ -229,13 +286,33 @@ def model_folders(models: Path) -> list[Path]:
     Raises:
         StartError: there is none.
     """
-    folders = sorted(path for path in models.glob("*/*") if path.is_dir() and path.name.isdecimal())
+    folders = version_folders(models)
     if not folders:
         raise StartError(
             f"{models.resolve()}: holds no model; expected <name>/<version>/{MANIFEST_FILE} as "
             "`capsnet export` writes it (set CAPSNET_MODELS to use another folder)"
         )
     return folders
+
+
+def _announce(model: Model) -> None:
+    logger.info(
+        "%s/%s is ready on %s, %d CPU threads",
+        model.manifest.name,
+        model.manifest.version,
+        model.device,
+        model.threads,
+    )
+
+
+def _start(settings: Settings, metrics: Metrics) -> Engine:
+    # A frame of its own: `open_engine` stays open while versions are retired, and would keep their graphs.
+    device = resolve_device(settings.device)
+    loaded = [load_graphs(folder, settings, device) for folder in model_folders(settings.models)]
+    engine = Engine([Model(graphs, settings, metrics) for graphs in loaded], settings.default_model)
+    for model in engine:
+        _announce(model)
+    return engine
 
 
 @asynccontextmanager
@@ -245,17 +322,7 @@ async def open_engine(settings: Settings, metrics: Metrics) -> AsyncIterator[Eng
     Raises:
         StartError, ManifestError: what the operator has to mend.
     """
-    device = resolve_device(settings.device)
-    loaded = [load_graphs(folder, settings, device) for folder in model_folders(settings.models)]
-    engine = Engine([Model(graphs, settings, metrics) for graphs in loaded], settings.default_model)
-    for model in engine:
-        logger.info(
-            "%s/%s is ready on %s, %d CPU threads",
-            model.manifest.name,
-            model.manifest.version,
-            model.device,
-            model.threads,
-        )
+    engine = _start(settings, metrics)
     try:
         yield engine
     finally:

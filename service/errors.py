@@ -5,6 +5,7 @@ ServiceError
 │   └── DeviceError                    the device that was asked for is not there
 └── RequestError                       one request gets no result
     ├── Unauthorized             401   no valid API key, where keys are required
+    ├── RepositoryRefused        400   what is served stays as it is: a version cannot be loaded, or must stay
     ├── CallerError                    the caller's: send something else
     │   ├── MalformedBody        400   cannot be parsed at all
     │   ├── UnknownModel         404
@@ -64,6 +65,10 @@ class Unauthorized(RequestError):
     @property
     def headers(self) -> dict[str, str]:
         return {"WWW-Authenticate": "Bearer"}
+
+
+class RepositoryRefused(RequestError):
+    status, title, slug = 400, "What is served stays as it is", "repository-refused"
 
 
 class CallerError(RequestError):

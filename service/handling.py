@@ -12,6 +12,7 @@ from service.engine import Engine
 from service.errors import TimedOut
 from service.metrics import Metrics
 from service.problems import ClientGone
+from service.repository import Repository
 from service.settings import Settings
 from service.tracing import Tracing
 
@@ -27,6 +28,8 @@ class Service:
     decoder: Decoder
     metrics: Metrics
     tracing: Tracing | None
+    repository: Repository | None
+    """None where its extension is off."""
 
 
 def service_of(request: Request) -> Service:

@@ -133,7 +133,7 @@ async def _start_grpc(service: Service) -> "GrpcServer | None":
         raise StartError(
             f"CAPSNET_GRPC_PORT is set, but {error.name} is not installed; install the extra `grpc`"
         ) from error
-    return await start_server(service.settings, service.engine, service.metrics, service.tracing)
+    return await start_server(service)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -233,8 +233,21 @@ def read_manifest(folder: Path) -> Manifest:
         file = folder / graph.file
         if not file.is_file():
             raise ManifestError(f"{file}: missing, but {path} names it as the {role}")
-        _require(file, "sha256", sha256(file), graph.sha256)
+        check_content(file, graph)
     return manifest
+
+
+def check_content(path: Path, graph: Graph) -> None:
+    """Check that a file is the one that the manifest describes.
+
+    Raises:
+        ManifestError: it is another, or cannot be read.
+    """
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
+    _require(path, "sha256", found, graph.sha256)
 
 
 def _require(path: Path, field: str, found: object, expected: object) -> None:

@@ -31,6 +31,9 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 _QUEUE = ("model", "version", "queue")
 
+# The graphs that each queue's batches run through; what was encoded is decoded as well (decision 11).
+_GRAPHS = {"encoder": ("encoder", "decoder"), "decoder": ("decoder",)}
+
 
 class Metrics:
     """The metrics of one application, and of the processes that share its multiprocess folder."""
@@ -92,7 +95,7 @@ class Metrics:
         )
         self._model_info = Gauge(
             "capsnet_model_info",
-            "1 for each model version that is served, 0 once it is retired.",
+            "1 for each model version that is served.",
             ("model", "version", "device", "threads"),
             multiprocess_mode="livemax",
             registry=registry,
@@ -118,8 +121,7 @@ class Metrics:
             failures=self._batch_failures.labels(model, version, queue),
             graphs={
                 graph: self._inference_seconds.labels(model, version, queue, graph)
-                # A batch of the encoder's queue is decoded as well (decision 11).
-                for graph in (("encoder", "decoder") if queue == "encoder" else ("decoder",))
+                for graph in _GRAPHS[queue]
             },
         )
 
@@ -127,9 +129,24 @@ class Metrics:
         """State what runs."""
         self._build_info.labels(version, onnxruntime).set(1)
 
-    def model(self, model: str, version: str, device: str, threads: int, *, served: bool) -> None:
-        """State that a model version is served, or no longer is."""
-        self._model_info.labels(model, version, device, str(threads)).set(served)
+    def model(self, model: str, version: str, device: str, threads: int) -> None:
+        """State that a model version is served."""
+        self._model_info.labels(model, version, device, str(threads)).set(1)
+
+    def forget(self, model: str, version: str, device: str, threads: int) -> None:
+        """Drop every figure of a model version that is no longer served.
+
+        prometheus_client cannot drop any in a multiprocess folder: there the last ones stay, beside a 0.
+        """
+        if self._multiprocess_folder is not None:
+            self._model_info.labels(model, version, device, str(threads)).set(0)
+            return
+        self._model_info.remove(model, version, device, str(threads))
+        for queue, graphs in _GRAPHS.items():
+            for metric in (self._queue_seconds, self._queue_depth, self._batch_rows, self._batch_failures):
+                metric.remove(model, version, queue)
+            for graph in graphs:
+                self._inference_seconds.remove(model, version, queue, graph)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """All figures in the form that an Accept header asks for, and its media type."""

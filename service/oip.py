@@ -26,6 +26,7 @@ from service.oip_schemas import (
     ServerReady,
 )
 from service.protocol import ServedGraph
+from service.repository import EXTENSION
 from service.tensors import Array, check_tensor, from_bytes, from_values, to_bytes
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
@@ -57,10 +58,11 @@ async def server_ready(request: Request) -> ServerReady:
 
 
 @router.get("", summary="The server and its extensions of the protocol")
-async def server_metadata() -> ServerMetadata:
-    return ServerMetadata(
-        name=protocol.SERVER_NAME, version=protocol.SERVER_VERSION, extensions=["binary_tensor_data"]
-    )
+async def server_metadata(request: Request) -> ServerMetadata:
+    extensions = ["binary_tensor_data"]
+    if service_of(request).repository:
+        extensions.append(EXTENSION)
+    return ServerMetadata(name=protocol.SERVER_NAME, version=protocol.SERVER_VERSION, extensions=extensions)
 
 
 def _require_ready(request: Request) -> None:
@@ -167,20 +169,21 @@ async def model_infer(request: Request, name: str) -> Response:
 async def _infer(request: Request, name: str, version: str | None) -> Response:
     service = service_of(request)
     graph = protocol.find_graph(service.engine, name, version)
-    body = await read_body(request, service.settings)
+    with graph.model.in_use():
+        body = await read_body(request, service.settings)
 
-    async def work() -> Response:
-        text, raw = _split(await _plain(request, body, service.settings.max_body), request)
-        arguments = graph, text, raw, service.settings.max_images
-        small = len(text) <= _SMALL_TEXT
-        asked = _parse(*arguments) if small else await asyncio.to_thread(_parse, *arguments)
-        outputs = await protocol.infer(graph, asked.inputs)
-        values = sum(outputs[wanted].size for wanted, binary in asked.binary.items() if not binary)
-        if values <= _SMALL_ANSWER:
-            return _answer(graph, asked, outputs)
-        return await asyncio.to_thread(_answer, graph, asked, outputs)
+        async def work() -> Response:
+            text, raw = _split(await _plain(request, body, service.settings.max_body), request)
+            arguments = graph, text, raw, service.settings.max_images
+            small = len(text) <= _SMALL_TEXT
+            asked = _parse(*arguments) if small else await asyncio.to_thread(_parse, *arguments)
+            outputs = await protocol.infer(graph, asked.inputs)
+            values = sum(outputs[wanted].size for wanted, binary in asked.binary.items() if not binary)
+            if values <= _SMALL_ANSWER:
+                return _answer(graph, asked, outputs)
+            return await asyncio.to_thread(_answer, graph, asked, outputs)
 
-    return await answer_in_time(request, work())
+        return await answer_in_time(request, work())
 
 
 async def _plain(request: Request, body: bytes, limit: int) -> bytes:

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -17,11 +18,11 @@ from google.protobuf.message import Message
 from service import grpc_health, protocol
 from service import oip_pb2 as pb
 from service.context import begin_record, request_id
-from service.engine import Engine
 from service.errors import (
     CallerError,
     InferenceFailed,
     InvalidInput,
+    RepositoryRefused,
     RequestError,
     StartError,
     TimedOut,
@@ -30,13 +31,12 @@ from service.errors import (
     Unauthorized,
     UnknownModel,
 )
+from service.handling import Service
 from service.keys import KeyRing
-from service.metrics import Metrics
 from service.protocol import ServedGraph
 from service.refusals import log_refusal
-from service.settings import Settings
+from service.repository import EXTENSION, Repository
 from service.tensors import Array, check_tensor, from_bytes, from_values, to_bytes
-from service.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ _CONTENTS = {"UINT8": "uint_contents", "INT64": "int64_contents", "FP32": "fp32_
 _CODES: tuple[tuple[type[RequestError], grpc.StatusCode], ...] = (
     (Unauthorized, grpc.StatusCode.UNAUTHENTICATED),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    (RepositoryRefused, grpc.StatusCode.FAILED_PRECONDITION),
     (TooLarge, grpc.StatusCode.RESOURCE_EXHAUSTED),  # what gRPC itself says of a message over its limit
     (CallerError, grpc.StatusCode.INVALID_ARGUMENT),
     (TimedOut, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -71,14 +72,13 @@ _SMALL_CONTENTS = 32 * 1024
 Handler = Callable[[Any], Awaitable[Message]]
 
 
-async def start_server(
-    settings: Settings, engine: Engine, metrics: Metrics, tracing: Tracing | None
-) -> "Server":
+async def start_server(service: Service) -> "Server":
     """Serve on CAPSNET_GRPC_PORT of CAPSNET_HOST until `stop` is called.
 
     Raises:
         StartError: the address cannot be taken.
     """
+    settings = service.settings
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", settings.max_body),
@@ -86,7 +86,7 @@ async def start_server(
             ("grpc.so_reuseport", 0),  # a port that is taken is an error, not shared
         ]
     )
-    inference = _Inference(settings, engine, metrics, tracing)
+    inference = _Inference(service)
     server.add_generic_rpc_handlers((inference.handlers(),))
     health = grpc_health.Health(inference.check_key)
     await health.serve(server, SERVICE)
@@ -122,12 +122,13 @@ class Server:
 class _Inference:
     """The service's methods."""
 
-    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics, tracing: Tracing | None) -> None:
-        self._settings = settings
-        self._engine = engine
-        self._metrics = metrics
-        self._tracing = tracing
-        self._keys = KeyRing(settings.api_keys)
+    def __init__(self, service: Service) -> None:
+        self._settings = service.settings
+        self._engine = service.engine
+        self._metrics = service.metrics
+        self._tracing = service.tracing
+        self._repository = service.repository
+        self._keys = KeyRing(service.settings.api_keys)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         methods: dict[str, tuple[Handler, type[Message]]] = {
@@ -138,6 +139,13 @@ class _Inference:
             "ModelMetadata": (self._model_metadata, pb.ModelMetadataRequest),
             "ModelInfer": (self._model_infer, pb.ModelInferRequest),
         }
+        if self._repository:
+            repository_methods = _RepositoryMethods(self._repository)
+            methods |= {
+                "RepositoryIndex": (repository_methods.index, pb.RepositoryIndexRequest),
+                "RepositoryModelLoad": (repository_methods.load, pb.RepositoryModelLoadRequest),
+                "RepositoryModelUnload": (repository_methods.unload, pb.RepositoryModelUnloadRequest),
+            }
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
@@ -220,7 +228,11 @@ class _Inference:
         return pb.ModelReadyResponse(ready=self._engine.ready)
 
     async def _server_metadata(self, _: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(name=protocol.SERVER_NAME, version=protocol.SERVER_VERSION)
+        return pb.ServerMetadataResponse(
+            name=protocol.SERVER_NAME,
+            version=protocol.SERVER_VERSION,
+            extensions=[EXTENSION] if self._repository else [],
+        )
 
     async def _model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         graph = protocol.find_graph(self._engine, request.name, request.version)
@@ -243,15 +255,16 @@ class _Inference:
 
     async def _model_infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
         graph = protocol.find_graph(self._engine, request.model_name, request.model_version)
-        arguments = graph, request, self._settings.max_images
-        if request.raw_input_contents or request.ByteSize() <= _SMALL_CONTENTS:
-            inputs = _inputs(*arguments)
-        else:
-            inputs = await asyncio.to_thread(_inputs, *arguments)
-        for output in request.outputs:
-            protocol.check_parameters(output.name, output.parameters)
-        wanted = protocol.find_outputs(graph, [output.name for output in request.outputs])
-        results = await protocol.infer(graph, inputs)
+        with graph.model.in_use():
+            arguments = graph, request, self._settings.max_images
+            if request.raw_input_contents or request.ByteSize() <= _SMALL_CONTENTS:
+                inputs = _inputs(*arguments)
+            else:
+                inputs = await asyncio.to_thread(_inputs, *arguments)
+            for output in request.outputs:
+                protocol.check_parameters(output.name, output.parameters)
+            wanted = protocol.find_outputs(graph, [output.name for output in request.outputs])
+            results = await protocol.infer(graph, inputs)
         return pb.ModelInferResponse(
             model_name=graph.name,
             model_version=graph.version,
@@ -264,6 +277,46 @@ class _Inference:
             ],
             raw_output_contents=[to_bytes(results[spec.name]) for spec in wanted],
         )
+
+
+class _RepositoryMethods:
+    """The methods of the repository extension."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    async def index(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
+        _check_repository(request)
+        entries = await self._repository.index(ready=request.ready)
+        return pb.RepositoryIndexResponse(
+            models=[pb.RepositoryIndexResponse.ModelIndex(**asdict(entry)) for entry in entries]
+        )
+
+    async def load(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
+        _check_repository(request)
+        await self._repository.load(request.model_name, _parameters(request))
+        return pb.RepositoryModelLoadResponse()
+
+    async def unload(self, request: pb.RepositoryModelUnloadRequest) -> pb.RepositoryModelUnloadResponse:
+        _check_repository(request)
+        await self._repository.unload(request.model_name, _parameters(request))
+        return pb.RepositoryModelUnloadResponse()
+
+
+def _check_repository(request: Any) -> None:
+    if request.repository_name:
+        raise InvalidInput(
+            "There is one repository, the models folder, and it has no name.",
+            received=repr(request.repository_name[:100]),
+            expected="no repository_name",
+        )
+
+
+def _parameters(request: Any) -> dict[str, object]:
+    return {
+        name: getattr(value, value.WhichOneof("parameter_choice") or "", None)
+        for name, value in request.parameters.items()
+    }
 
 
 def _serialize(message: Message) -> bytes:

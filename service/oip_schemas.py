@@ -1,6 +1,6 @@
 """The JSON objects of the Open Inference Protocol, for parsing and for the OpenAPI document."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -98,6 +98,25 @@ class ModelMetadata(BaseModel):
     platform: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+class IndexRequest(_Received):
+    ready: Annotated[bool, Field(description="Name only what is served")] = False
+
+
+class ChangeRequest(_Received):
+    """What of a model to load or to unload."""
+
+    parameters: Annotated[
+        dict[str, Any], Field(description="`version` names the one that is meant; without it all are")
+    ] = {}
+
+
+class IndexEntry(BaseModel):
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: Annotated[str, Field(description="Why it is not served; empty if it is")]
 
 
 class ProtocolError(BaseModel):

@@ -13,6 +13,7 @@ from service.errors import (
     CallerError,
     InvalidInput,
     NotAcceptable,
+    RepositoryRefused,
     RequestError,
     UnableToAnswer,
     Unauthorized,
@@ -192,6 +193,14 @@ def protocol_operation(
             **protocol_errors(*statuses),
         },
     }
+
+
+def repository_operation(form: type[BaseModel]) -> dict[str, Any]:
+    """Keyword arguments of a route of the protocol's repository extension, whose body may be absent."""
+    responses = protocol_errors(400, 404, 408, 413, 503)
+    responses[400]["description"] += f" or {RepositoryRefused.title}"
+    content = {"application/json": {"schema": form.model_json_schema()}}
+    return {"openapi_extra": {"requestBody": {"required": False, "content": content}}, "responses": responses}
 
 
 def install(app: FastAPI, settings: Settings, *, open_paths: Collection[str] | None) -> None:

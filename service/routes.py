@@ -95,20 +95,20 @@ async def predict(request: Request) -> Response:
     query = parse_query(PredictQuery, request)
     answer = accepted(request, PREDICT_ANSWERS)
     kind = media_type(request, PREDICT_BODIES)
-    model = service.engine.choose(query.model or None)
-    body = await read_body(request, service.settings)
-    model.require_room()
+    with service.engine.choose(query.model or None).in_use() as model:
+        body = await read_body(request, service.settings)
+        model.require_room()
 
-    async def work() -> Response:
-        if kind == NPY:
-            images = read_npy(body, model.manifest.image_shape, service.settings.max_images)
-        else:
-            encoded = await _predict_images(request, kind, body, service.settings)
-            images = await service.decoder.decode(encoded, model.manifest.image, query.preprocess)
-        predictions = await model.predict(images)
-        return await _encode(len(images), _predict_answer, answer, model, query, images, predictions)
+        async def work() -> Response:
+            if kind == NPY:
+                images = read_npy(body, model.manifest.image_shape, service.settings.max_images)
+            else:
+                encoded = await _predict_images(request, kind, body, service.settings)
+                images = await service.decoder.decode(encoded, model.manifest.image, query.preprocess)
+            predictions = await model.predict(images)
+            return await _encode(len(images), _predict_answer, answer, model, query, images, predictions)
 
-    return await answer_in_time(request, work())
+        return await answer_in_time(request, work())
 
 
 async def _predict_images(request: Request, kind: str, body: bytes, settings: Settings) -> list[bytes]:
@@ -193,32 +193,32 @@ async def reconstruct(request: Request) -> Response:
     query = parse_query(ReconstructQuery, request)
     answer = accepted(request, RECONSTRUCT_ANSWERS)
     kind = media_type(request, RECONSTRUCT_BODIES)
-    model = service.engine.choose(query.model or None)
-    body = await read_body(request, service.settings)
+    with service.engine.choose(query.model or None).in_use() as model:
+        body = await read_body(request, service.settings)
 
-    async def work() -> Response:
-        choice, image = await _source(request, kind, body, ReconstructRequest, ReconstructChoice)
-        tweaks = [tweak.tweak() for tweak in choice.tweaks]
-        index = _class_index(model, choice.label)
-        _check_count("tweaks", len(tweaks), service.settings.max_tweaks)
-        _check_dimensions(model, [tweak.dimension for tweak in tweaks])
-        capsules, index = await _capsules(service, model, query, image, index)
-        capsules = apply_tweaks(capsules, index, tweaks)
-        drawn = await model.reconstruct(capsules[np.newaxis], np.array([index]))
-        if answer == PNG:
-            return Response(encode_png(to_uint8(drawn[0])), media_type=PNG)
-        document = {
-            "model": _name(model),
-            "label": model.manifest.classes[index],
-            "index": index,
-            "capsule": capsules[index],
-            "reconstruction": _picture(drawn[0]),
-        }
-        if query.pixels:
-            document["pixels"] = drawn[0]
-        return _json(document)
+        async def work() -> Response:
+            choice, image = await _source(request, kind, body, ReconstructRequest, ReconstructChoice)
+            tweaks = [tweak.tweak() for tweak in choice.tweaks]
+            index = _class_index(model, choice.label)
+            _check_count("tweaks", len(tweaks), service.settings.max_tweaks)
+            _check_dimensions(model, [tweak.dimension for tweak in tweaks])
+            capsules, index = await _capsules(service, model, query, image, index)
+            capsules = apply_tweaks(capsules, index, tweaks)
+            drawn = await model.reconstruct(capsules[np.newaxis], np.array([index]))
+            if answer == PNG:
+                return Response(encode_png(to_uint8(drawn[0])), media_type=PNG)
+            document = {
+                "model": _name(model),
+                "label": model.manifest.classes[index],
+                "index": index,
+                "capsule": capsules[index],
+                "reconstruction": _picture(drawn[0]),
+            }
+            if query.pixels:
+                document["pixels"] = drawn[0]
+            return _json(document)
 
-    return await answer_in_time(request, work())
+        return await answer_in_time(request, work())
 
 
 SWEEP_ANSWERS = (JSON, NPZ, PNG)
@@ -251,26 +251,26 @@ async def sweep(request: Request) -> Response:
     query = parse_query(SweepQuery, request)
     answer = accepted(request, SWEEP_ANSWERS)
     kind = media_type(request, RECONSTRUCT_BODIES)
-    model = service.engine.choose(query.model or None)
-    body = await read_body(request, service.settings)
+    with service.engine.choose(query.model or None).in_use() as model:
+        body = await read_body(request, service.settings)
 
-    async def work() -> Response:
-        choice, image = await _source(request, kind, body, SweepRequest, SweepChoice)
-        shape = model.manifest.capsules
-        tweaks = [tweak.tweak() for tweak in choice.tweaks]
-        dimensions = choice.dimensions or list(range(shape.digit_dimensions))
-        deltas = choice.deltas or default_deltas(shape.tweak_range, shape.tweak_step)
-        index = _class_index(model, choice.label)
-        _check_count("tweaks", len(tweaks), service.settings.max_tweaks)
-        _check_count("deltas", len(choice.deltas), service.settings.max_deltas)
-        _check_dimensions(model, [*dimensions, *(tweak.dimension for tweak in tweaks)])
-        capsules, index = await _capsules(service, model, query, image, index)
-        capsules = apply_tweaks(capsules, index, tweaks)
-        drawn = await model.sweep(capsules, index, dimensions, deltas)
-        swept = _Sweep(index, capsules[index], dimensions, deltas, drawn)
-        return await _encode(len(dimensions) * len(deltas), _sweep_answer, answer, model, swept)
+        async def work() -> Response:
+            choice, image = await _source(request, kind, body, SweepRequest, SweepChoice)
+            shape = model.manifest.capsules
+            tweaks = [tweak.tweak() for tweak in choice.tweaks]
+            dimensions = choice.dimensions or list(range(shape.digit_dimensions))
+            deltas = choice.deltas or default_deltas(shape.tweak_range, shape.tweak_step)
+            index = _class_index(model, choice.label)
+            _check_count("tweaks", len(tweaks), service.settings.max_tweaks)
+            _check_count("deltas", len(choice.deltas), service.settings.max_deltas)
+            _check_dimensions(model, [*dimensions, *(tweak.dimension for tweak in tweaks)])
+            capsules, index = await _capsules(service, model, query, image, index)
+            capsules = apply_tweaks(capsules, index, tweaks)
+            drawn = await model.sweep(capsules, index, dimensions, deltas)
+            swept = _Sweep(index, capsules[index], dimensions, deltas, drawn)
+            return await _encode(len(dimensions) * len(deltas), _sweep_answer, answer, model, swept)
 
-    return await answer_in_time(request, work())
+        return await answer_in_time(request, work())
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from service.errors import DeviceError
-from service.manifest import Graph, ManifestError, TensorSpec
+from service.manifest import Graph, ManifestError, TensorSpec, check_content
 from service.settings import Device
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def resolve_device(device: Device) -> Device:
 
 
 def open_session(path: Path, graph: Graph, *, device: Device, threads: int | None) -> Session:
-    """Load a graph on `device` and check that its tensors are those of the manifest.
+    """Load a graph on `device` and check that its bytes and its tensors are those of the manifest.
 
     Args:
         path: the ONNX file.
@@ -76,10 +76,13 @@ def open_session(path: Path, graph: Graph, *, device: Device, threads: int | Non
 
     Raises:
         DeviceError: `cuda` was asked for and is not in use.
-        ManifestError: the file cannot be loaded, or the tensor it names is not as promised.
+        ManifestError: the file cannot be loaded or is another, or the tensor it names is not as promised.
     """
     threads = threads or cpu_limit()
     used, inference = _load_on(device, path, threads)
+    # After ONNX Runtime has read it, because somebody may be writing it. It holds a copy: nothing that
+    # happens to the file from here on changes an answer.
+    check_content(path, graph)
     _check_tensors(path, "input", inference.get_inputs(), graph.inputs)
     _check_tensors(path, "output", inference.get_outputs(), graph.outputs)
     return Session(used, threads, tuple(spec.name for spec in graph.inputs), inference)

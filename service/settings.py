@@ -43,6 +43,13 @@ class Settings(BaseSettings):
             description="Model that answers when a request names none; unset: the first name in the alphabet."
         ),
     ] = None
+    repository: Annotated[
+        bool,
+        Field(
+            description="Let callers load and retire versions with the Open Inference Protocol's "
+            "repository extension."
+        ),
+    ] = False
     device: Annotated[
         Device,
         Field(
