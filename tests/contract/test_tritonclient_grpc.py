@@ -158,7 +158,7 @@ def test_errors_have_the_right_status_and_words(client: sync.InferenceServerClie
 
 
 def test_methods_of_extensions_are_unimplemented(client: sync.InferenceServerClient) -> None:
-    """Whatever else Triton's client knows is refused by name, not by silence."""
+    """What is not served, or not turned on, is refused by name, not by silence."""
     with pytest.raises(InferenceServerException) as caught:
         client.get_model_repository_index()
     assert caught.value.status() == "StatusCode.UNIMPLEMENTED"

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, load, save
 
-from service import repository as repository_module
-from service.engine import Engine, Graphs, open_engine
+from service.engine import Engine, Graphs, load_graphs, open_engine
 from service.errors import InvalidInput, RepositoryRefused, ShuttingDown, UnknownModel
 from service.manifest import MANIFEST_FILE, Manifest, read_manifest, sha256, write_manifest
 from service.metrics import Metrics
@@ -68,14 +67,13 @@ class Gate:
         self.go_on = threading.Event()
         self.loads: list[str] = []
         self._loop = asyncio.get_running_loop()
-        self._load = repository_module.load_graphs
-        monkeypatch.setattr(repository_module, "load_graphs", self._wait_and_load)
+        monkeypatch.setattr("service.repository.load_graphs", self._wait_and_load)
 
     def _wait_and_load(self, folder: Path, *arguments: Any) -> Graphs:
         self.loads.append(folder.name)
         self._loop.call_soon_threadsafe(self.started.set)
         assert self.go_on.wait(10)
-        return self._load(folder, *arguments)
+        return load_graphs(folder, *arguments)
 
 
 async def test_a_new_version_is_the_newest_from_the_moment_it_is_loaded(models: Path) -> None:
@@ -313,13 +311,18 @@ async def test_a_retired_version_leaves_nothing_behind(models: Path) -> None:
     write_tiny_model(models, "tiny", "2")
     async with open_engine(settings, metrics) as engine:
         repository = Repository(settings, engine, metrics)
-        await engine.choose("tiny/1").predict(IMAGE)
-        session = weakref.ref(engine.choose("tiny/1")._encoder._run.__self__.encoder.inference)  # type: ignore[attr-defined] # a bound method
+        model = engine.choose("tiny/1")
+        await model.predict(IMAGE)
+        session = weakref.ref(model._encoder._run.__self__.encoder.inference)  # type: ignore[attr-defined] # a bound method
+        threads = [batcher._thread for batcher in (model._encoder, model._decoder)]
+        del model
         assert b'version="1"' in metrics.exposition("")[0]
         await repository.unload("tiny-encoder", {"version": "1"})
         gc.collect()
         assert session() is None
-        assert not [thread for thread in threading.enumerate() if "tiny/1" in thread.name]
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
         assert b'version="1"' not in metrics.exposition("")[0]
         assert b'version="2"' in metrics.exposition("")[0]
         assert (await states(repository))["tiny-encoder/1"] == ("UNAVAILABLE", "unloaded")
