@@ -19,7 +19,14 @@ from service.context import measured
 from service.errors import StartError, UnknownModel
 from service.manifest import MANIFEST_FILE, Manifest, ManifestError, read_manifest
 from service.metrics import Metrics
-from service.sessions import Session, UsedDevice, open_session, resolve_device, warm_up
+from service.sessions import (
+    Session,
+    UsedDevice,
+    open_session,
+    resolve_device,
+    session_threads,
+    warm_up,
+)
 from service.settings import Device, Settings
 from service.tweaks import sweep_capsules
 
@@ -82,7 +89,7 @@ def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
     """
     manifest = read_manifest(folder)
     encoder, decoder = (
-        open_session(folder / graph.file, graph, device=device, threads=settings.threads)
+        open_session(folder / graph.file, graph, device=device, threads=session_threads(settings))
         for graph in (manifest.encoder, manifest.decoder)
     )
     for session, graph, max_batch in (

@@ -9,6 +9,8 @@ import orjson
 from service.context import request_id, trace_id
 from service.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 
 def configure(settings: Settings) -> None:
     """Send all lines of this process, warnings of libraries included, to standard error in one form."""
@@ -20,6 +22,13 @@ def configure(settings: Settings) -> None:
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
     if settings.access_log:
         logging.getLogger("service.access").setLevel(logging.INFO)
+
+
+def announce(bound: tuple[Any, ...], served_by: str) -> None:
+    """Say where people reach the service, by the name of the socket that listens."""
+    host, port = bound[:2]
+    address = f"[{host}]" if ":" in host else host
+    logger.info("serving on http://%s:%d (%s), documented at /docs", address, port, served_by)
 
 
 class ConsoleFormatter(logging.Formatter):

@@ -1,159 +1,84 @@
-"""`capsnet-serve`: settings, start, serve, drain, exit."""
+"""`capsnet-serve`: signals, settings, then one process that serves or one that keeps several; exit code."""
 
-import asyncio
-import logging
-import math
+import contextlib
+import os
+import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from socket import fromfd, socket
 from types import FrameType
-from typing import TYPE_CHECKING
-
-import uvicorn
-from pydantic import ValidationError
-
-from service import logs
-from service.app import create_app
-from service.backlog import stop_handshakes
-from service.engine import Engine
-from service.errors import StartError
-from service.handling import Service
-from service.manifest import ManifestError
-from service.settings import Settings
-
-if TYPE_CHECKING:
-    from service.oip_grpc import Server as GrpcServer
-
-logger = logging.getLogger(__name__)
-
-# Time for the clients of kept connections to hear, with their next answer, that they have to go elsewhere.
-_SETTLE = 0.25  # seconds
-
-# Time for a connection that was just made to hand over its first request.
-_FIRST_REQUEST = 1.0  # seconds
-
-# What stays of the drain limit's last moments to write out the answers of requests that ran into it.
-_LAST_ANSWERS = 1.0  # seconds
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn, draining by our rules and ending with exit code 0."""
-
-    def __init__(
-        self, config: uvicorn.Config, engine: Engine, settings: Settings, grpc: "GrpcServer | None"
-    ) -> None:
-        super().__init__(config)
-        self._engine = engine
-        self._settings = settings
-        self._grpc = grpc
-
-    async def startup(self, sockets: list[socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            device = self._engine.default.device
-            address = f"[{host}]" if ":" in host else host
-            logger.info("serving on http://%s:%d (%s), documented at /docs", address, port, device)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._engine.ready = False
-        super().handle_exit(sig, frame)
-
-    async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        """Stop accepting, finish what is in flight; at the limit fail what still waits."""
-        limit = asyncio.create_task(self._close_engine_at_limit())
-        if self._grpc:
-            await self._grpc.leave()
-        for server in self.servers:
-            for listener in server.sockets:
-                # A duplicate, because an event loop's own object does not take options.
-                with fromfd(listener.fileno(), listener.family, listener.type) as duplicate:
-                    stop_handshakes(duplicate)
-        await self._settle()
-        stopping = [super().shutdown(sockets)]
-        if self._grpc:
-            stopping.append(self._grpc.stop(self._settings.drain_timeout + _LAST_ANSWERS))
-        await asyncio.gather(*stopping)
-        limit.cancel()
-
-    async def _settle(self) -> None:
-        """Accept what has connected, and begin to answer what has been asked: the rest will be closed."""
-        began = time.monotonic()
-        while (waited := time.monotonic() - began) < _SETTLE or (
-            waited < _FIRST_REQUEST
-            and any(
-                getattr(connection, "cycle", None) is None for connection in self.server_state.connections
-            )
-        ):
-            await asyncio.sleep(0.02)
-
-    async def _close_engine_at_limit(self) -> None:
-        await asyncio.sleep(self._settings.drain_timeout)
-        await self._engine.close(0)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        with super().capture_signals():
-            yield
-            # Uvicorn would raise them again, and a service that was told to stop would seem to have died.
-            self._captured_signals.clear()
+def main() -> int:
+    """Run the service with the options of the command line; returns the process's exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave_at_once)
+    try:
+        return _run()
+    finally:
+        _forget_what_cannot_be_written()
 
 
-async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT.
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    """End a start that is under way: nothing has been accepted yet.
 
-    Raises:
-        StartError, ManifestError: what the operator has to mend before it can start.
+    Process 1 of a container would never see a signal for which it has no handler. An exception in place of
+    this could be lost in the imports, where Python only prints those that callbacks raise.
     """
-    app = create_app(settings)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        lifespan="off",  # entered below, so that a failed start is one line and not a stack
-        log_config=None,
-        access_log=False,  # ours has the request's id and its stages
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain_timeout + _LAST_ANSWERS),
-    )
-    async with app.router.lifespan_context(app):
-        service = app.state.service
-        grpc = await _start_grpc(service)
-        await _Server(config, service.engine, settings, grpc).serve()
+    os._exit(0)
 
 
-async def _start_grpc(service: Service) -> "GrpcServer | None":
-    if service.settings.grpc_port is None:
-        return None
+def _run() -> int:
+    # NumPy would begin a thread for each processor of the machine, whatever the container's limit.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+    # Imported here because that takes a second, in which a signal may come already.
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    from service import logs  # noqa: PLC0415
+    from service.errors import StartError  # noqa: PLC0415
+    from service.handover import Notice, worker_channel  # noqa: PLC0415
+    from service.manifest import ManifestError  # noqa: PLC0415
+    from service.settings import Settings  # noqa: PLC0415
+
     try:
-        from service.oip_grpc import start_server  # noqa: PLC0415 # gRPC is an optional extra
-    except ModuleNotFoundError as error:
-        raise StartError(
-            f"CAPSNET_GRPC_PORT is set, but {error.name} is not installed; install the extra `grpc`"
-        ) from error
-    return await start_server(service)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the service; returns the process's exit code."""
-    try:
-        settings = Settings(_cli_parse_args=list(sys.argv[1:] if arguments is None else arguments))
+        settings = Settings(_cli_parse_args=sys.argv[1:])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = "".join(f"CAPSNET_{str(part).upper()}: " for part in first["loc"][:1])
         received = "a secret" if first["loc"][:1] == ("api_keys",) else repr(first["input"])
-        sys.stderr.write(f"capsnet-serve: {name}{first['msg']} (received {received})\n")
+        _complain(f"{name}{first['msg']} (received {received})")
         return 2
     logs.configure(settings)
+    channel = worker_channel()
     try:
-        with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
-            runner.run(serve(settings))
+        if settings.workers > 1 and channel is None:
+            from service.workers import supervise  # noqa: PLC0415 # without what serving needs
+
+            supervise(settings)
+        else:
+            from service.server import run  # noqa: PLC0415 # ONNX Runtime and all
+
+            run(settings, channel)
     except (StartError, ManifestError) as error:
-        sys.stderr.write(f"capsnet-serve: {error}\n")
+        if channel is None:
+            _complain(str(error))
+        else:  # of all workers that cannot start for the same reason, one line
+            channel.sendall(bytes([Notice.FAILED]) + str(error).encode())
         return 1
     return 0
+
+
+def _complain(reason: str) -> None:
+    with contextlib.suppress(OSError):  # the exit code says it too
+        sys.stderr.write(f"capsnet-serve: {reason}\n")
+
+
+def _forget_what_cannot_be_written() -> None:
+    """Let log lines that found no room on the disk not change the exit code when Python tries again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

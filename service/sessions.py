@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from service.errors import DeviceError
 from service.manifest import Graph, ManifestError, TensorSpec, check_content
-from service.settings import Device
+from service.settings import Device, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,11 @@ def _cgroup_quota(cgroup: Path) -> float | None:
     return None if quota in ("max", "-1") else int(quota) / int(period)
 
 
+def session_threads(settings: Settings) -> int:
+    """CPU threads for one operator: as set, or this worker's share of the CPU limit."""
+    return settings.threads or max(1, cpu_limit() // settings.workers)
+
+
 def resolve_device(device: Device) -> Device:
     """What `auto` comes down to where this ONNX Runtime has no CUDA at all, said once in the log."""
     if device == "auto" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -65,20 +70,19 @@ def resolve_device(device: Device) -> Device:
     return device
 
 
-def open_session(path: Path, graph: Graph, *, device: Device, threads: int | None) -> Session:
+def open_session(path: Path, graph: Graph, *, device: Device, threads: int) -> Session:
     """Load a graph on `device` and check that its bytes and its tensors are those of the manifest.
 
     Args:
         path: the ONNX file.
         graph: what the manifest says about it.
         device: `cuda` runs on CUDA or fails; `auto` falls back to the CPU and logs why.
-        threads: CPU threads for one operator; None takes the CPU limit.
+        threads: CPU threads for one operator.
 
     Raises:
         DeviceError: `cuda` was asked for and is not in use.
         ManifestError: the file cannot be loaded or is another, or the tensor it names is not as promised.
     """
-    threads = threads or cpu_limit()
     used, inference = _load_on(device, path, threads)
     # After ONNX Runtime has read it, because somebody may be writing it. It holds a copy: nothing that
     # happens to the file from here on changes an answer.

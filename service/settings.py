@@ -56,9 +56,17 @@ class Settings(BaseSettings):
             description="Where graphs run: auto takes CUDA where it works and says so; cuda never falls back."
         ),
     ] = "auto"
+    workers: Annotated[
+        int,
+        Field(ge=1, le=64, description="Processes that serve, each with its own copy of the models."),
+    ] = 1
     threads: Annotated[
         int | None,
-        Field(ge=1, le=1024, description="CPU threads per session; unset: the container's CPU limit."),
+        Field(
+            ge=1,
+            le=1024,
+            description="CPU threads per session; unset: the container's CPU limit, shared by the workers.",
+        ),
     ] = None
 
     max_batch: Annotated[int, Field(ge=1, le=4096, description="Images in one encoder batch.")] = 32
@@ -111,6 +119,10 @@ class Settings(BaseSettings):
         ),
     ] = ()
 
+    head_timeout: Annotated[
+        float,
+        Field(gt=0, le=3600, description="Seconds for a request's head to arrive; beyond: closed."),
+    ] = 10
     body_timeout: Annotated[
         float, Field(gt=0, le=3600, description="Seconds for a request body to arrive; beyond: 408.")
     ] = 10
@@ -136,6 +148,19 @@ class Settings(BaseSettings):
         return (
             [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         )
+
+    @model_validator(mode="after")
+    def _workers_can_share(self) -> Self:
+        if self.workers > 1 and self.grpc_port is not None:
+            raise ValueError(
+                "grpc_port needs workers to be 1: several processes cannot share gRPC's connections evenly"
+            )
+        if self.workers > 1 and self.repository:
+            raise ValueError(
+                "repository needs workers to be 1: a call reaches one process, and the others would serve "
+                "other versions"
+            )
+        return self
 
     @model_validator(mode="after")
     def _queues_hold_a_batch(self) -> Self:

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.support.process import LIMIT, PNG, Served, served
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
@@ -83,6 +85,44 @@ def test_a_trickling_body_is_cut_off_in_time(tiny_models: Path) -> None:
                 assert time.monotonic() - started < 3
 
 
+def test_half_heads_hold_up_nobody(tiny_models: Path) -> None:
+    """A connection without a whole request head is closed in time, new or kept, however its bytes trickle."""
+    with served(tiny_models, head_timeout="2") as service, contextlib.ExitStack() as stack:
+        silent, halves, kept, blank = (
+            [stack.enter_context(connected(service)) for _ in range(25)] for _ in range(4)
+        )
+        for connection in halves:
+            connection.sendall(HEAD)
+        for connection in kept:
+            connection.sendall(REQUEST)
+            assert b"200 ok" in head_of(connection)
+            connection.sendall(HEAD)
+        started = time.monotonic()
+        assert service.predict() == "3"
+        for trickling in blank:
+            while time.monotonic() - started < LIMIT:
+                try:
+                    trickling.sendall(b"\r\n")
+                except ConnectionError:
+                    break
+                time.sleep(0.02)
+        for connection in (*silent, *halves, *kept):
+            with contextlib.suppress(ConnectionResetError):
+                until_closed(connection)
+        assert time.monotonic() - started < LIMIT
+
+
+def test_a_kept_connection_outlives_the_time_for_a_head(tiny_models: Path) -> None:
+    """Between requests, and during one, the time for a head does not run."""
+    with served(tiny_models, head_timeout="0.5") as service, connected(service) as connection:
+        for _ in range(2):
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(PNG) + PNG[:20])
+            time.sleep(0.8)
+            connection.sendall(PNG[20:])
+            assert b"200 ok" in head_of(connection)
+            time.sleep(0.8)
+
+
 def test_slow_bodies_hold_up_nobody(tiny_models: Path) -> None:
     """With a hundred half-sent bodies open, others are served at once; each slow one gets a 408."""
     with served(tiny_models, body_timeout="2") as service, contextlib.ExitStack() as stack:
@@ -106,9 +146,10 @@ def test_an_ordinary_connection_is_kept(tiny_models: Path) -> None:
             assert b"connection: close" not in head_of(connection)
 
 
-def test_connections_in_the_backlog_at_sigterm_are_served(tiny_models: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_connections_in_the_backlog_at_sigterm_are_served(tiny_models: Path, workers: str) -> None:
     """What the kernel had accepted before the signal is answered, though the process had not seen it."""
-    with served(tiny_models) as service, contextlib.ExitStack() as stack:
+    with served(tiny_models, workers=workers) as service, contextlib.ExitStack() as stack:
         os.kill(service.process.pid, signal.SIGSTOP)
         waiting = [stack.enter_context(connected(service)) for _ in range(50)]
         for connection in waiting[:25]:
@@ -124,7 +165,8 @@ def test_connections_in_the_backlog_at_sigterm_are_served(tiny_models: Path) -> 
         assert service.process.wait(LIMIT) == 0
 
 
-def test_no_request_is_lost_at_sigterm_under_load(tiny_models: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_no_request_is_lost_at_sigterm_under_load(tiny_models: Path, workers: str) -> None:
     """Of clients that connect for each request, each is answered or refused, and none cut off."""
     outcomes: Counter[str] = Counter()
 
@@ -142,7 +184,7 @@ def test_no_request_is_lost_at_sigterm_under_load(tiny_models: Path) -> None:
                 except OSError as error:
                     outcomes[repr(error)] += 1
 
-    with served(tiny_models) as service:
+    with served(tiny_models, workers=workers) as service:
         callers = [threading.Thread(target=call, args=(service.port,)) for _ in range(8)]
         for caller in callers:
             caller.start()

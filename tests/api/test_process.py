@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import socket
@@ -10,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 
 from tests.support.encoded import npy, png_bomb
-from tests.support.process import IMAGE, LIMIT, PNG, environment, served
+from tests.support.process import IMAGE, LIMIT, PNG, START_LIMIT, environment, served
 from tests.support.tiny_model import write_tiny_model
 
 
@@ -92,7 +94,7 @@ def start(models: Path, *options: str, **settings: str) -> subprocess.CompletedP
         env=environment(models, **settings),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=START_LIMIT,
         check=False,
     )
 
@@ -103,6 +105,8 @@ def start(models: Path, *options: str, **settings: str) -> subprocess.CompletedP
         ({"port": "99999"}, "CAPSNET_PORT: Input should be less than or equal to 65535 (received '99999')"),
         ({"device": "tpu"}, "CAPSNET_DEVICE: Input should be 'auto', 'cpu' or 'cuda' (received 'tpu')"),
         ({"max_batch": "512"}, "queue_length must be at least max_batch"),
+        ({"workers": "2", "grpc_port": "0"}, "grpc_port needs workers to be 1"),
+        ({"workers": "2", "repository": "true"}, "repository needs workers to be 1"),
     ],
 )
 def test_a_bad_setting_stops_the_start_with_one_line(
@@ -115,24 +119,97 @@ def test_a_bad_setting_stops_the_start_with_one_line(
     assert ended.stderr.count("\n") == 1
 
 
-def test_a_broken_model_stops_the_start_with_its_file_and_reason(tmp_path: Path) -> None:
-    """An altered graph is named on the last line, without a stack."""
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_broken_model_stops_the_start_with_its_file_and_reason(tmp_path: Path, workers: str) -> None:
+    """An altered graph is named once, on the last line, without a stack."""
     folder = write_tiny_model(tmp_path)
     with (folder / "decoder.onnx").open("ab") as file:
         file.write(b"x")
-    ended = start(tmp_path)
+    ended = start(tmp_path, workers=workers)
     assert ended.returncode == 1
+    assert ended.stderr.count("capsnet-serve: ") == 1
     assert re.search(r"capsnet-serve: .*tiny/1/decoder\.onnx: sha256 is .*, expected .*\n$", ended.stderr)
     assert "Traceback" not in ended.stderr
 
 
-def test_a_taken_port_stops_the_start(tiny_models: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_taken_port_stops_the_start(tiny_models: Path, workers: str) -> None:
     """The operator is told that the address is in use."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ended = start(tiny_models, "--port", str(taken.getsockname()[1]))
+        ended = start(tiny_models, "--port", str(taken.getsockname()[1]), workers=workers)
     assert ended.returncode != 0
     assert "address already in use" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("in_namespace", [False, True], ids=["child", "process 1"])
+def test_sigterm_ends_a_start_at_once(tmp_path: Path, workers: str, in_namespace: bool) -> None:
+    """While models are loaded the process still stops when told to, with exit code 0, also as process 1."""
+    namespace = ["unshare", "-pf", "--kill-child"] if in_namespace else []
+    if subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode:  # noqa: S603 # ours
+        pytest.skip("needs unshare, and leave to make a PID namespace")
+    manifest = tmp_path / "tiny" / "1" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    os.mkfifo(manifest)  # holds up whoever reads it
+    command = [sys.executable, "-m", "service.main", "--port", "0", "--workers", workers]
+    process = subprocess.Popen(  # noqa: S603 # our own interpreter and module
+        [*namespace, *command], env=environment(tmp_path)
+    )
+    try:
+        with manifest.open("wb"):  # returns when the service has come to its models
+            service = process.pid
+            if in_namespace:
+                service = int(Path(f"/proc/{service}/task/{service}/children").read_text())
+            os.kill(service, signal.SIGTERM)
+            assert process.wait(LIMIT) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_full_disk_under_the_log_changes_no_answer(tiny_models: Path) -> None:
+    """Lines that cannot be written are lost, and nothing else: answers, drain and exit code are as ever."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    full = os.open("/dev/full", os.O_WRONLY)
+    process = subprocess.Popen(  # noqa: S603 # our own interpreter and module
+        [sys.executable, "-m", "service.main", "--port", str(port)],
+        env=environment(tiny_models, access_log="true"),
+        stdout=full,
+        stderr=full,
+    )
+    os.close(full)
+    try:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT) as client:
+            deadline = time.monotonic() + START_LIMIT
+            while True:
+                try:
+                    client.get("/readyz")
+                    break
+                except httpx2.ConnectError:
+                    assert process.poll() is None
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            for _ in range(100):
+                answer = client.post("/predict", content=PNG, headers=IMAGE)
+                assert answer.json()["predictions"][0]["label"] == "3"
+            assert client.post("/predict", content=b"x", headers=IMAGE).status_code == 422
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_threads_are_those_that_were_asked_for(tiny_models: Path) -> None:
+    """A session has as many threads as it is set to, and no library brings one for each processor."""
+    sessions = 2 * 3  # two graphs of three models
+    for threads in (1, 3):
+        with served(tiny_models, threads=str(threads)) as service:
+            tasks = len(list(Path(f"/proc/{service.process.pid}/task").iterdir()))
+        # The event loop, libuv's four for looking up names, one that runs each session, its others.
+        assert tasks == 1 + 4 + sessions + sessions * (threads - 1)
 
 
 def imported_by(module: str) -> set[str]:
@@ -148,7 +225,7 @@ def imported_by(module: str) -> set[str]:
 
 def test_serving_never_imports_torch_or_training() -> None:
     """Importing the service brings in neither, whatever is installed."""
-    assert imported_by("service.main").isdisjoint({"torch", "training", "onnx", "matplotlib"})
+    assert imported_by("service.server").isdisjoint({"torch", "training", "onnx", "matplotlib"})
 
 
 def test_the_engine_is_plain_python() -> None:

@@ -19,6 +19,7 @@ from tests.support.tiny_model import picture
 PNG = encode(picture(3))
 IMAGE = {"content-type": "image/png"}
 LIMIT = 10.0  # seconds: a container's runtime kills what takes longer to stop
+START_LIMIT = 60.0  # seconds, on a machine that has much else to do
 
 
 class Served:
@@ -71,7 +72,7 @@ def served(models: Path, **settings: str) -> Iterator[Served]:
     try:
         for line in process.stderr:
             log.append(line)
-            if found := re.search(r"serving on http://127\.0\.0\.1:(\d+) \(cpu\)", line):
+            if found := re.search(r"serving on http://127\.0\.0\.1:(\d+) \((?:cpu|\d+ workers)\)", line):
                 break
         else:
             raise AssertionError("the process did not start:\n" + "".join(log))

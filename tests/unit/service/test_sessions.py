@@ -25,7 +25,7 @@ def encoder(folder: Path) -> Graph:
 
 def test_a_graph_runs(folder: Path, encoder: Graph) -> None:
     """Outputs come in the manifest's order, for every batch size."""
-    session = open_session(folder / encoder.file, encoder, device="cpu", threads=None)
+    session = open_session(folder / encoder.file, encoder, device="cpu", threads=1)
     warm_up(session, encoder, max_batch=3)
     for rows in (1, 2, 7):
         capsules, lengths = session.run(np.stack([picture(4)] * rows))
@@ -64,8 +64,8 @@ def test_threads_do_not_spin(folder: Path, encoder: Graph) -> None:
 def test_cuda_never_falls_back(folder: Path, encoder: Graph) -> None:
     """Without a CUDA provider `cuda` fails and says what to install; `auto` takes the CPU and says so."""
     with pytest.raises(DeviceError, match="extra `gpu`"):
-        open_session(folder / encoder.file, encoder, device="cuda", threads=None)
-    assert open_session(folder / encoder.file, encoder, device="auto", threads=None).device == "cpu"
+        open_session(folder / encoder.file, encoder, device="cuda", threads=1)
+    assert open_session(folder / encoder.file, encoder, device="auto", threads=1).device == "cpu"
     assert resolve_device("auto") == "cpu"
     assert resolve_device("cuda") == "cuda"
 
@@ -81,7 +81,7 @@ def test_a_cuda_provider_that_does_not_start_is_an_error(
     )
     # The real loader, asked for a provider that this build lacks, warns and goes on with the CPU.
     with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(DeviceError, match="CPU"):
-        open_session(folder / encoder.file, encoder, device="cuda", threads=None)
+        open_session(folder / encoder.file, encoder, device="cuda", threads=1)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_tensor_that_is_not_as_promised_is_named(
             folder / encoder.file,
             encoder.model_copy(update={"inputs": (spec,)}),
             device="cpu",
-            threads=None,
+            threads=1,
         )
     assert "encoder.onnx" in str(refused.value)
     assert named in str(refused.value)
@@ -115,14 +115,14 @@ def test_a_missing_output_is_named(folder: Path, encoder: Graph) -> None:
     with pytest.raises(
         ManifestError, match="digit_capsules, capsule_lengths; the manifest says digit_capsules"
     ):
-        open_session(folder / encoder.file, graph, device="cpu", threads=None)
+        open_session(folder / encoder.file, graph, device="cpu", threads=1)
 
 
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, encoder: Graph) -> None:
     """ONNX Runtime's complaint comes with the file's name."""
     (tmp_path / "encoder.onnx").write_bytes(b"nonsense")
     with pytest.raises(ManifestError, match=r"encoder\.onnx: ONNX Runtime cannot load it"):
-        open_session(tmp_path / "encoder.onnx", encoder, device="cpu", threads=None)
+        open_session(tmp_path / "encoder.onnx", encoder, device="cpu", threads=1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""HTTP on a connection as uvicorn speaks it, with a time limit for what it gives none: request heads."""
+
+import asyncio
+from asyncio.events import TimerHandle
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+
+class TimedHeads(HttpToolsProtocol):
+    """Closes a connection whose client does not finish a request's head in time.
+
+    The time runs from the moment the connection is made, or from the first byte after an answer: until then
+    a kept connection has uvicorn's limit. There is no request on such a connection that could be lost.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        head_timeout: float,
+        closed: Callable[[], None] = lambda: None,
+        **parts: Any,
+    ) -> None:
+        super().__init__(*arguments, **parts)
+        self._head_timeout = head_timeout
+        self._closed = closed
+        self._limit: TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()
+        super().data_received(data)
+
+    def on_headers_complete(self) -> None:
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+        self._closed()
+
+    def _await_head(self) -> None:
+        if self._limit is None:
+            self._limit = self.loop.call_later(self._head_timeout, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None

@@ -1,0 +1,170 @@
+"""One process that serves: uvicorn and gRPC in one event loop, draining by our rules."""
+
+import asyncio
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from socket import fromfd, socket
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from service.app import create_app
+from service.backlog import stop_handshakes
+from service.errors import StartError
+from service.handling import Service
+from service.handover import Inbox, Notice
+from service.heads import TimedHeads
+from service.logs import announce
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.oip_grpc import Server as GrpcServer
+
+# Time for the clients of kept connections to hear, with their next answer, that they have to go elsewhere.
+_SETTLE = 0.25  # seconds
+
+# Time for a connection that was just made to hand over its first request.
+_FIRST_REQUEST = 1.0  # seconds
+
+# What stays of the drain limit's last moments to write out the answers of requests that ran into it.
+_LAST_ANSWERS = 1.0  # seconds
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, draining by our rules and ending with exit code 0.
+
+    It accepts connections itself or, as a worker, takes those that come through `channel`.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, channel: socket | None) -> None:
+        super().__init__(config)
+        self._service = service
+        self._engine = service.engine
+        self._drain_timeout = service.settings.drain_timeout
+        self._channel = channel
+        self._inbox: Inbox | None = None
+        self._grpc: GrpcServer | None = None
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        # Not before uvicorn has taken over the signals: a call that is accepted must be finished.
+        self._grpc = await _start_grpc(self._service)
+        if self._channel is not None:
+            await super().startup(sockets=[])
+            orphaned = partial(self.handle_exit, signal.SIGTERM, None)
+            self._inbox = Inbox(self._channel, self._serve_connection, orphaned)
+            self._inbox.tell(Notice.READY)
+            return
+        await super().startup(sockets)
+        if self.started:
+            announce(self.servers[0].sockets[0].getsockname(), self._engine.default.device)
+
+    async def _serve_connection(self, connection: socket, closed: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        protocol = partial(
+            TimedHeads,
+            head_timeout=self._service.settings.head_timeout,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            _loop=loop,
+            closed=closed,
+        )
+        try:
+            await loop.connect_accepted_socket(protocol, connection)
+        except OSError:  # its client has left
+            connection.close()
+            closed()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._engine.ready = False
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Stop accepting, finish what is in flight; at the limit fail what still waits."""
+        limit = asyncio.create_task(self._close_engine_at_limit())
+        if self._grpc:
+            await self._grpc.leave()
+        for server in self.servers:
+            for listener in server.sockets:
+                # A duplicate, because an event loop's own object does not take options.
+                with fromfd(listener.fileno(), listener.family, listener.type) as duplicate:
+                    stop_handshakes(duplicate)
+        if self._inbox is not None:
+            self._inbox.tell(Notice.LEAVING)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._inbox.ended.wait(), self._drain_timeout)
+        await self._settle()
+        stopping = [super().shutdown(sockets)]
+        if self._grpc:
+            stopping.append(self._grpc.stop(self._drain_timeout + _LAST_ANSWERS))
+        await asyncio.gather(*stopping)
+        limit.cancel()
+
+    async def _settle(self) -> None:
+        """Accept what has connected, and begin to answer what has been asked: the rest will be closed."""
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < _SETTLE or (
+            waited < _FIRST_REQUEST
+            and any(
+                getattr(connection, "cycle", None) is None for connection in self.server_state.connections
+            )
+        ):
+            await asyncio.sleep(0.02)
+
+    async def _close_engine_at_limit(self) -> None:
+        await asyncio.sleep(self._drain_timeout)
+        await self._engine.close(0)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            yield
+            # Uvicorn would raise them again, and a service that was told to stop would seem to have died.
+            self._captured_signals.clear()
+
+
+def run(settings: Settings, channel: socket | None = None) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        channel: where connections come from if this is a worker; its end means that no process offers any.
+
+    Raises:
+        StartError, ManifestError: what the operator has to mend before it can start.
+    """
+    with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
+        runner.run(_serve(settings, channel))
+
+
+async def _serve(settings: Settings, channel: socket | None) -> None:
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=partial(TimedHeads, head_timeout=settings.head_timeout),  # type: ignore[arg-type] # a factory does
+        lifespan="off",  # entered below, so that a failed start is one line and not a stack
+        log_config=None,
+        access_log=False,  # ours has the request's id and its stages
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout + _LAST_ANSWERS),
+    )
+    async with app.router.lifespan_context(app):
+        await _Server(config, app.state.service, channel).serve()
+
+
+async def _start_grpc(service: Service) -> "GrpcServer | None":
+    if service.settings.grpc_port is None:
+        return None
+    try:
+        from service.oip_grpc import start_server  # noqa: PLC0415 # gRPC is an optional extra
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"CAPSNET_GRPC_PORT is set, but {error.name} is not installed; install the extra `grpc`"
+        ) from error
+    return await start_server(service)

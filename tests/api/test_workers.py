@@ -1,0 +1,180 @@
+"""Several processes that serve together, and the one that keeps them."""
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.process import LIMIT, PNG, START_LIMIT, Served, served
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n" % len(PNG)
+ALONE = HEAD + b"Connection: close\r\n\r\n" + PNG
+
+
+def workers_of(service: Served) -> list[int]:
+    pid = service.process.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def sockets_of(pid: int) -> int:
+    return sum(str(entry.readlink()).startswith("socket:") for entry in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def until(true: Callable[[], bool], limit: float = LIMIT) -> None:
+    deadline = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@contextlib.contextmanager
+def connected(service: Served) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT) as connection:
+        yield connection
+
+
+def whole_answer(connection: socket.socket) -> bytes:
+    """The rest of what comes until the other side closes."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def ask_on(kept: http.client.HTTPConnection) -> int | None:
+    """The status of an answer on a connection that stays open; None if it was closed instead."""
+    try:
+        kept.request("POST", "/predict", PNG, {"Content-Type": "image/png"})
+        answer = kept.getresponse()
+        answer.read()
+    except ConnectionError:
+        return None
+    return answer.status
+
+
+def kept_connection(service: Served, stack: contextlib.ExitStack) -> http.client.HTTPConnection:
+    connection = stack.enter_context(
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=LIMIT))
+    )
+    connection.connect()
+    return connection
+
+
+def figure(service: Served, name: str, **labels: str) -> list[float]:
+    """A metric's values, asked for on a new connection."""
+    text = httpx2.get(f"http://127.0.0.1:{service.port}/metrics", timeout=LIMIT).text
+    return [
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+
+
+def metrics_folder_of(pid: int) -> Path:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return Path(
+        next(v for v in variables if v.startswith(b"PROMETHEUS_MULTIPROC_DIR=")).decode().partition("=")[2]
+    )
+
+
+def test_workers_share_connections_and_survive_one_another(tiny_models: Path) -> None:
+    """Kept connections are spread evenly, each worker tells all figures, a death harms only its callers."""
+    with served(tiny_models, workers="2", head_timeout="60") as service, contextlib.ExitStack() as stack:
+        first, second = workers_of(service)
+        folder = metrics_folder_of(first)
+        before = {pid: sockets_of(pid) for pid in (first, second)}
+        kept = [kept_connection(service, stack) for _ in range(32)]
+        until(lambda: sockets_of(first) + sockets_of(second) == sum(before.values()) + len(kept))
+        assert sockets_of(first) - before[first] == sockets_of(second) - before[second] == 16
+
+        assert [ask_on(connection) for connection in kept] == [200] * 32
+        for _ in range(2):  # each worker is asked once
+            assert figure(service, "capsnet_requests_total", route="/predict", status="200") == [32]
+        assert len(figure(service, "process_resident_memory_bytes")) == 2
+
+        os.kill(first, signal.SIGKILL)
+        until(lambda: not is_running(first))
+        # New connections and those of the other worker are served; those that the dead one had are closed.
+        assert ask_on(kept_connection(service, stack)) == 200
+        statuses = Counter(ask_on(connection) for connection in kept)
+        assert statuses == {200: 16, None: 16}
+        until(lambda: len(figure(service, "process_resident_memory_bytes")) == 2, START_LIMIT)
+        assert first not in workers_of(service)
+        assert figure(service, "capsnet_requests_total", route="/predict", status="200") == [32 + 1 + 16]
+
+        ended = workers_of(service)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(LIMIT) == 0
+        assert not any(map(is_running, ended))
+        assert not folder.exists()
+    assert any(f"worker {first} ended with exit code -9" in line for line in service.log)
+
+
+def test_what_a_dead_worker_had_not_taken_is_answered_by_another(tiny_models: Path) -> None:
+    """Of the connections that were on their way to a worker when it was killed, none is lost."""
+    with served(tiny_models, workers="2") as service, contextlib.ExitStack() as stack:
+        stuck, _ = workers_of(service)
+        os.kill(stuck, signal.SIGSTOP)
+        waiting = [stack.enter_context(connected(service)) for _ in range(20)]
+        for connection in waiting:
+            connection.sendall(ALONE)
+        answered = [whole_answer(connection) for connection in waiting[1::2]]  # every second one
+        os.kill(stuck, signal.SIGKILL)
+        answered += [whole_answer(connection) for connection in waiting[::2]]
+        assert all(answer.startswith(b"HTTP/1.1 200 OK") for answer in answered)
+
+
+def test_a_worker_that_is_told_to_stop_loses_nothing(tiny_models: Path) -> None:
+    """SIGTERM to one worker under load: it finishes what it has, another follows, nobody is refused."""
+    outcomes: Counter[str] = Counter()
+    done = threading.Event()
+
+    def call(port: int) -> None:
+        while not done.is_set():
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=LIMIT) as connection:
+                    connection.sendall(ALONE)
+                    outcomes[whole_answer(connection)[:12].decode()] += 1
+            except OSError as error:
+                outcomes[repr(error)] += 1
+
+    with served(tiny_models, workers="2") as service:
+        callers = [threading.Thread(target=call, args=(service.port,)) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        leaving, staying = workers_of(service)
+        os.kill(leaving, signal.SIGTERM)
+        try:
+            until(lambda: not is_running(leaving))
+            until(lambda: len(workers_of(service)) == 2, START_LIMIT)
+        finally:
+            done.set()
+        for caller in callers:
+            caller.join(LIMIT)
+        assert staying in workers_of(service)
+    assert set(outcomes) == {"HTTP/1.1 200"}, outcomes
+
+
+def test_workers_do_not_outlive_the_process_that_keeps_them(tiny_models: Path) -> None:
+    """Killed without warning, it leaves workers that answer what they have and end."""
+    with served(tiny_models, workers="2") as service, connected(service) as connection:
+        connection.sendall(HEAD + b"Expect: 100-continue\r\n\r\n")
+        assert b"100 Continue" in connection.recv(1000)
+        orphans = workers_of(service)
+        service.process.kill()
+        connection.sendall(PNG)
+        assert whole_answer(connection).startswith(b"HTTP/1.1 200 OK")
+        until(lambda: not any(map(is_running, orphans)))
