@@ -148,7 +148,11 @@ class Manifest(_Record):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     version: Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
     created: datetime
+    architecture: Literal["capsnet", "efficient-capsnet"] = "capsnet"
+    """`efficient-capsnet` routes by self-attention, in a single pass."""
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    labels_per_image: Annotated[int, Field(ge=1)] = 1
+    """How many classes the pictures that it learned from show; the prediction is as many longest capsules."""
     image: ImageSpec
     capsules: CapsuleSpec
     encoder: Graph

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from training.config import ModelConfig, TrainConfig
-from training.model import CapsNet
+from training.networks import Network, build
 
 CHECKPOINT_FILE = "checkpoint.pt"
 FORMAT = 1
@@ -46,10 +46,10 @@ class Checkpoint:
     """Where the first weights came from (`Start.origin`); none if they were random."""
     format: int = FORMAT
 
-    def network(self) -> CapsNet:
+    def network(self) -> Network:
         """The network with this checkpoint's weights, in evaluation mode on the CPU."""
         try:
-            network = CapsNet(ModelConfig.from_dict(self.model_config))
+            network = build(ModelConfig.from_dict(self.model_config))
             network.load_state_dict(self.model)
         except (RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"checkpoint of other code than this: {error}") from error
@@ -59,6 +59,13 @@ class Checkpoint:
         """The settings of the run."""
         try:
             return TrainConfig.from_dict(self.train_config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint of other code than this: {error}") from error
+
+    def shape(self) -> ModelConfig:
+        """The network's shape."""
+        try:
+            return ModelConfig.from_dict(self.model_config)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"checkpoint of other code than this: {error}") from error
 

@@ -5,21 +5,29 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from service.manifest import MANIFEST_FILE, ManifestError
 from training import checkpoint as checkpoints
-from training import data
+from training import compose, data
 from training.checkpoint import CheckpointError
-from training.config import ModelConfig, TrainConfig
+from training.config import (
+    AUTHORS_RECONSTRUCTION_WEIGHT,
+    Architecture,
+    Augmentation,
+    ModelConfig,
+    Schedule,
+    TrainConfig,
+)
 from training.data import DataError, Dataset
 from training.evaluate import evaluate, require_fit
 from training.export import ExportError, Name, export
 from training.predictor import OnnxPredictor, Predictor, TorchPredictor
 from training.start import read_start
 from training.train import TrainingError, resolve_device, train
-from training.visualize import draw_dimensions, draw_reconstructions
+from training.visualize import draw_dimensions, draw_pairs, draw_reconstructions
 
 DEFAULTS = TrainConfig()
 
@@ -72,7 +80,10 @@ def _command(
 
 def _add_dataset(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--dataset", choices=[*data.IDX_SOURCES, "folder"], default="mnist", help="what to learn"
+        "--dataset",
+        choices=compose.NAMES,
+        default="mnist",
+        help="what to learn; multimnist, translated-mnist and affnist are made from MNIST",
     )
     command.add_argument(
         "--data-dir",
@@ -84,7 +95,7 @@ def _add_dataset(command: argparse.ArgumentParser) -> None:
 
 
 def _loader(options: argparse.Namespace, split: data.Split) -> Callable[[], Dataset]:
-    return partial(data.load, options.dataset, split, options.data_dir)
+    return partial(compose.load, options.dataset, split, options.data_dir)
 
 
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -119,14 +130,15 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--max-shift",
         type=int,
-        default=DEFAULTS.max_shift,
-        help="largest random shift of an image, in pixels",
+        help="largest random shift of an image, in pixels; unset: the paper's, 2, of multimnist 4, of "
+        "translated-mnist 6",
     )
     command.add_argument(
         "--reconstruction-weight",
         type=float,
         default=DEFAULTS.reconstruction_weight,
-        help="weight of the summed squared reconstruction error; 0 trains without",
+        help="weight of the summed squared reconstruction error; 0 trains without, "
+        f"{AUTHORS_RECONSTRUCTION_WEIGHT} is the ratio of the authors' published code",
     )
     command.add_argument(
         "--validation-images",
@@ -134,6 +146,30 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default=DEFAULTS.validation_images,
         help="training images held out to watch the error on; 0 trains on all of them",
     )
+    command.add_argument(
+        "--schedule",
+        choices=get_args(Schedule),
+        default=DEFAULTS.schedule,
+        help="authors: 4 %% less every 2000 steps, as in the authors' code, and no --final-learning-rate",
+    )
+    command.add_argument(
+        "--augmentation",
+        choices=get_args(Augmentation),
+        default=DEFAULTS.augmentation,
+        help="strong: turned, squeezed, shifted and partly erased instead of shifts alone",
+    )
+    command.add_argument(
+        "--architecture",
+        choices=get_args(Architecture),
+        default="capsnet",
+        help="the paper's network, a smaller successor, or its baseline, which cannot be exported",
+    )
+    for switch, what in (
+        ("--capsule-biases", "give digit capsules a bias"),
+        ("--scaled-votes", "divide what primary capsules sum up by the number of their groups"),
+        ("--routing-gradients", "let gradients through all routing iterations"),
+    ):
+        command.add_argument(switch, action="store_true", help=f"{what}, as the authors' published code does")
     command.add_argument("--routing-iterations", type=int, default=3, help="rounds of routing by agreement")
     command.add_argument(
         "--share-weights",
@@ -159,14 +195,18 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _train(options: argparse.Namespace) -> None:
     dataset = _loader(options, "train")()
-    height, width = dataset.images.shape[1:3]
+    height, width, channels = compose.frame(dataset)
     train(
         dataset,
         ModelConfig(
             classes=dataset.classes,
             height=height,
             width=width,
-            channels=3 if dataset.images.ndim == 4 else 1,
+            channels=channels,
+            architecture=options.architecture,
+            capsule_biases=options.capsule_biases,
+            scaled_votes=options.scaled_votes,
+            routing_gradients=options.routing_gradients,
             routing_iterations=options.routing_iterations,
             shared_weights=options.share_weights,
         ),
@@ -175,7 +215,9 @@ def _train(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             final_learning_rate=options.final_learning_rate,
-            max_shift=options.max_shift,
+            schedule=options.schedule,
+            augmentation=options.augmentation,
+            max_shift=compose.SHIFTS[dataset.layout] if options.max_shift is None else options.max_shift,
             reconstruction_weight=options.reconstruction_weight,
             validation_images=options.validation_images,
             seed=options.seed,
@@ -255,6 +297,10 @@ def _visualize(options: argparse.Namespace) -> None:
     predictor, dataset = _predictor(options.network), _loader(options, "test")()
     require_fit(predictor, dataset)
     options.output.mkdir(parents=True, exist_ok=True)
+    if dataset.digits is not None:  # a capsule's dimensions say nothing of a picture of two digits
+        draw_pairs(predictor, dataset, options.output / "pairs.png")
+        print(f"a picture is in {options.output}")
+        return
     for label in options.label or dataset.classes:
         draw_dimensions(predictor, dataset, label, options.output / f"dimensions-{_file_name(label)}.png")
     draw_reconstructions(predictor, dataset, options.output / "reconstructions.png")

@@ -3,9 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 Precision = Literal["auto", "fp32", "bf16"]
+Schedule = Literal["exponential", "authors"]
+Architecture = Literal["capsnet", "efficient-capsnet", "baseline-cnn"]
+Augmentation = Literal["shift", "strong"]
+
+EFFICIENT_CHANNELS = (32, 64, 64, 128)
+"""Of the four convolutions of Efficient-CapsNet; the last ones are cut into primary capsules."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,14 @@ class _Stored:
             raise ValueError(f"unknown settings {unknown}; this code knows {sorted(known)}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
+    def _require_word(self, name: str, words: Any) -> None:
+        if getattr(self, name) not in get_args(words):
+            raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {list(get_args(words))}")
+
 
 @dataclass(frozen=True)
 class ModelConfig(_Stored):
-    """Shape of a capsule network. The defaults are the paper's, for its 28x28 grey digits."""
+    """Shape of a network. The defaults are those of the paper's, for its 28x28 grey digits."""
 
     classes: tuple[str, ...]
     height: int = 28
@@ -41,34 +51,58 @@ class ModelConfig(_Stored):
     """One transformation matrix for all capsules of a primary group, instead of one for each capsule."""
     routing_iterations: int = 3
     decoder_units: tuple[int, int] = (512, 1024)
+    architecture: Architecture = "capsnet"
+    """Efficient-CapsNet has widths and kernels of its own, and no routing iterations; the baseline takes
+    `conv_channels` alone."""
+
+    # Three things that the authors' published code does and the paper does not say (docs/decisions/0007).
+    capsule_biases: bool = False
+    """Digit capsules have a bias, added to their weighted sum before it is squashed, in each iteration."""
+    scaled_votes: bool = False
+    """Primary capsules divide what the convolution sums up by their number of groups, before its bias; its
+    weights begin larger in return."""
+    routing_gradients: bool = False
+    """Gradients pass through all routing iterations, not through the last weighted sum alone."""
 
     def __post_init__(self) -> None:
-        rows, columns = self.grid
-        if rows < 1 or columns < 1:
-            smallest = 2 * self.kernel_size - 1
+        self._require_word("architecture", Architecture)
+        smallest = {"capsnet": 2 * self.kernel_size - 1, "efficient-capsnet": 11, "baseline-cnn": 1}
+        least = smallest[self.architecture]
+        if self.height < least or self.width < least:
             raise ValueError(
-                f"images of {self.height}x{self.width} pixels leave no primary capsules; two "
-                f"{self.kernel_size}x{self.kernel_size} convolutions need at least {smallest}x{smallest}"
+                f"images of {self.height}x{self.width} pixels leave no primary capsules; the convolutions of "
+                f"{self.architecture} need at least {least}x{least}"
             )
         if self.channels not in (1, 3):
             raise ValueError(f"images have {self.channels} channels, expected 1 (grey) or 3 (colour)")
         if len(self.classes) < 2:
             raise ValueError(f"there are {len(self.classes)} classes, expected at least 2")
+        if self.architecture == "efficient-capsnet" and EFFICIENT_CHANNELS[-1] % self.primary_dimensions:
+            raise ValueError(
+                f"primary_dimensions is {self.primary_dimensions}, expected a divisor of "
+                f"{EFFICIENT_CHANNELS[-1]} for efficient-capsnet"
+            )
         if self.routing_iterations < 1:
             raise ValueError(f"routing_iterations is {self.routing_iterations}, expected at least 1")
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of primary capsules: what a stride-1 and a stride-2 convolution leave."""
+        """Rows and columns that the convolutions leave: the grid of each group of primary capsules."""
 
         def positions(pixels: int) -> int:
+            if self.architecture == "baseline-cnn":  # padded: as many as before
+                return pixels
+            if self.architecture == "efficient-capsnet":  # 5x5, 3x3, 3x3, and 3x3 with stride 2
+                return (pixels - 8 - 3) // 2 + 1
             return (pixels - 2 * (self.kernel_size - 1) - 1) // 2 + 1
 
         return positions(self.height), positions(self.width)
 
     @property
     def primary_count(self) -> int:
-        """Primary capsules in all: groups x positions."""
+        """Primary capsules in all: groups x positions, or Efficient-CapsNet's channels cut into capsules."""
+        if self.architecture == "efficient-capsnet":
+            return EFFICIENT_CHANNELS[-1] // self.primary_dimensions
         rows, columns = self.grid
         return self.primary_groups * rows * columns
 
@@ -88,8 +122,12 @@ class TrainConfig(_Stored):
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
     """The rate decays exponentially, step by step, from `learning_rate` to this at the last step."""
+    schedule: Schedule = "exponential"
+    """`authors`: the published code's instead, which knows no last step (`AUTHORS_DECAY`)."""
     max_shift: int = 2
     """Largest shift of a training image, in pixels, along each axis."""
+    augmentation: Augmentation = "shift"
+    """`strong`: turned, squeezed, shifted within the frame and partly erased, as for Efficient-CapsNet."""
     reconstruction_weight: float = 0.0005
     """Weight of the summed squared reconstruction error beside the margin loss."""
     validation_images: int = 5000
@@ -103,6 +141,8 @@ class TrainConfig(_Stored):
     """
 
     def __post_init__(self) -> None:
+        self._require_word("schedule", Schedule)
+        self._require_word("augmentation", Augmentation)
         for name, smallest in (("epochs", 1), ("batch_size", 1), ("max_shift", 0), ("validation_images", 0)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
@@ -114,6 +154,20 @@ class TrainConfig(_Stored):
         if not 0 <= self.reconstruction_weight < math.inf:
             raise ValueError(f"reconstruction_weight is {self.reconstruction_weight}, expected 0 or more")
 
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """Adam's rate at `step` of a run of `steps`."""
+        if self.schedule == "authors":
+            factor, every, least = AUTHORS_DECAY
+            return max(least, float(self.learning_rate * factor ** (step / every)))
+        decay = self.final_learning_rate / self.learning_rate
+        return float(self.learning_rate * decay ** (step / max(1, steps - 1)))
+
+
+AUTHORS_DECAY = (0.96, 2000, 1e-6)
+"""The published code's schedule: this factor every so many steps, smoothly, down to this rate."""
+AUTHORS_RECONSTRUCTION_WEIGHT = 0.01
+"""The published code's loss ratio. It halves the margin loss and takes its mean over the ten classes, where
+the paper has a sum; beside a twentieth of the margin loss, 0.0005 weighs as much as 0.01 beside the whole."""
 
 TWEAK_RANGE = (-0.25, 0.25)
 """Smallest and largest change of one digit capsule dimension in figure 4."""

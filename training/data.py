@@ -5,7 +5,7 @@ import hashlib
 import os
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +32,8 @@ GARMENTS = (
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 Split = Literal["train", "test"]
+Layout = Literal["plain", "canvas", "pairs"]
+"""How pictures are made of a data set's images: as they are; each on a larger canvas; of two at a time."""
 
 
 class DataError(Exception):
@@ -40,7 +42,10 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures (M, H, W) or (M, H, W, 3) uint8, and their labels (M,) int64 as indices into `classes`."""
+    """Pictures (M, H, W) or (M, H, W, 3) uint8, and their labels (M,) int64 as indices into `classes`.
+
+    Pictures of L digits each have labels (M, L).
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -48,6 +53,10 @@ class Dataset:
     labels: Tensor
     checksums: dict[str, str]
     """sha256 of what was read, by file name."""
+    layout: Layout = "plain"
+    """What `training.compose` has yet to do with these images; nothing, if it has been done."""
+    digits: Tensor | None = None
+    """Pictures of several digits: each digit by itself, (M, L, H, W) uint8."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -309,6 +318,16 @@ def _read_picture(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"{path}: not a readable picture ({error})") from error
 
 
+def take(dataset: Dataset, indices: Tensor) -> Dataset:
+    """The images that `indices` (M,) name."""
+    return replace(
+        dataset,
+        images=dataset.images[indices],
+        labels=dataset.labels[indices],
+        digits=None if dataset.digits is None else dataset.digits[indices],
+    )
+
+
 def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split off `count` random images: (the rest, the held-out ones). The same seed gives the same split."""
     if not 0 <= count < len(dataset):
@@ -317,13 +336,7 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]
             f"expected 0 to {len(dataset) - 1}; see --validation-images"
         )
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-
-    def pick(indices: Tensor) -> Dataset:
-        return Dataset(
-            dataset.name, dataset.classes, dataset.images[indices], dataset.labels[indices], dataset.checksums
-        )
-
-    return pick(order[count:].sort().values), pick(order[:count].sort().values)
+    return take(dataset, order[count:].sort().values), take(dataset, order[:count].sort().values)
 
 
 def shift(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

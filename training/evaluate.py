@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from training.data import DataError, Dataset
+from training.losses import mistaken, named
 from training.predictor import Predictor
 
 
@@ -15,9 +17,9 @@ class Evaluation:
 
     labels: NDArray[np.int64]
     predictions: NDArray[np.int64]
-    """Index of the longest capsule, (M,)."""
+    """Index of the longest capsule, (M,); for labels (M, L), of the L longest in ascending order, (M, L)."""
     reconstruction_errors: NDArray[np.float32]
-    """Summed squared error of the reconstruction from the longest capsule, (M,)."""
+    """Summed squared error of the reconstruction from the longest capsule, (M,); empty without a decoder."""
     lengths: NDArray[np.float32]
     """Capsule lengths, (M, K)."""
 
@@ -27,7 +29,15 @@ class Evaluation:
 
     @property
     def mistakes(self) -> int:
-        return int((self.predictions != self.labels).sum())
+        return int(self.wrong.sum())
+
+    @property
+    def wrong(self) -> NDArray[np.bool_]:
+        """Whether each image is misclassified, (M,); of several labels, all must be found."""
+        wrong: NDArray[np.bool_] = mistaken(
+            torch.from_numpy(self.predictions), torch.from_numpy(self.labels)
+        ).numpy()
+        return wrong
 
     @property
     def error(self) -> float:
@@ -42,17 +52,21 @@ def evaluate(predictor: Predictor, dataset: Dataset, batch_size: int = 250) -> E
         DataError: if the images or classes are not those that the network takes.
     """
     require_fit(predictor, dataset)
-    predictions, errors, all_lengths = [], [], []
+    labels = dataset.labels.cpu()
+    predictions: list[NDArray[np.int64]] = []
+    errors = [np.empty(0, np.float32)]
+    all_lengths: list[NDArray[np.float32]] = []
     for start in range(0, len(dataset), batch_size):
         images = dataset.images[start : start + batch_size].cpu().numpy()
         capsules, lengths = predictor.encode(images)
-        longest = lengths.argmax(axis=-1)
-        difference = predictor.decode(capsules, longest) - images / np.float32(255)
-        predictions.append(longest)
-        errors.append(np.square(difference).reshape(len(images), -1).sum(axis=-1))
+        predictions.append(named(torch.from_numpy(lengths), labels).numpy())
         all_lengths.append(lengths)
-    found = (np.concatenate(parts) for parts in (predictions, errors, all_lengths))
-    return Evaluation(dataset.labels.cpu().numpy(), *found)
+        if predictor.draws:
+            difference = predictor.decode(capsules, lengths.argmax(axis=-1)) - images / np.float32(255)
+            errors.append(np.square(difference).reshape(len(images), -1).sum(axis=-1))
+    return Evaluation(
+        labels.numpy(), np.concatenate(predictions), np.concatenate(errors), np.concatenate(all_lengths)
+    )
 
 
 def require_fit(predictor: Predictor, dataset: Dataset) -> None:

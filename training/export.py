@@ -32,7 +32,9 @@ from service.manifest import (
     sha256,
     write_manifest,
 )
+from training.baseline import BaselineCNN
 from training.checkpoint import Checkpoint
+from training.compose import as_seen
 from training.config import TWEAK_RANGE, TWEAK_STEP, ModelConfig
 from training.data import Dataset, Split, hold_out
 from training.evaluate import Evaluation, evaluate
@@ -124,6 +126,8 @@ def _fill(
     say: Callable[[str], None],
 ) -> Manifest:
     network = checkpoint.network()
+    if isinstance(network, BaselineCNN):
+        raise ExportError("a baseline CNN has no capsules to serve; `capsnet evaluate` takes its checkpoint")
     round_to_half(network)
     config, train_config = network.config, checkpoint.settings()
     say("writing encoder.onnx and decoder.onnx")
@@ -135,19 +139,21 @@ def _fill(
     held_out = hold_out(training, train_config.validation_images, train_config.seed)[1]
     source = held_out if len(held_out) else training
     few = len(source) <= CALIBRATION_IMAGES
-    calibration_images = source if few else hold_out(source, CALIBRATION_IMAGES, seed=0)[1]
+    calibration_images = as_seen(source if few else hold_out(source, CALIBRATION_IMAGES, seed=0)[1])
 
     manifest = Manifest(
         name=place.name,
         version=place.version,
         created=datetime.now(UTC).replace(microsecond=0),
         classes=config.classes,
-        image=image_spec(training),
+        labels_per_image=test.labels.shape[1] if test.labels.ndim == 2 else 1,
+        architecture=config.architecture,
+        image=image_spec(test),
         capsules=CapsuleSpec(
             primary_count=config.primary_count,
             primary_dimensions=config.primary_dimensions,
             digit_dimensions=config.digit_dimensions,
-            routing_iterations=config.routing_iterations,
+            routing_iterations=config.routing_iterations if config.architecture == "capsnet" else 1,
             tweak_range=TWEAK_RANGE,
             tweak_step=TWEAK_STEP,
         ),
@@ -395,5 +401,6 @@ def _spread(dataset: Dataset) -> NDArray[np.int64]:
     """Indices of images, class after class in turn, as many as the largest comparison takes."""
     labels = dataset.labels.numpy()
     rounds = max(PARITY_BATCHES)
+    labels = labels if labels.ndim == 1 else labels[:, 0]
     by_class = [np.resize(np.flatnonzero(labels == k), rounds) for k in range(len(dataset.classes))]
     return np.stack(by_class, axis=1).reshape(-1)[:rounds]

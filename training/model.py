@@ -12,6 +12,8 @@ One letter per dimension, throughout:
     D  dimensions of a digit capsule (16)
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,11 +22,19 @@ from training.config import ModelConfig
 
 # Keeps the square root's gradient finite at the zero vector; far below any squared length that matters.
 EPSILON = 1e-12
+AUTHORS_BIAS = 0.1
+"""Every bias of the authors' published code begins with this."""
 
 
 def scale(images: Tensor) -> Tensor:
     """Bytes to numbers in [0, 1]."""
     return images.float() / 255
+
+
+def as_channels(images: Tensor) -> Tensor:
+    """Pictures as bytes, (B, H, W[, 3]) uint8 -> what a convolution takes, (B, channels, H, W) in [0, 1]."""
+    x = scale(images)
+    return x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
 
 
 def length(capsules: Tensor) -> Tensor:
@@ -48,14 +58,25 @@ class PrimaryCapsules(nn.Module):
         self.conv = nn.Conv2d(
             config.conv_channels, self.groups * self.dimensions, config.kernel_size, stride=2
         )
+        self.scaled_votes = config.scaled_votes
+        if self.scaled_votes:  # first weights as large as the authors', for what is left after the division
+            nn.init.trunc_normal_(self.conv.weight, std=0.1, a=-0.2, b=0.2)
+            nn.init.constant_(self._bias, AUTHORS_BIAS)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, conv_channels, rows, columns) -> primary capsules u, (B, N, I)."""
         channels = self.conv(features).float()  # (B, G*I, rows, columns)
+        if self.scaled_votes:  # all but the bias
+            channels = torch.lerp(self._bias[:, None, None], channels, 1 / self.groups)
         # One capsule is I neighbouring channels at one position, so the position must come before
         # the dimension: (B, G, I, P) -> (B, G, P, I) -> (B, N, I).
         u = channels.flatten(2).unflatten(1, (self.groups, self.dimensions)).transpose(2, 3)
         return squash(u.flatten(1, 2))
+
+    @property
+    def _bias(self) -> Tensor:
+        bias: Tensor = self.conv.bias  # type: ignore[assignment] # it has one
+        return bias
 
 
 class CapsuleLayer(nn.Module):
@@ -72,7 +93,8 @@ class CapsuleLayer(nn.Module):
     W_kg; `num_groups` = N, the default and the paper's choice, makes every group a single capsule.
 
     The coupling coefficients are found by a procedure and not learned: gradients pass through the last
-    weighted sum alone. The paper does not say whether its own did more.
+    weighted sum alone, unless `routing_gradients` are asked for. The paper does not say whether its own did
+    more.
     """
 
     def __init__(
@@ -84,6 +106,8 @@ class CapsuleLayer(nn.Module):
         *,
         num_groups: int | None = None,
         routing_iterations: int = 3,
+        biases: bool = False,
+        routing_gradients: bool = False,
     ) -> None:
         super().__init__()
         self.num_groups = in_capsules if num_groups is None else num_groups
@@ -93,26 +117,34 @@ class CapsuleLayer(nn.Module):
         self.weight = nn.Parameter(  # transformation matrices, transposed and class by class: (K, G, I, D)
             0.1 * torch.randn(out_capsules, self.num_groups, in_dimensions, out_dimensions)
         )
+        self.routing_gradients = routing_gradients
+        self.bias = (
+            nn.Parameter(torch.full((out_capsules, 1, out_dimensions), AUTHORS_BIAS)) if biases else None
+        )
 
     def forward(self, u: Tensor) -> Tensor:
         """Capsules below, (B, N, I) -> capsules v of this layer, (B, K, D)."""
         u = u.unflatten(1, (self.num_groups, -1))  # (B, G, P, I)
         if self.routing_iterations == 1:
-            v = squash(self.uniform_sum(u))
+            v = self.output(self.uniform_sum(u))
         else:
-            with torch.no_grad():
+            with nullcontext() if self.routing_gradients else torch.no_grad():
                 coupling = self.route(u)
-            v = squash(self.weighted_sum(coupling, u))
+            v = self.output(self.weighted_sum(coupling, u))
         return v.transpose(0, 1)
 
     def route(self, u: Tensor) -> Tensor:
         """Coupling coefficients c (K, B, G, P) of u (B, G, P, I): how much of each capsule goes where."""
-        v = squash(self.uniform_sum(u))
+        v = self.output(self.uniform_sum(u))
         logits = self.agreement(u, v)  # b, which starts at zero
         for _ in range(self.routing_iterations - 2):
-            v = squash(self.weighted_sum(logits.softmax(dim=0), u))
+            v = self.output(self.weighted_sum(logits.softmax(dim=0), u))
             logits = logits + self.agreement(u, v)
         return logits.softmax(dim=0)  # over the K output capsules, never over the inputs
+
+    def output(self, s: Tensor) -> Tensor:
+        """Capsules v (K, B, D) of weighted sums s."""
+        return squash(s if self.bias is None else s + self.bias)
 
     def uniform_sum(self, u: Tensor) -> Tensor:
         """s (K, B, D) for logits that are all zero, whose softmax gives every output capsule 1/K."""
@@ -172,7 +204,6 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.grey = config.channels == 1
         self.conv = nn.Conv2d(config.channels, config.conv_channels, config.kernel_size)
         self.primary_capsules = PrimaryCapsules(config)
         self.digit_capsules = CapsuleLayer(
@@ -182,13 +213,14 @@ class Encoder(nn.Module):
             config.digit_dimensions,
             num_groups=config.primary_groups if config.shared_weights else None,
             routing_iterations=config.routing_iterations,
+            biases=config.capsule_biases,
+            routing_gradients=config.routing_gradients,
         )
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures as bytes, (B, H, W[, 3]) uint8 -> digit capsules, (B, K, D)."""
-        x = scale(images)
-        x = x.unsqueeze(1) if self.grey else x.permute(0, 3, 1, 2)  # (B, channels, H, W)
-        capsules: Tensor = self.digit_capsules(self.primary_capsules(F.relu(self.conv(x))))
+        features = F.relu(self.conv(as_channels(images)))
+        capsules: Tensor = self.digit_capsules(self.primary_capsules(features))
         return capsules
 
 
@@ -204,9 +236,13 @@ class CapsNet(nn.Module):
     def forward(self, images: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Digit capsules (B, K, D) and reconstructions (B, H, W[, 3]) of uint8 `images`.
 
-        The label masks the capsules while learning; without one, the longest capsule does.
+        The label masks the capsules while learning; without one, the longest capsule does. Labels (B, L)
+        of pictures of several digits give as many reconstructions, (B, L, H, W[, 3]), each from its own
+        capsule.
         """
         capsules = self.encoder(images)
         if target is None:
             target = length(capsules).argmax(dim=-1)
-        return capsules, self.decoder(capsules, target)
+        if target.ndim == 1:
+            return capsules, self.decoder(capsules, target)
+        return capsules, torch.stack([self.decoder(capsules, one) for one in target.unbind(dim=1)], dim=1)

@@ -40,7 +40,7 @@ many:
 {promise}
 
 ## Limits
-- It sees one object on a plain background. A picture with none, or with two, still gets a class;
+{exceptions}- It sees one object on a plain background. A picture with none, or with two, still gets a class;
   `in_distribution` is the only hint that something is wrong, and an imperfect one.
 - A capsule's length says how present a class is. It is not a probability, and the lengths do not sum
   to one.
@@ -57,7 +57,8 @@ CALIBRATION_SOURCES = {
 def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test: Evaluation) -> str:
     """Markdown, made from the manifest, the settings of the run, and the result on the test images."""
     measured, calibration, made = manifest.measured, manifest.calibration, manifest.provenance
-    wrong = test.labels != test.predictions
+    several = test.labels.ndim == 2
+    shown = test.labels if several else test.labels[:, None]  # (M, L)
     return TEMPLATE.format(
         name=manifest.name,
         version=manifest.version,
@@ -90,10 +91,13 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
         classes_table=_table(
             ("class", "test images", "mistakes"),
             [
-                (label, int((test.labels == k).sum()), int((wrong & (test.labels == k)).sum()))
-                for k, label in enumerate(manifest.classes)
+                (label, int(has.sum()), int((test.wrong & has).sum()))
+                for label, has in (
+                    (label, (shown == k).any(axis=1)) for k, label in enumerate(manifest.classes)
+                )
             ],
         ),
+        exceptions=_exceptions(manifest, train),
         promise="The schedule was fixed before the run began, and nothing was chosen on the test images."
         if made.epochs == train.epochs
         else f"The run was not finished: it stands at epoch {made.epochs} of {train.epochs}.",
@@ -111,11 +115,27 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                 ("seed", made.seed),
                 (
                     "optimizer",
-                    f"Adam, {train.learning_rate:g} decaying exponentially to {train.final_learning_rate:g}",
+                    f"Adam, {train.learning_rate:g} decaying exponentially to {train.final_learning_rate:g}"
+                    if train.schedule == "exponential"
+                    else f"Adam, {train.learning_rate:g} decaying as in the authors' code",
                 ),
-                ("augmentation", f"shifts of up to {train.max_shift} pixels"),
+                (
+                    "augmentation",
+                    f"shifts of up to {train.max_shift} pixels"
+                    if train.augmentation == "shift"
+                    else "turned, squeezed, shifted, partly erased",
+                ),
                 ("loss", f"margin loss + {train.reconstruction_weight:g} x summed squared error"),
-                ("routing iterations", config.routing_iterations),
+                ("architecture", config.architecture),
+                (
+                    "routing iterations",
+                    config.routing_iterations if config.architecture == "capsnet" else "none: self-attention",
+                ),
+                *(
+                    (switch.replace("_", " "), "yes, as in the authors' code")
+                    for switch in ("capsule_biases", "scaled_votes", "routing_gradients")
+                    if getattr(config, switch)
+                ),
                 (
                     "transformation matrices",
                     "one for each group of primary capsules"
@@ -129,6 +149,19 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
             ],
         ),
     )
+
+
+def _exceptions(manifest: Manifest, train: TrainConfig) -> str:
+    lines = []
+    if manifest.labels_per_image > 1:
+        lines.append(
+            f"- Its pictures show {manifest.labels_per_image} classes each: read as many of the longest"
+            " capsules as its prediction. Reconstruction, its error and `in_distribution` are of the longest"
+            " alone."
+        )
+    if train.reconstruction_weight == 0:
+        lines.append("- Its decoder was never trained: its reconstructions, and their errors, mean nothing.")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:

@@ -26,7 +26,10 @@ def convolutions_in(network: nn.Module, arithmetic: str) -> Iterator[None]:
         yield
         return
     on_cpu = next(network.parameters()).device.type == "cpu"
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    # One for each channel by itself is too little work to be worth it.
+    convolutions = [
+        module for module in network.modules() if isinstance(module, nn.Conv2d) and module.groups == 1
+    ]
     for conv in convolutions:
         forward = _on_cpu(conv) if on_cpu else torch.autocast("cuda", torch.bfloat16)(conv.forward)
         conv.forward = forward  # type: ignore[assignment, method-assign] # hides the class's method, for a while
@@ -38,7 +41,11 @@ def convolutions_in(network: nn.Module, arithmetic: str) -> Iterator[None]:
 
 
 def _on_cpu(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
+    rows, columns = (int(pixels) for pixels in conv.padding)
+
     def forward(x: Tensor) -> Tensor:
+        if conv.padding != (0, 0):
+            x = F.pad(x, (columns, columns, rows, rows))
         return Bf16Convolution.apply(x, conv.weight, conv.bias, conv.stride)  # type: ignore[no-any-return, no-untyped-call] # torch's
 
     return forward

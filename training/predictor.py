@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from service.manifest import Manifest, read_manifest
-from training.model import CapsNet, length
+from training.baseline import BaselineCNN
+from training.model import length
+from training.networks import Network
 
 Images = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -27,8 +29,16 @@ class Predictor(Protocol):
         """(H, W) or (H, W, 3)."""
         ...
 
+    @property
+    def draws(self) -> bool:
+        """Whether it can decode: a network without capsules cannot."""
+        ...
+
     def encode(self, images: Images) -> tuple[Floats, Floats]:
-        """Pictures (B, H, W[, 3]) -> digit capsules (B, K, D) and capsule lengths (B, K)."""
+        """Pictures (B, H, W[, 3]) -> digit capsules (B, K, D) and capsule lengths (B, K).
+
+        Of a network without capsules, the probabilities of the classes, as capsules of one dimension.
+        """
         ...
 
     def decode(self, capsules: Floats, target: Labels) -> Floats:
@@ -39,7 +49,7 @@ class Predictor(Protocol):
 class TorchPredictor:
     """A network in PyTorch, in full precision, on the device it lies on."""
 
-    def __init__(self, network: CapsNet) -> None:
+    def __init__(self, network: Network) -> None:
         self.network = network
 
     @property
@@ -54,13 +64,22 @@ class TorchPredictor:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    @property
+    def draws(self) -> bool:
+        return not isinstance(self.network, BaselineCNN)
+
     @torch.inference_mode()
     def encode(self, images: Images) -> tuple[Floats, Floats]:
+        if isinstance(self.network, BaselineCNN):
+            probabilities = self.network.probabilities(torch.from_numpy(images).to(self.device)).cpu()
+            return probabilities.unsqueeze(-1).numpy(), probabilities.numpy()
         capsules = self.network.encoder(torch.from_numpy(images).to(self.device))
         return capsules.cpu().numpy(), length(capsules).cpu().numpy()
 
     @torch.inference_mode()
     def decode(self, capsules: Floats, target: Labels) -> Floats:
+        if isinstance(self.network, BaselineCNN):
+            raise ValueError("a baseline CNN has no capsules to draw from; see `draws`")
         pictures: torch.Tensor = self.network.decoder(
             torch.from_numpy(capsules).to(self.device), torch.from_numpy(target).to(self.device)
         )
@@ -88,6 +107,10 @@ class OnnxPredictor:
     @property
     def image_shape(self) -> tuple[int, ...]:
         return self.manifest.image_shape
+
+    @property
+    def draws(self) -> bool:
+        return True
 
     def encode(self, images: Images) -> tuple[Floats, Floats]:
         capsules, lengths = self._encoder.run(["digit_capsules", "capsule_lengths"], {"images": images})

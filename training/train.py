@@ -6,22 +6,27 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from training import checkpoint as checkpoints
+from training.baseline import BaselineCNN
 from training.checkpoint import Checkpoint
+from training.compose import Batch, Compose, as_seen, composer
 from training.config import ModelConfig, TrainConfig
-from training.data import Dataset, hold_out, random_shift
+from training.data import Dataset, hold_out
 from training.evaluate import evaluate
-from training.losses import margin_loss, reconstruction_loss
-from training.model import CapsNet, length, scale
+from training.losses import margin_loss, mistaken, named, reconstruction_loss
+from training.model import length, scale
+from training.networks import Network, build
+from training.parallel import Processes, processes
 from training.precision import convolutions_in, resolve_precision
 from training.predictor import TorchPredictor
 from training.start import Start
@@ -35,6 +40,17 @@ class TrainingError(Exception):
     """A run that cannot go on; the message says why and what to change."""
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What all epochs share."""
+
+    network: Network
+    optimizer: torch.optim.Optimizer
+    generators: dict[str, torch.Generator]
+    config: TrainConfig
+    team: Processes
+
+
 def train(
     dataset: Dataset,
     model_config: ModelConfig,
@@ -44,16 +60,20 @@ def train(
     load_test: Callable[[], Dataset],
     start: Start | None = None,
     resume: bool = False,
+    after_epoch: Callable[[Checkpoint], None] = lambda _: None,
 ) -> Checkpoint:
     """Train a network on `dataset`, less the held-out validation images, into the folder `output`.
 
     `output` receives `checkpoint.pt` after each epoch, TensorBoard events, and at the end of the last
     epoch `result.json` with the error on the test images, which are loaded and looked at only then.
 
+    Under `torchrun`, `batch_size` is that of all processes together; the first of them writes the files.
+
     Args:
         start: weights to begin with, instead of random ones.
         resume: go on from the checkpoint in `output`. The result is the same, to the last bit on one
             machine with as many threads, as if the run had not been interrupted.
+        after_epoch: told of each epoch whose checkpoint is written.
 
     Raises:
         TrainingError: for a device that is not there, an existing run without `resume`, weights to begin
@@ -69,58 +89,90 @@ def train(
     if not path.exists() and (output / RESULT_FILE).exists():
         raise TrainingError(f"{output / RESULT_FILE} is of another run; choose another --output")
     rest, validation = hold_out(dataset, config.validation_images, config.seed)
+    with processes(device) as team:
+        run = _Run(
+            *_network(model_config, config, start, device),
+            generators={
+                "order": torch.Generator().manual_seed(config.seed),
+                "shift": torch.Generator(device).manual_seed(config.seed),
+            },
+            config=config,
+            team=team,
+        )
+        state = Checkpoint(
+            model_config=model_config.as_dict(),
+            train_config=config.as_dict(),
+            dataset=dataset.name,
+            dataset_checksums=dataset.checksums,
+            training_images=len(rest),
+            code_revision=code_revision(),
+            epoch=0,
+            model={},
+            optimizer={},
+            generators={},
+            history=[],
+            start=None if start is None else start.origin(),
+        )
+        if resume and path.exists():
+            state = _resume(run, path, state)
+        if team.first:
+            print(
+                f"Training on {len(rest):,} images of {dataset.name} ({len(validation):,} held out), "
+                f"{sum(p.numel() for p in run.network.parameters()):,} parameters, "
+                f"{config.device} in {config.precision}."
+            )
+        _require_alike(run)
+        if state.epoch < config.epochs:
+            _train_epochs(run, rest, as_seen(validation), state, path, after_epoch)
+        if team.first and not (output / RESULT_FILE).exists():
+            _write_result(run.network, state, load_test(), output)
+    return state
+
+
+def _network(
+    model_config: ModelConfig, config: TrainConfig, start: Start | None, device: torch.device
+) -> tuple[Network, torch.optim.Optimizer]:
     torch.manual_seed(config.seed)
-    network = CapsNet(model_config)
+    network = build(model_config)
     if start is not None:
         _begin_with(network, start)
     network.to(device)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):  # and nothing else: other weights with four axes are no images
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in its types
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
-    generators = {
-        "order": torch.Generator().manual_seed(config.seed),
-        "shift": torch.Generator(device).manual_seed(config.seed),
-    }
-    state = Checkpoint(
-        model_config=model_config.as_dict(),
-        train_config=config.as_dict(),
-        dataset=dataset.name,
-        dataset_checksums=dataset.checksums,
-        training_images=len(rest),
-        code_revision=code_revision(),
-        epoch=0,
-        model={},
-        optimizer={},
-        generators={},
-        history=[],
-        start=None if start is None else start.origin(),
-    )
-    if resume and path.exists():
-        saved = checkpoints.read(path)
-        checkpoints.require_same(path, saved.model_config, state.model_config)
-        checkpoints.require_same(path, saved.train_config, state.train_config)
-        checkpoints.require_same(path, saved.dataset_checksums, state.dataset_checksums)
-        checkpoints.require_same(path, {"start": saved.start}, {"start": state.start})
-        network.load_state_dict(saved.model)
-        optimizer.load_state_dict(saved.optimizer)
-        for name, generator in generators.items():
-            generator.set_state(saved.generators[name])
-        state = saved
-        print(f"Resuming {path} after epoch {state.epoch} of {config.epochs}.")
-    print(
-        f"Training on {len(rest):,} images of {dataset.name} ({len(validation):,} held out), "
-        f"{sum(p.numel() for p in network.parameters()):,} parameters, {config.device} in {config.precision}."
-    )
-
-    if state.epoch < config.epochs:
-        _train_epochs(network, optimizer, generators, rest, validation, config, state, path)
-    if not (output / RESULT_FILE).exists():
-        _write_result(network, state, load_test(), output)
-    return state
+    return network, torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
 
 
-def _begin_with(network: CapsNet, start: Start) -> None:
+def _resume(run: _Run, path: Path, new: Checkpoint) -> Checkpoint:
+    """Put `run` where the checkpoint at `path` left it, which must be of the settings of `new`."""
+    saved = checkpoints.read(path)
+    # Settings that a checkpoint of older code does not mention had their defaults.
+    checkpoints.require_same(path, saved.shape().as_dict(), new.model_config)
+    checkpoints.require_same(path, saved.settings().as_dict(), new.train_config)
+    checkpoints.require_same(path, saved.dataset_checksums, new.dataset_checksums)
+    for name in ("dataset", "start"):
+        checkpoints.require_same(path, {name: getattr(saved, name)}, {name: getattr(new, name)})
+    run.network.load_state_dict(saved.model)
+    run.optimizer.load_state_dict(saved.optimizer)
+    for name, generator in run.generators.items():
+        generator.set_state(saved.generators[name])
+    if run.team.first:
+        print(f"Resuming {path} after epoch {saved.epoch} of {run.config.epochs}.")
+    return saved
+
+
+def _require_alike(run: _Run) -> None:
+    """Raise `TrainingError` for what several processes would do otherwise than one."""
+    on_cpu = next(run.network.parameters()).device.type == "cpu"
+    normed = any(isinstance(module, nn.BatchNorm2d) for module in run.network.modules())
+    if run.team.count > 1 and on_cpu and normed:
+        raise TrainingError(
+            "this architecture normalises over the batch, which PyTorch shares between processes on GPUs "
+            "alone; train it in one process, or on GPUs"
+        )
+
+
+def _begin_with(network: Network, start: Start) -> None:
     try:
         network.load_state_dict(start.weights)
     except RuntimeError as error:
@@ -132,89 +184,126 @@ def _begin_with(network: CapsNet, start: Start) -> None:
 
 
 def _train_epochs(
-    network: CapsNet,
-    optimizer: torch.optim.Optimizer,
-    generators: dict[str, torch.Generator],
+    run: _Run,
     training: Dataset,
     validation: Dataset,
-    config: TrainConfig,
     state: Checkpoint,
     path: Path,
+    after_epoch: Callable[[Checkpoint], None],
 ) -> None:
     """Train the epochs that `state` still lacks, and save it after each."""
+    network, config = run.network, run.config
     device = next(network.parameters()).device
-    images, labels = training.images.to(device), training.labels.to(device)
-    steps = math.ceil(len(labels) / config.batch_size)
-    with SummaryWriter(path.parent, purge_step=state.epoch * steps) as board:
+    training = replace(training, images=training.images.to(device), labels=training.labels.to(device))
+    compose = composer(training, config.max_shift, strong=config.augmentation == "strong")
+    joined = run.team.join(network)
+    steps = math.ceil(len(training) / config.batch_size)
+    board = SummaryWriter(path.parent, purge_step=state.epoch * steps) if run.team.first else None
+    try:
         for epoch in range(state.epoch, config.epochs):
             began = time.monotonic()
-            row = _train_epoch(network, optimizer, images, labels, config, generators, epoch, board)
+            row = _train_epoch(run, joined, compose, len(training), epoch, board)
             row["seconds"] = time.monotonic() - began
+            if board is None:
+                continue
             if len(validation):
-                row["validation_error"] = evaluate(TorchPredictor(network), validation).error
+                row["validation_error"] = evaluate(TorchPredictor(network.eval()), validation).error
                 # At the epoch's last step: one later, a resumed run would purge it.
                 board.add_scalar("error/validation", row["validation_error"], (epoch + 1) * steps - 1)
             state.epoch = epoch + 1
             state.history.append(row)
             state.model = network.state_dict()
-            state.optimizer = optimizer.state_dict()
-            state.generators = {name: generator.get_state() for name, generator in generators.items()}
+            state.optimizer = run.optimizer.state_dict()
+            state.generators = {name: generator.get_state() for name, generator in run.generators.items()}
             checkpoints.save(state, path)
             print(f"epoch {epoch + 1}/{config.epochs}: " + ", ".join(f"{k} {v:.5g}" for k, v in row.items()))
+            after_epoch(state)
+    finally:
+        if board is not None:
+            board.close()
 
 
 def _train_epoch(
-    network: CapsNet,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    config: TrainConfig,
-    generators: dict[str, torch.Generator],
-    epoch: int,
-    board: SummaryWriter,
+    run: _Run, joined: nn.Module, compose: Compose, images: int, epoch: int, board: SummaryWriter | None
 ) -> dict[str, float]:
-    """One pass over the images in random order; returns the mean losses and the training error."""
-    steps = math.ceil(len(labels) / config.batch_size)
-    order = torch.randperm(len(labels), generator=generators["order"]).to(images.device)
-    totals = torch.zeros(3, device=images.device)  # margin loss, reconstruction loss, mistakes
+    """One pass over the images in random order; returns the mean losses and the training error.
+
+    Every process draws the whole batch, so that each sees the same random numbers as a single one would, and
+    goes on with its part.
+    """
+    network, optimizer, config, team = run.network, run.optimizer, run.config, run.team
+    device = next(network.parameters()).device
+    steps = math.ceil(images / config.batch_size)
+    order = torch.randperm(images, generator=run.generators["order"]).to(device)
+    totals = torch.zeros(3, device=device)  # classification loss, reconstruction loss, mistakes
     network.train()
     with (
         convolutions_in(network, config.precision),
-        tqdm(order.split(config.batch_size), desc=f"epoch {epoch + 1}/{config.epochs}", leave=False) as bar,
+        tqdm(
+            order.split(config.batch_size),
+            desc=f"epoch {epoch + 1}/{config.epochs}",
+            leave=False,
+            disable=not team.first,
+        ) as bar,
     ):
-        for step, batch in enumerate(bar, start=epoch * steps):
+        for step, indices in enumerate(bar, start=epoch * steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, steps * config.epochs)
-            x, y = random_shift(images[batch], config.max_shift, generators["shift"]), labels[batch]
-            capsules, reconstructions = network(x, y)
-            lengths = length(capsules)
-            margin = margin_loss(lengths, y)
-            reconstruction = reconstruction_loss(reconstructions, scale(x))
-            loss = (margin + config.reconstruction_weight * reconstruction).mean()
+                group["lr"] = config.learning_rate_at(step, steps * config.epochs)
+            batch = compose(indices, run.generators["shift"]).part(team.part(len(indices)))
+            if isinstance(network, BaselineCNN):  # dropout draws from a generator that is not saved
+                torch.manual_seed((config.seed * 1_000_003 + step) * team.count + team.rank)
+            scores, margin, reconstruction = losses(joined, batch)
+            # The mean over the whole batch: the gradients of the processes will be averaged.
+            total = (margin + config.reconstruction_weight * reconstruction).sum()
+            loss = total / len(indices) * team.count
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             with torch.no_grad():
-                totals += torch.stack(
-                    [margin.sum(), reconstruction.sum(), (lengths.argmax(dim=-1) != y).sum()]
-                )
+                mistakes = mistaken(named(scores, batch.labels), batch.labels).sum()
+                totals += torch.stack([margin.sum(), reconstruction.sum(), mistakes])
             if step % LOG_EVERY == 0:
                 value = loss.item()
                 _require_finite(value, step, config)
                 bar.set_postfix(loss=f"{value:.4f}")
-                board.add_scalar("loss/total", value, step)
-                board.add_scalar("loss/margin", margin.mean(), step)
-                board.add_scalar("loss/reconstruction", reconstruction.mean(), step)
-                board.add_scalar("learning_rate", optimizer.param_groups[0]["lr"], step)
-    margin_mean, reconstruction_mean, mistakes = (totals / len(labels)).tolist()
+                if board is not None:
+                    board.add_scalar("loss/total", value, step)
+                    board.add_scalar(f"loss/{classification(network)}", margin.mean(), step)
+                    board.add_scalar("loss/reconstruction", reconstruction.mean(), step)
+                    board.add_scalar("learning_rate", optimizer.param_groups[0]["lr"], step)
+    margin_mean, reconstruction_mean, error = (team.add(totals) / images).tolist()
     # Nothing that is not a number may reach the checkpoint, which would keep it for ever.
     weights = sum(parameter.detach().sum().item() for parameter in network.parameters())
     _require_finite(margin_mean + reconstruction_mean + weights, (epoch + 1) * steps - 1, config)
     return {
-        "margin_loss": margin_mean,
+        f"{classification(network)}_loss": margin_mean,
         "reconstruction_loss": reconstruction_mean,
-        "training_error": 100 * mistakes,
+        "training_error": 100 * error,
     }
+
+
+def classification(network: Network) -> str:
+    """The name of the loss that teaches `network` the classes."""
+    return "cross_entropy" if isinstance(network, BaselineCNN) else "margin"
+
+
+def losses(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of the classes (B, K), and for each image, (B,), the losses of classifying and of drawing it.
+
+    A network without capsules learns by cross entropy, and draws nothing.
+    """
+    if isinstance(getattr(network, "module", network), BaselineCNN):  # DDP keeps the network in `module`
+        logits = network(batch.images)
+        target = batch.labels
+        if target.ndim == 1:
+            return logits, F.cross_entropy(logits, target, reduction="none"), torch.zeros_like(logits[:, 0])
+        # Both classes equally likely: the authors' code halves the labels in the same way.
+        halves = F.one_hot(target, logits.shape[1]).sum(dim=1) / target.shape[1]
+        return logits, F.cross_entropy(logits, halves, reduction="none"), torch.zeros_like(logits[:, 0])
+    capsules, reconstructions = network(batch.images, batch.labels)
+    lengths = length(capsules)
+    drawn = reconstruction_loss(reconstructions, scale(batch.targets))
+    return lengths, margin_loss(lengths, batch.labels), drawn
 
 
 def _require_finite(value: float, step: int, config: TrainConfig) -> None:
@@ -223,14 +312,6 @@ def _require_finite(value: float, step: int, config: TrainConfig) -> None:
             f"the loss or the weights are {value} by step {step}; "
             f"try a smaller --learning-rate than {config.learning_rate}"
         )
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Exponential decay from the first step's rate to the last step's."""
-    return float(
-        config.learning_rate
-        * (config.final_learning_rate / config.learning_rate) ** (step / max(1, steps - 1))
-    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -261,7 +342,7 @@ def code_revision() -> str:
         return "unknown"
 
 
-def _write_result(network: CapsNet, state: Checkpoint, test: Dataset, output: Path) -> None:
+def _write_result(network: Network, state: Checkpoint, test: Dataset, output: Path) -> None:
     evaluation = evaluate(TorchPredictor(network.eval()), test)
     result: dict[str, Any] = {
         "test_images": evaluation.images,

@@ -44,6 +44,34 @@ def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, col
     figure.savefig(path, dpi=110)
 
 
+def draw_pairs(predictor: Predictor, dataset: Dataset, path: Path, columns: int = 12) -> None:
+    """Draw pictures of two digits above what is drawn from their two longest capsules, each by itself.
+
+    As in figure 5, rightly recognised pictures first, then mistakes; the second row lays both drawings over
+    one another, the one in red, the other in green.
+    """
+    images, labels = dataset.images.numpy(), np.sort(dataset.labels.numpy(), axis=1)
+    capsules, lengths = _encode_all(predictor, images)
+    predictions = np.sort(np.argsort(lengths, axis=1)[:, -2:], axis=1)
+    missed = (predictions != labels).any(axis=1)
+    chosen = np.concatenate([np.flatnonzero(~missed)[: columns // 2], np.flatnonzero(missed)])[:columns]
+    figure = Figure(figsize=(columns, 5), layout="constrained")
+    axes = figure.subplots(4, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    drawn = np.stack([predictor.decode(capsules[chosen], predictions[chosen, k]) for k in (0, 1)], axis=1)
+    for column, (index, (first, second)) in enumerate(zip(chosen, drawn, strict=True)):
+        both = np.stack([first, second, np.zeros_like(first)], axis=-1)
+        for row, picture in enumerate((images[index] / 255, both, first, second)):
+            _show(axes[row, column], picture)
+        names = ["".join(dataset.classes[k] for k in pair[index]) for pair in (labels, predictions)]
+        axes[0, column].set_title(
+            ", ".join(names), fontsize=9, color="firebrick" if missed[index] else "black"
+        )
+    figure.suptitle("input, both reconstructions, each of them; (labels, predictions)", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
 def draw_dimensions(predictor: Predictor, dataset: Dataset, label: str, path: Path) -> None:
     """Draw figure 4 for one picture of class `label`: a row for each dimension, a column for each change.
 

@@ -69,3 +69,50 @@ def test_impossible_runs(setting: dict[str, Any], message: str) -> None:
     """A run that cannot work is refused before it begins."""
     with pytest.raises(ValueError, match=message):
         TrainConfig(**setting)
+
+
+def test_learning_rate_decays_exponentially() -> None:
+    """The rate runs from the first to the final one, by the same factor at each step."""
+    config = TrainConfig(learning_rate=1e-2, final_learning_rate=1e-4)
+    rates = [config.learning_rate_at(step, 5) for step in range(5)]
+    assert rates == pytest.approx([1e-2, 10**-2.5, 1e-3, 10**-3.5, 1e-4])
+    assert config.learning_rate_at(0, 1) == 1e-2
+
+
+def test_authors_learning_rate() -> None:
+    """The authors' rate falls by 4 % every 2000 steps, whatever the run's length, down to a millionth."""
+    config = TrainConfig(schedule="authors")
+    assert config.learning_rate_at(0, 10) == 1e-3
+    assert config.learning_rate_at(4000, 10) == pytest.approx(0.96**2 * 1e-3)
+    assert config.learning_rate_at(1000, 9**9) == pytest.approx(0.96**0.5 * 1e-3)
+    assert config.learning_rate_at(10**6, 10) == 1e-6
+
+
+def test_unknown_words() -> None:
+    """A word that is none of a setting's is refused with those that are."""
+    with pytest.raises(ValueError, match="schedule is 'linear', expected one of"):
+        TrainConfig.from_dict({"schedule": "linear"})
+    with pytest.raises(ValueError, match="augmentation is 'none', expected one of"):
+        TrainConfig.from_dict({"augmentation": "none"})
+    with pytest.raises(ValueError, match="architecture is 'mlp', expected one of"):
+        ModelConfig.from_dict({"classes": DIGITS, "architecture": "mlp"})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "count"), [("capsnet", 32 * 36), ("efficient-capsnet", 16), ("baseline-cnn", 32 * 784)]
+)
+def test_primary_capsules_of_an_architecture(architecture: str, count: int) -> None:
+    """A 28x28 picture gives Efficient-CapsNet 16 primary capsules of 8 dimensions."""
+    config = ModelConfig.from_dict({"classes": DIGITS, "architecture": architecture})
+    assert (config.primary_count, config.primary_dimensions) == (count, 8)
+
+
+def test_settings_of_an_older_checkpoint() -> None:
+    """Settings that a checkpoint does not mention yet are those that it was trained with: the defaults."""
+    old = {"classes": DIGITS, "routing_iterations": 3, "shared_weights": True}
+    assert ModelConfig.from_dict(old) == ModelConfig(classes=DIGITS, shared_weights=True)
+    assert ModelConfig(classes=DIGITS).architecture == "capsnet"
+    assert not any(
+        getattr(ModelConfig(classes=DIGITS), switch)
+        for switch in ("capsule_biases", "scaled_votes", "routing_gradients")
+    )

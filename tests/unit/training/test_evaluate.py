@@ -14,6 +14,7 @@ class Brightest:
 
     classes = ("dark", "bright")
     image_shape = (2, 2)
+    draws = True
 
     def __init__(self) -> None:
         self.seen: list[NDArray[np.uint8]] = []

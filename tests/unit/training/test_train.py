@@ -14,7 +14,7 @@ from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split, shift
 from training.losses import margin_loss
 from training.model import CapsNet
-from training.train import TrainingError, learning_rate, resolve_device, train
+from training.train import TrainingError, resolve_device, train
 
 Load = Callable[[Split], Dataset]
 
@@ -229,7 +229,7 @@ def test_what_a_step_does(
     config = replace(train_config, precision=arithmetic)  # type: ignore[arg-type] # one of the two
     run(config, tmp_path)
     assert moved > 60
-    assert rates == [learning_rate(config, step, 12) for step in range(12)]
+    assert rates == [config.learning_rate_at(step, 12) for step in range(12)]
 
 
 def test_reconstruction_weight(
@@ -279,14 +279,6 @@ def test_log(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
     events.Reload()
     assert [event.step for event in events.Scalars("error/validation")] == [3, 7, 11]
     assert "loss/margin" in events.Tags()["scalars"]
-
-
-def test_learning_rate_decays_exponentially() -> None:
-    """The rate runs from the first to the final one, by the same factor at each step."""
-    config = TrainConfig(learning_rate=1e-2, final_learning_rate=1e-4)
-    rates = [learning_rate(config, step, 5) for step in range(5)]
-    assert rates == pytest.approx([1e-2, 10**-2.5, 1e-3, 10**-3.5, 1e-4])
-    assert learning_rate(config, 0, 1) == 1e-2
 
 
 def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

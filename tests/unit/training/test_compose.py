@@ -1,0 +1,136 @@
+"""What is made of MNIST's digits, on digits made by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from training import affine, compose, multimnist
+from training.data import DataError, Dataset, hold_out
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def digits() -> Dataset:
+    """Forty boxes of 20x20 pixels in frames of 28x28, each of its own shade, of four unequal classes."""
+    images = torch.zeros(40, 28, 28, dtype=torch.uint8)
+    images[:, 4:24, 4:24] = torch.arange(100, 140, dtype=torch.uint8)[:, None, None]
+    labels = torch.tensor([0] * 25 + [1] * 10 + [2] * 4 + [3])
+    return Dataset("multimnist", tuple("abcd"), images, labels, {}, layout="pairs")
+
+
+def test_partners_are_of_other_classes_and_equally_likely(digits: Dataset) -> None:
+    """A digit's partner is never of its class, and each digit of the others comes up as often."""
+    first = torch.full((30_000,), 30)  # of class 1; the other 30 digits are of other classes
+    drawn = multimnist.partners(digits.labels, first, generator())
+    counts = drawn.bincount(minlength=40)
+    assert counts[25:35].sum() == 0
+    others = torch.cat([counts[:25], counts[35:]])
+    assert others.min() > 850
+    assert others.max() < 1150
+
+
+def test_pairs_are_two_shifted_digits_clipped(digits: Dataset) -> None:
+    """A picture is the clipped sum of two whole digits of its labels, each moved by up to four pixels."""
+    made = multimnist.pairs(digits.images, digits.labels, torch.arange(40), generator())
+    assert made.images.shape == (40, 36, 36)
+    assert (made.labels[:, 0] == digits.labels).all()
+    assert (made.labels[:, 0] != made.labels[:, 1]).all()
+    assert (made.digits.bool().flatten(2).sum(dim=2) == 400).all(), "no ink leaves the frame"
+    total = made.digits.int().sum(dim=1)
+    assert total.max() == 255 or total.max() > 255
+    assert torch.equal(made.images.int(), total.clamp(max=255))
+    assert made.moved.abs().max() == 4
+    for digit, moved in zip(made.digits.flatten(0, 1), made.moved.flatten(0, 1), strict=True):
+        rows, columns = digit.any(dim=1).nonzero()[0].item(), digit.any(dim=0).nonzero()[0].item()
+        assert (rows, columns) == (8 + moved[0], 8 + moved[1])
+
+
+def test_one_class_makes_no_pairs(digits: Dataset) -> None:
+    """Digits of one class alone are refused."""
+    with pytest.raises(ValueError, match="all digits are of one class"):
+        multimnist.partners(torch.zeros(5, dtype=torch.int64), torch.arange(5), generator())
+
+
+def test_overlap_of_boxes(digits: Dataset) -> None:
+    """Two 20x20 boxes moved by up to four pixels cover 72.6 % of one another on average.
+
+    By hand: along one axis two of nine positions are 80/27 pixels apart, so (1 - 80/27/20)^2.
+    """
+    first = torch.arange(40).repeat(250)
+    made = multimnist.pairs(digits.images, digits.labels, first, generator())
+    assert multimnist.overlap(made) == pytest.approx(100 * (1 - 80 / 27 / 20) ** 2, abs=0.5)
+    still = replace(made, moved=torch.zeros_like(made.moved))
+    assert multimnist.overlap(still) == 100
+
+
+def test_what_is_measured_on_is_always_the_same(digits: Dataset) -> None:
+    """The same seed gives the same pictures, another seed others; training never sees what was held out."""
+    first, again = compose.as_seen(digits, times=2), compose.as_seen(digits, times=2)
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, compose.as_seen(digits, seed=1, times=2).images)
+    assert len(first) == 80
+    assert first.labels.shape == (80, 2)
+    assert first.digits is not None
+    rest, held = hold_out(digits, 10, seed=0)
+    shades = {int(shade) for shade in compose.as_seen(held).digits.flatten(2).amax(dim=2).flatten()}  # type: ignore[union-attr] # pairs have digits
+    assert shades == {int(image.max()) for image in held.images} != {int(i.max()) for i in rest.images}
+    assert shades.isdisjoint({int(image.max()) for image in rest.images})
+
+
+def test_canvas(digits: Dataset) -> None:
+    """Translated MNIST lies whole on 40x40, moved by up to six pixels."""
+    dataset = replace(digits, layout="canvas")
+    assert compose.frame(dataset) == (40, 40, 1)
+    seen = compose.as_seen(dataset, times=10)
+    assert seen.images.shape == (400, 40, 40)
+    assert (seen.images.bool().flatten(1).sum(dim=1) == 400).all()
+    tops = seen.images.any(dim=2).int().argmax(dim=1)
+    assert (int(tops.min()), int(tops.max())) == (4, 16)
+    assert compose.frame(digits) == (36, 36, 1)
+
+
+def test_warp_by_hand() -> None:
+    """A quarter turn, a stretch and a shift put a pixel where the matrix says."""
+    image = torch.zeros(1, 9, 9, dtype=torch.uint8)
+    image[0, 4, 7] = 200  # three pixels right of the centre
+    turned = affine.warp(image, affine.rotation(torch.tensor([90.0])), torch.tensor([[0.0, 1.0]]))
+    assert turned.nonzero().tolist() == [[0, 8, 4]], "clockwise: down, and one further down"
+    assert turned[0, 8, 4] == 200
+    large = affine.warp(image, torch.eye(2)[None], torch.zeros(1, 2), (11, 13))
+    assert large.nonzero().tolist() == [[0, 5, 9]]
+    colour = affine.warp(image[..., None].repeat(1, 1, 1, 3), torch.eye(2)[None], torch.tensor([[-2.0, 0.0]]))
+    assert colour.nonzero()[:, :3].unique(dim=0).tolist() == [[0, 4, 5]]
+
+
+def test_like_affnist_loses_no_ink(digits: Dataset) -> None:
+    """Each digit lies whole within 40x40, somewhere else each time, its area scaled by 0.64 to 1.44."""
+    made = affine.like_affnist(digits.images.repeat(20, 1, 1), generator())
+    assert made.shape == (800, 40, 40)
+    share = made.flatten(1).double().sum(dim=1) / digits.images.repeat(20, 1, 1).flatten(1).double().sum(
+        dim=1
+    )
+    assert 0.62 < share.min() < 0.72
+    assert 1.34 < share.max() < 1.46
+    edges = torch.stack([made[:, 0].any(dim=1), made[:, -1].any(dim=1), made[:, :, 0].any(dim=1)])
+    assert edges.any(dim=1).all(), "some reach every edge"
+
+
+def test_strong_augmentation(digits: Dataset) -> None:
+    """Strong augmentation erases 16 pixels at most, keeps the frame, and changes nearly every picture."""
+    some = digits.images[:8].clone()
+    made = affine.strongly(some.repeat(10, 1, 1), generator())
+    assert made.shape == (80, 28, 28)
+    assert (made != some.repeat(10, 1, 1)).flatten(1).any(dim=1).float().mean() > 0.9
+    ink = made.bool().flatten(1).sum(dim=1)
+    assert ink.min() > 400 * 0.7 - 16
+    assert torch.equal(made, affine.strongly(some.repeat(10, 1, 1), generator()))
+
+
+def test_affnist_is_never_trained_on() -> None:
+    """Asking for affNIST to train on is answered with what to train on."""
+    with pytest.raises(DataError, match="only tested on; train on translated-mnist"):
+        compose.load("affnist", "train")

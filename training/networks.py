@@ -1,0 +1,18 @@
+"""A network of any architecture, from its settings."""
+
+from training.baseline import BaselineCNN
+from training.config import ModelConfig
+from training.efficient import EfficientCapsNet
+from training.model import CapsNet
+
+Network = CapsNet | BaselineCNN
+
+
+def build(config: ModelConfig) -> Network:
+    """A network with random first weights."""
+    kinds: dict[str, type[Network]] = {
+        "capsnet": CapsNet,
+        "efficient-capsnet": EfficientCapsNet,
+        "baseline-cnn": BaselineCNN,
+    }
+    return kinds[config.architecture](config)
