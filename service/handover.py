@@ -17,6 +17,9 @@ from typing import Any
 CHANNEL = "_CAPSNET_CHANNEL"
 """The environment variable that tells a worker the file descriptor of its end."""
 
+OWN_FOLDER = "_CAPSNET_METRICS_FOLDER"
+"""And where the workers count, if that folder was made for them: the last to know of it removes it."""
+
 
 class Notice(IntEnum):
     """What a worker tells."""

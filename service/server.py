@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import math
+import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from service.app import create_app
 from service.backlog import stop_handshakes
 from service.errors import StartError
 from service.handling import Service
-from service.handover import Inbox, Notice
+from service.handover import OWN_FOLDER, Inbox, Notice
 from service.heads import TimedHeads
 from service.logs import announce
 from service.settings import Settings
@@ -55,8 +57,7 @@ class _Server(uvicorn.Server):
         self._grpc = await _start_grpc(self._service)
         if self._channel is not None:
             await super().startup(sockets=[])
-            orphaned = partial(self.handle_exit, signal.SIGTERM, None)
-            self._inbox = Inbox(self._channel, self._serve_connection, orphaned)
+            self._inbox = Inbox(self._channel, self._serve_connection, self._orphaned)
             self._inbox.tell(Notice.READY)
             return
         await super().startup(sockets)
@@ -79,6 +80,11 @@ class _Server(uvicorn.Server):
         except OSError:  # its client has left
             connection.close()
             closed()
+
+    def _orphaned(self) -> None:
+        self.handle_exit(signal.SIGTERM, None)
+        # Only the files' names go: what the workers that still drain count in stays until they end.
+        shutil.rmtree(os.environ.get(OWN_FOLDER, ""), ignore_errors=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._engine.ready = False

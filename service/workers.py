@@ -22,7 +22,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from service.backlog import stop_handshakes
 from service.errors import StartError
-from service.handover import CHANNEL, Notice, offer
+from service.handover import CHANNEL, OWN_FOLDER, Notice, offer
 from service.logs import announce
 from service.settings import Settings
 
@@ -97,6 +97,7 @@ def _metrics_folder() -> Iterator[str]:
             f"several workers need a folder to count in, and none can be made: {error}; "
             "name an empty one in PROMETHEUS_MULTIPROC_DIR"
         ) from error
+    os.environ[OWN_FOLDER] = folder
     try:
         yield folder
     finally:

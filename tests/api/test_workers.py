@@ -169,12 +169,14 @@ def test_a_worker_that_is_told_to_stop_loses_nothing(tiny_models: Path) -> None:
 
 
 def test_workers_do_not_outlive_the_process_that_keeps_them(tiny_models: Path) -> None:
-    """Killed without warning, it leaves workers that answer what they have and end."""
+    """Killed without warning, it leaves workers that answer what they have, tidy up and end."""
     with served(tiny_models, workers="2") as service, connected(service) as connection:
         connection.sendall(HEAD + b"Expect: 100-continue\r\n\r\n")
         assert b"100 Continue" in connection.recv(1000)
         orphans = workers_of(service)
+        folder = metrics_folder_of(orphans[0])
         service.process.kill()
         connection.sendall(PNG)
         assert whole_answer(connection).startswith(b"HTTP/1.1 200 OK")
         until(lambda: not any(map(is_running, orphans)))
+        assert not folder.exists()
