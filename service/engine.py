@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from service.batching import Arrays, Batcher
 from service.context import measured
 from service.errors import StartError, UnknownModel
-from service.manifest import MANIFEST_FILE, Manifest, ManifestError, read_manifest
+from service.manifest import MANIFEST_FILE, Graph, Manifest, ManifestError, Precision, read_manifest
 from service.metrics import Metrics
 from service.sessions import (
     Session,
     UsedDevice,
+    choose_precision,
     open_session,
     resolve_device,
     session_threads,
@@ -51,6 +52,7 @@ class Graphs:
     """A verified model folder, its graphs loaded and warmed up."""
 
     manifest: Manifest
+    precision: Precision
     encoder: Session
     decoder: Session
 
@@ -85,22 +87,26 @@ def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
 
     Raises:
         ManifestError: naming the file at fault and the reason.
-        DeviceError: the device that was asked for is not in use.
+        DeviceError: the device that was asked for is not in use, or cannot run the precision asked for.
     """
     manifest = read_manifest(folder)
-    encoder, decoder = (
-        open_session(folder / graph.file, graph, device=device, threads=session_threads(settings))
-        for graph in (manifest.encoder, manifest.decoder)
-    )
+
+    def opened(graph: Graph) -> Session:
+        return open_session(folder / graph.file, graph, device=device, threads=session_threads(settings))
+
+    decoder = opened(manifest.decoder)
+    precision = choose_precision(folder, manifest, settings.precision, decoder.device)
+    chosen = manifest.encoder_in(precision) or manifest.encoder
+    encoder = opened(chosen)
     for session, graph, max_batch in (
-        (encoder, manifest.encoder, settings.max_batch),
+        (encoder, chosen, settings.max_batch),
         (decoder, manifest.decoder, settings.max_decoder_batch),
     ):
         try:
             warm_up(session, graph, max_batch)
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise ManifestError(f"{folder / graph.file}: ONNX Runtime cannot run it: {error}") from error
-    return Graphs(manifest, encoder, decoder)
+    return Graphs(manifest, precision, encoder, decoder)
 
 
 class Model:
@@ -109,6 +115,7 @@ class Model:
     def __init__(self, graphs: Graphs, settings: Settings, metrics: Metrics) -> None:
         self.manifest = graphs.manifest
         self.device: UsedDevice = graphs.encoder.device
+        self.precision = graphs.precision
         self.threads = graphs.encoder.threads
         served = self.manifest.name, self.manifest.version
         name = "/".join(served)
@@ -304,10 +311,11 @@ def model_folders(models: Path) -> list[Path]:
 
 def _announce(model: Model) -> None:
     logger.info(
-        "%s/%s is ready on %s, %d CPU threads",
+        "%s/%s is ready on %s in %s, %d CPU threads",
         model.manifest.name,
         model.manifest.version,
         model.device,
+        model.precision,
         model.threads,
     )
 

@@ -20,6 +20,15 @@ MANIFEST_FILE = "manifest.json"
 Datatype = Literal["UINT8", "INT64", "FP32"]
 """Element types by their Open Inference Protocol names."""
 
+Precision = Literal["fp32", "fp16", "int8"]
+"""Arithmetic of an encoder's convolutions; everything else is computed in single precision."""
+
+
+# What a variant may differ by from fp32 to be chosen without being asked for.
+MOST_ERROR = 0.02  # per cent of the test images
+LEAST_AGREEMENT = 99.9  # per cent of the test images
+LEAST_PSNR = 40  # dB; 1 % of the brightest pixel
+
 
 class ManifestError(Exception):
     """A model folder that cannot be served; the message names the file and the reason."""
@@ -129,6 +138,18 @@ class Start(_Record):
     """Passes over the training images behind these weights, in all."""
 
 
+class Variant(_Record):
+    """The encoder in another precision, and what it cost on the test images."""
+
+    precision: Literal["fp16", "int8"]
+    encoder: Graph
+    test_mistakes: Annotated[int, Field(ge=0)]
+    agreement: Annotated[float, Field(ge=0, le=100)]
+    """Share of test images, in per cent, that it puts into the same class as fp32."""
+    psnr: float
+    """Of its reconstructions against those from the fp32 encoder, in dB."""
+
+
 class Provenance(_Record):
     code_revision: str
     dataset: str
@@ -157,6 +178,7 @@ class Manifest(_Record):
     capsules: CapsuleSpec
     encoder: Graph
     decoder: Graph
+    variants: tuple[Variant, ...] = ()
     calibration: Calibration
     measured: Measured
     provenance: Provenance
@@ -166,6 +188,27 @@ class Manifest(_Record):
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("class labels must differ from one another")
         return self
+
+    @model_validator(mode="after")
+    def _distinct_precisions(self) -> "Manifest":
+        if len({variant.precision for variant in self.variants}) != len(self.variants):
+            raise ValueError("variants must differ in precision")
+        return self
+
+    def encoder_in(self, precision: Precision) -> Graph | None:
+        """The encoder's graph in `precision`, if there is one."""
+        graphs: dict[Precision, Graph] = {"fp32": self.encoder}
+        graphs.update({variant.precision: variant.encoder for variant in self.variants})
+        return graphs.get(precision)
+
+    def as_good(self, variant: Variant) -> bool:
+        """Whether nobody would tell the variant from fp32: what may be chosen without being asked for."""
+        more_mistakes = 100 * (variant.test_mistakes - self.measured.test_mistakes)
+        return (
+            more_mistakes <= MOST_ERROR * self.measured.test_images
+            and variant.agreement >= LEAST_AGREEMENT
+            and variant.psnr >= LEAST_PSNR
+        )
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -231,6 +274,10 @@ def read_manifest(folder: Path) -> Manifest:
     for role, graph, (inputs, outputs) in (
         ("encoder", manifest.encoder, manifest.encoder_tensors()),
         ("decoder", manifest.decoder, manifest.decoder_tensors()),
+        *(
+            (f"{variant.precision} encoder", variant.encoder, manifest.encoder_tensors())
+            for variant in manifest.variants
+        ),
     ):
         _require(path, f"{role}.inputs", graph.inputs, inputs)
         _require(path, f"{role}.outputs", graph.outputs, outputs)

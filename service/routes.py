@@ -412,6 +412,7 @@ async def models(request: Request) -> ModelsAnswer:
                 version=model.manifest.version,
                 default=model is engine.default,
                 device=model.device,
+                precision=model.precision,
                 threads=model.threads,
                 manifest=model.manifest,
             )
@@ -435,7 +436,12 @@ async def ready(request: Request) -> ReadyAnswer:
     return ReadyAnswer(
         status="ready",
         models=[
-            ReadyModel(name=model.manifest.name, version=model.manifest.version, device=model.device)
+            ReadyModel(
+                name=model.manifest.name,
+                version=model.manifest.version,
+                device=model.device,
+                precision=model.precision,
+            )
             for model in engine
         ],
     )

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from service.images import Preprocess
-from service.manifest import Manifest
+from service.manifest import Manifest, Precision
 from service.sessions import UsedDevice
 from service.tweaks import MAX_COMPONENT, Tweak
 
@@ -264,6 +264,7 @@ class ServedModel(BaseModel):
     version: str
     default: Annotated[bool, Field(description="Whether it answers requests that name no model")]
     device: UsedDevice
+    precision: Annotated[Precision, Field(description="Arithmetic of the encoder's convolutions")]
     threads: Annotated[int, Field(description="CPU threads of a session")]
     manifest: Manifest
 
@@ -276,6 +277,7 @@ class ReadyModel(BaseModel):
     name: str
     version: str
     device: UsedDevice
+    precision: Annotated[Precision, Field(description="Arithmetic of the encoder's convolutions")]
 
 
 class ReadyAnswer(BaseModel):

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,16 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from service.errors import DeviceError
-from service.manifest import Graph, ManifestError, TensorSpec, check_content
-from service.settings import Device, Settings
+from service.manifest import (
+    MANIFEST_FILE,
+    Graph,
+    Manifest,
+    ManifestError,
+    Precision,
+    TensorSpec,
+    check_content,
+)
+from service.settings import Device, Settings, WantedPrecision
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +77,50 @@ def resolve_device(device: Device) -> Device:
         logger.info("CUDA is not in use, the CPU is: this ONNX Runtime has no CUDA provider")
         return "cpu"
     return device
+
+
+def choose_precision(
+    folder: Path, manifest: Manifest, wanted: WantedPrecision, device: UsedDevice
+) -> Precision:
+    """The precision to serve a model in: on a CPU int8 is the fastest, on CUDA fp16.
+
+    `auto` takes that one if the model has it and its figures are as good as fp32's, and fp32 otherwise.
+
+    Raises:
+        ManifestError: the model has nothing in the precision that was asked for.
+        DeviceError: the device cannot run it.
+    """
+    if wanted == "auto":
+        fastest = "int8" if device == "cpu" else "fp16"
+        if fastest == "int8" and not multiplies_bytes():
+            logger.info("8-bit encoders are not in use, fp32 is: this processor has no instruction for them")
+            return "fp32"
+        good = (found.precision for found in manifest.variants if manifest.as_good(found))
+        return next((precision for precision in good if precision == fastest), "fp32")
+    if manifest.encoder_in(wanted) is None:
+        has = ", ".join(["fp32", *(variant.precision for variant in manifest.variants)])
+        raise ManifestError(
+            f"{folder / MANIFEST_FILE}: CAPSNET_PRECISION is {wanted!r}, but this model has {has}; "
+            "set CAPSNET_PRECISION=auto, or export the model again"
+        )
+    if wanted == "int8" and device == "cuda":
+        raise DeviceError(
+            "CAPSNET_PRECISION is 'int8', but ONNX Runtime has no 8-bit convolution for CUDA; "
+            "set CAPSNET_PRECISION=auto or CAPSNET_DEVICE=cpu"
+        )
+    return wanted
+
+
+def multiplies_bytes(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether one instruction sums products of bytes in 32 bits: VNNI on x86, the dot product on ARM.
+
+    Without it, ONNX Runtime on x86 sums pairs of them in 16 bits, which overflow.
+    """
+    try:
+        words = set(cpuinfo.read_text(encoding="ascii", errors="replace").split())
+    except OSError:  # not Linux
+        return platform.machine() == "arm64"
+    return not words.isdisjoint(("avx512_vnni", "avx_vnni", "asimddp"))
 
 
 def open_session(path: Path, graph: Graph, *, device: Device, threads: int) -> Session:

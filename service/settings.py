@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 MIB = 1024 * 1024
 
 Device = Literal["auto", "cpu", "cuda"]
+WantedPrecision = Literal["auto", "fp32", "fp16", "int8"]
 
 
 class Settings(BaseSettings):
@@ -54,6 +55,13 @@ class Settings(BaseSettings):
         Device,
         Field(
             description="Where graphs run: auto takes CUDA where it works and says so; cuda never falls back."
+        ),
+    ] = "auto"
+    precision: Annotated[
+        WantedPrecision,
+        Field(
+            description="Arithmetic of the encoder's convolutions: auto takes the fastest that the "
+            "manifest's figures show to be as good as fp32."
         ),
     ] = "auto"
     workers: Annotated[

@@ -38,16 +38,19 @@ from training.compose import as_seen
 from training.config import TWEAK_RANGE, TWEAK_STEP, ModelConfig
 from training.data import Dataset, Split, hold_out
 from training.evaluate import Evaluation, evaluate
-from training.model import CapsNet, Encoder, length
+from training.graphs import LARGE, OPSET, encoder_graph
+from training.model import CapsNet, length
 from training.model_card import model_card
 from training.outliers import outliers
 from training.predictor import OnnxPredictor, Predictor, TorchPredictor
+from training.variants import measure_variants, write_variants
 
-OPSET = 20
 PARITY_BATCHES = (1, 2, 7, 64)
 PARITY_TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and PyTorch that an exported model may show, in any output."""
 CALIBRATION_IMAGES = 5000
+RANGE_IMAGES = 1024
+"""Of those, how many at most the 8-bit encoder takes its ranges from."""
 CALIBRATION_QUANTILE = 0.95
 OUTLIERS = 500
 """Pictures of each kind that is of no class."""
@@ -176,6 +179,10 @@ def _fill(
             precision=train_config.precision,
         ),
     )
+    files = {}
+    if config.architecture == "capsnet":  # the others are small, and PyTorch's exporter writes them
+        spread = -(-len(calibration_images) // RANGE_IMAGES)
+        files = write_variants(network, calibration_images.images[::spread], encoder)
     write_manifest(folder, manifest)
     exported = OnnxPredictor(folder)
     parity = parity_error(exported, TorchPredictor(network), test)
@@ -197,6 +204,9 @@ def _fill(
     )
     manifest = manifest.model_copy(
         update={
+            "variants": measure_variants(
+                {precision: describe(file) for precision, file in files.items()}, exported, test
+            ),
             "calibration": calibration,
             "measured": Measured(
                 test_images=result.images,
@@ -272,7 +282,7 @@ def round_to_half(network: nn.Module) -> None:
 
 
 class _EncoderGraph(nn.Module):
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -283,6 +293,11 @@ class _EncoderGraph(nn.Module):
 
 def write_encoder(network: CapsNet, path: Path) -> None:
     """Write the graph `images` -> `digit_capsules`, `capsule_lengths`."""
+    if network.config.architecture == "capsnet":
+        model = encoder_graph(network)
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, path)
+        return
     images = torch.zeros(3, *network.config.image_shape, dtype=torch.uint8)
     _write(_EncoderGraph(network.encoder), {"images": images}, ["digit_capsules", "capsule_lengths"], path)
 
@@ -334,7 +349,7 @@ def store_in_half(model: onnx.ModelProto) -> None:
     """Store large fp32 weights as fp16 with a Cast behind them, which ONNX Runtime folds when it loads."""
     casts = []
     for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or int(np.prod(tensor.dims)) < 1024:
+        if tensor.data_type != TensorProto.FLOAT or int(np.prod(tensor.dims)) < LARGE:
             continue
         name = tensor.name
         stored = f"{name}.half"

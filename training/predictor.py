@@ -86,6 +86,17 @@ class TorchPredictor:
         return pictures.cpu().numpy()
 
 
+def open_graph(path: Path) -> ort.InferenceSession:
+    """A graph, to be run by ONNX Runtime on the CPU."""
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def run_encoder(session: ort.InferenceSession, images: Images) -> tuple[Floats, Floats]:
+    """Pictures (B, H, W[, 3]) -> digit capsules (B, K, D) and capsule lengths (B, K)."""
+    capsules, lengths = session.run(["digit_capsules", "capsule_lengths"], {"images": images})
+    return capsules, lengths
+
+
 class OnnxPredictor:
     """An exported model folder, run by ONNX Runtime on the CPU.
 
@@ -94,11 +105,10 @@ class OnnxPredictor:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
-        self._encoder, self._decoder = (
-            ort.InferenceSession(folder / graph.file, providers=["CPUExecutionProvider"])
-            for graph in (self.manifest.encoder, self.manifest.decoder)
-        )
+        self._encoder = open_graph(folder / self.manifest.encoder.file)
+        self._decoder = open_graph(folder / self.manifest.decoder.file)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -113,8 +123,7 @@ class OnnxPredictor:
         return True
 
     def encode(self, images: Images) -> tuple[Floats, Floats]:
-        capsules, lengths = self._encoder.run(["digit_capsules", "capsule_lengths"], {"images": images})
-        return capsules, lengths
+        return run_encoder(self._encoder, images)
 
     def decode(self, capsules: Floats, target: Labels) -> Floats:
         (pictures,) = self._decoder.run(["reconstructions"], {"digit_capsules": capsules, "target": target})

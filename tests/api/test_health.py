@@ -19,9 +19,9 @@ def test_the_service_is_ready_and_says_on_what(client: TestClient) -> None:
     assert answer.json() == {
         "status": "ready",
         "models": [
-            {"name": "colour", "version": "1", "device": "cpu"},
-            {"name": "tiny", "version": "2", "device": "cpu"},
-            {"name": "tiny", "version": "1", "device": "cpu"},
+            {"name": "colour", "version": "1", "device": "cpu", "precision": "fp32"},
+            {"name": "tiny", "version": "2", "device": "cpu", "precision": "fp32"},
+            {"name": "tiny", "version": "1", "device": "cpu", "precision": "fp32"},
         ],
     }
 

@@ -4,11 +4,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from service.engine import Engine, Model, load_graphs, model_folders, open_engine
 from service.errors import ShuttingDown, StartError, UnknownModel
-from service.manifest import ManifestError
+from service.manifest import ManifestError, Variant, read_manifest, sha256, write_manifest
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.support.tiny_model import CLASSES, DIMENSIONS, band, picture, write_tiny_model
@@ -167,3 +169,25 @@ async def test_models_can_be_put_together_by_hand(tiny_models: Path) -> None:
     assert [served.manifest.name for served in engine] == ["tiny"]
     assert (await engine.default.predict(picture(6)[np.newaxis])).index.tolist() == [6]
     await engine.close(1)
+
+
+async def test_the_chosen_precision_is_served(tiny_models: Path, tmp_path: Path) -> None:
+    """The variant's own file answers, and the model says in which precision."""
+    folder = tmp_path / "models" / "tiny" / "1"
+    shutil.copytree(tiny_models / "tiny" / "1", folder)
+    manifest = read_manifest(folder)
+    blind = write_tiny_model(tmp_path / "other") / "encoder.onnx"  # the same, except for what it does not see
+    model = onnx.load(blind)
+    weights = next(node for node in model.graph.node if node.output[0] == "weights").attribute[0]
+    weights.t.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(weights.t)), "weights"))
+    onnx.save(model, folder / "encoder.int8.onnx")
+    graph = manifest.encoder.model_copy(
+        update={"file": "encoder.int8.onnx", "sha256": sha256(folder / "encoder.int8.onnx")}
+    )
+    variant = Variant(precision="int8", encoder=graph, test_mistakes=0, agreement=50, psnr=9)
+    write_manifest(folder, manifest.model_copy(update={"variants": (variant,)}))
+    for wanted, served, light in (("auto", "fp32", 1), ("int8", "int8", 0)):
+        async with open_engine(settings(tmp_path / "models", precision=wanted), Metrics()) as engine:
+            found = await engine.default.predict(picture(3)[np.newaxis])
+        assert engine.default.precision == served
+        assert found.lengths[0, 3] == pytest.approx(light, abs=1e-3)

@@ -7,9 +7,17 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from service import sessions
 from service.errors import DeviceError
-from service.manifest import Graph, ManifestError, TensorSpec, read_manifest
-from service.sessions import cpu_limit, open_session, resolve_device, warm_up
+from service.manifest import Graph, Manifest, ManifestError, Measured, TensorSpec, Variant, read_manifest
+from service.sessions import (
+    choose_precision,
+    cpu_limit,
+    multiplies_bytes,
+    open_session,
+    resolve_device,
+    warm_up,
+)
 from tests.support.tiny_model import DIMENSIONS, picture
 
 
@@ -147,3 +155,67 @@ def test_threads_respect_the_containers_quota(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     assert cpu_limit(tmp_path) == limit
+
+
+def with_variants(folder: Path, **figures: float) -> Manifest:
+    """The folder's manifest with an 8-bit and a half-precision encoder of these figures."""
+    manifest = read_manifest(folder)
+    return manifest.model_copy(
+        update={
+            "measured": Measured(test_images=10_000, test_mistakes=40, parity_error=0),
+            "variants": tuple(
+                Variant.model_validate(
+                    {
+                        "precision": precision,
+                        "encoder": manifest.encoder,
+                        "test_mistakes": 42,
+                        "agreement": 99.9,
+                        "psnr": 40,
+                        **figures,
+                    }
+                )
+                for precision in ("fp16", "int8")
+            ),
+        }
+    )
+
+
+def test_auto_takes_the_fastest_as_good_variant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limits of error, agreement and PSNR a variant is served, beyond any one of them fp32 is."""
+    monkeypatch.setattr(sessions, "multiplies_bytes", lambda: True)
+    manifest = with_variants(folder)
+    assert choose_precision(folder, manifest, "auto", "cpu") == "int8"
+    assert choose_precision(folder, manifest, "auto", "cuda") == "fp16"
+    for worse in ({"test_mistakes": 43}, {"agreement": 99.89}, {"psnr": 39.9}):
+        manifest = with_variants(folder, **worse)
+        assert choose_precision(folder, manifest, "auto", "cpu") == "fp32"
+        assert choose_precision(folder, manifest, "int8", "cpu") == "int8", "who asks for it gets it"
+    assert choose_precision(folder, read_manifest(folder), "auto", "cpu") == "fp32"
+
+
+def test_int8_is_not_chosen_where_it_would_overflow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an instruction for 8-bit products `auto` stays with fp32."""
+    monkeypatch.setattr(sessions, "multiplies_bytes", lambda: False)
+    assert choose_precision(folder, with_variants(folder), "auto", "cpu") == "fp32"
+
+
+def test_processors_that_multiply_bytes(tmp_path: Path) -> None:
+    """VNNI and ARM's dot product are found among the flags, as whole words."""
+    cpuinfo = tmp_path / "cpuinfo"
+    for flags, found in (
+        ("flags\t: fma avx512_vnni avx2", True),
+        ("flags\t: avx_vnni", True),
+        ("Features\t: fp asimd asimddp", True),
+        ("flags\t: avx512_vnni_other fma", False),
+        ("flags\t: avx2 fma", False),
+    ):
+        cpuinfo.write_text(flags + "\n")
+        assert multiplies_bytes(cpuinfo) is found
+
+
+def test_a_precision_that_is_not_there(folder: Path) -> None:
+    """A precision that the model lacks is an error that says what it has; int8 never goes to CUDA."""
+    with pytest.raises(ManifestError, match="CAPSNET_PRECISION is 'fp16', but this model has fp32;"):
+        choose_precision(folder, read_manifest(folder), "fp16", "cuda")
+    with pytest.raises(DeviceError, match="no 8-bit convolution for CUDA"):
+        choose_precision(folder, with_variants(folder), "int8", "cuda")

@@ -57,6 +57,8 @@ def test_export(exported: Name, load_split: Load) -> None:
     assert sorted(path.name for path in exported.folder.iterdir()) == [
         "MODEL_CARD.md",
         "decoder.onnx",
+        "encoder.fp16.onnx",
+        "encoder.int8.onnx",
         "encoder.onnx",
         "manifest.json",
     ]
@@ -74,6 +76,8 @@ def test_export(exported: Name, load_split: Load) -> None:
     assert set(manifest.measured.beyond_threshold) == {"test", "noise", "blank pages", "letters", "garments"}
     usual = manifest.calibration.usual(result.reconstruction_errors, result.lengths)
     assert manifest.measured.beyond_threshold["test"] == pytest.approx(100 * (1 - usual.mean()))
+    assert [variant.precision for variant in manifest.variants] == ["fp16", "int8"]
+    assert all(manifest.as_good(variant) for variant in manifest.variants)
     card = (exported.folder / "MODEL_CARD.md").read_text()
     assert f"({manifest.measured.test_mistakes} of 66)" in card
     assert list(exported.root.iterdir()) == [exported.root / "shapes"], "the workshop is cleared away"
@@ -171,14 +175,14 @@ def test_baked_in_mask(
 def test_frozen_batch(
     state: Checkpoint, load_split: Load, place: Name, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph whose batch size is that of the example is refused, and nothing is written."""
+    """A decoder whose batch size is that of the example is refused, and nothing is written."""
     dynamic = torch.onnx.export
 
     def static(*arguments: object, dynamic_shapes: object, **options: object) -> object:
         return dynamic(*arguments, **options)  # type: ignore[arg-type] # as the exporter gave them
 
     monkeypatch.setattr(torch.onnx, "export", static)
-    with pytest.raises(ManifestError, match=r"encoder.inputs is .*, expected"):
+    with pytest.raises(ManifestError, match=r"decoder.inputs is .*, expected"):
         export(state, place, load_split)
     assert list(place.root.iterdir()) == []
 

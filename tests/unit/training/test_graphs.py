@@ -1,0 +1,132 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from training.config import ModelConfig
+from training.export import round_to_half
+from training.graphs import Arithmetic, encoder_graph, measure_ranges, save_sharing
+from training.model import CapsNet, length
+
+NUMBER_OF_IMAGES = 5
+
+
+@pytest.fixture
+def images(model_config: ModelConfig) -> torch.Tensor:
+    shape = (NUMBER_OF_IMAGES, model_config.height, model_config.width)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def run(path: Path, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    capsules, lengths = session.run(["digit_capsules", "capsule_lengths"], {"images": images.numpy()})
+    return capsules, lengths
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_graph_is_the_network(
+    model_config: ModelConfig,
+    images: torch.Tensor,
+    tmp_path: Path,
+    iterations: int,
+    shared: bool,
+    channels: int,
+) -> None:
+    """The operators written for speed give what the readable network gives, to seven digits or so."""
+    torch.manual_seed(1)
+    network = CapsNet(
+        replace(model_config, routing_iterations=iterations, shared_weights=shared, channels=channels)
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2)  # and logits far from zero
+    round_to_half(network)
+    if channels == 3:
+        images = torch.stack([images, images // 2, 255 - images], dim=-1)
+    onnx.save(encoder_graph(network), tmp_path / "encoder.onnx")
+    for size in (1, NUMBER_OF_IMAGES):
+        capsules, lengths = run(tmp_path / "encoder.onnx", images[:size])
+        expected = network.encoder(images[:size]).detach()
+        np.testing.assert_allclose(capsules, expected.numpy(), atol=2e-6)
+        np.testing.assert_allclose(lengths, length(expected).numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "fp16", "int8"])
+def test_the_authors_switches(
+    model_config: ModelConfig, images: torch.Tensor, tmp_path: Path, arithmetic: Arithmetic
+) -> None:
+    """Biases of the digit capsules and votes divided by the number of groups are in the graph as well."""
+    torch.manual_seed(1)
+    network = CapsNet(replace(model_config, capsule_biases=True, scaled_votes=True))
+    round_to_half(network)
+    onnx.save(encoder_graph(network, measure_ranges(network, images), arithmetic), tmp_path / "encoder.onnx")
+    capsules, _ = run(tmp_path / "encoder.onnx", images)
+    tolerance = {"fp32": 2e-6, "fp16": 2e-3, "int8": 2e-2}[arithmetic]
+    np.testing.assert_allclose(capsules, network.encoder(images).detach().numpy(), atol=tolerance)
+
+
+def test_logits_beyond_what_exp_can_take(
+    model_config: ModelConfig, images: torch.Tensor, tmp_path: Path
+) -> None:
+    """Agreements of several hundred, whose exponential overflows, still give numbers, and the right ones."""
+    torch.manual_seed(1)
+    network = CapsNet(model_config)
+    with torch.no_grad():
+        for parameter in network.encoder.parameters():
+            parameter.mul_(3)
+        network.encoder.digit_capsules.weight.mul_(300)
+    round_to_half(network)
+    u = network.encoder.primary_capsules(torch.relu(network.encoder.conv(images.unsqueeze(1) / 255)))
+    layer = network.encoder.digit_capsules
+    grouped = u.unflatten(1, (layer.num_groups, -1))
+    v = torch.nn.functional.normalize(layer.uniform_sum(grouped), dim=-1)
+    assert layer.agreement(grouped, v).max() > 100, "these weights do not reach where exp overflows"
+    onnx.save(encoder_graph(network), tmp_path / "encoder.onnx")
+    capsules, _ = run(tmp_path / "encoder.onnx", images)
+    np.testing.assert_allclose(capsules, network.encoder(images).detach().numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize(("arithmetic", "tolerance"), [("fp16", 2e-3), ("int8", 2e-2)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_variants_are_close(
+    model_config: ModelConfig,
+    images: torch.Tensor,
+    tmp_path: Path,
+    arithmetic: Arithmetic,
+    tolerance: float,
+    channels: int,
+) -> None:
+    """Fewer bits move the capsules a little, and not at all would mean that they were not used."""
+    torch.manual_seed(1)
+    network = CapsNet(replace(model_config, channels=channels))
+    if channels == 3:
+        images = torch.stack([images, images // 2, 255 - images], dim=-1)
+    onnx.save(encoder_graph(network, measure_ranges(network, images), arithmetic), tmp_path / "encoder.onnx")
+    capsules, _ = run(tmp_path / "encoder.onnx", images)
+    difference = np.abs(capsules - network.encoder(images).detach().numpy())
+    assert 0 < difference.max() < tolerance
+
+
+def test_int8_needs_ranges(model_config: ModelConfig) -> None:
+    """An 8-bit graph without measured ranges is refused."""
+    with pytest.raises(ValueError, match="ranges"):
+        encoder_graph(CapsNet(model_config), arithmetic="int8")
+
+
+def test_weights_are_read_from_the_other_file(
+    model_config: ModelConfig, images: torch.Tensor, tmp_path: Path
+) -> None:
+    """The fp16 graph stores no weight that the fp32 file has, and reads the same numbers from there."""
+    network = CapsNet(model_config)
+    whole, shared, holder = (tmp_path / f"{name}.onnx" for name in ("whole", "shared", "encoder"))
+    onnx.save(encoder_graph(network), holder)
+    onnx.save(encoder_graph(network, arithmetic="fp16"), whole)
+    save_sharing(encoder_graph(network, arithmetic="fp16"), shared, holder)
+    assert shared.stat().st_size < whole.stat().st_size / 2
+    np.testing.assert_array_equal(run(shared, images)[0], run(whole, images)[0])

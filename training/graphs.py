@@ -1,0 +1,326 @@
+"""The encoder as ONNX operators, written for ONNX Runtime's speed; `model.py` is the same to read.
+
+What is computed is the same as there, and export compares the two. What differs is the order of the axes, so
+that no intermediate value is ever transposed: the channels of the second convolution are ordered dimension
+by dimension (I, G) instead of group by group, by a permutation of its weights, and a grid of primary
+capsules is then (B, I, N) with N innermost, which every sum and product reads as it lies. Initializers keep
+PyTorch's names, shapes and half precision; what changes them is folded when a runtime loads the graph.
+
+The letters are those of `model.py`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.config import ModelConfig
+from training.model import EPSILON, CapsNet, as_channels
+
+OPSET = 20
+Arithmetic = Literal["fp32", "fp16", "int8"]
+"""Of the convolutions; capsules and routing are always computed in single precision."""
+LARGE = 1024
+"""Weights of at least so many numbers are stored in half precision."""
+PRIMARY = "encoder.primary_capsules.conv"
+_NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What the convolutions give for training images: the largest activation, once in all and by channel."""
+
+    features: float
+    primary: NDArray[np.float32]
+    """(G * I,), of the second convolution, either sign."""
+
+
+@torch.no_grad()
+def measure_ranges(network: CapsNet, images: Tensor, batch_size: int = 64) -> Ranges:
+    """Ranges over `images` (B, H, W[, 3]) uint8."""
+    encoder = network.encoder
+    primary = encoder.primary_capsules
+    scaled = 1 / primary.groups if primary.scaled_votes else 1.0
+    bias = primary.conv.bias
+    largest, by_channel = 0.0, torch.zeros(primary.conv.out_channels)
+    for batch in images.split(batch_size):
+        features = F.relu(encoder.conv(as_channels(batch)))
+        largest = max(largest, float(features.max()))
+        channels = F.conv2d(features, scaled * primary.conv.weight, bias, primary.conv.stride)
+        by_channel = torch.maximum(by_channel, channels.abs().amax(dim=(0, 2, 3)))
+    tiny = 1e-6  # a channel that is always zero still needs a scale
+    return Ranges(max(largest, tiny), by_channel.clamp_min(tiny).numpy())
+
+
+def encoder_graph(
+    network: CapsNet, ranges: Ranges | None = None, arithmetic: Arithmetic = "fp32"
+) -> onnx.ModelProto:
+    """The graph `images` -> `digit_capsules`, `capsule_lengths`.
+
+    Args:
+        ranges: for int8, what its eight bits have to span.
+    """
+    graph = _Graph(network)
+    if arithmetic == "int8":
+        if ranges is None:
+            raise ValueError("int8 takes the ranges that the convolutions' values have")
+        channels = graph.int8_convolutions(ranges)
+    else:
+        channels = graph.convolutions(TensorProto.FLOAT if arithmetic == "fp32" else TensorProto.FLOAT16)
+    graph.finish(graph.route(graph.primary_capsules(channels)))
+    return graph.model()
+
+
+class _Graph:
+    """Nodes in the order in which they run. Methods take and give the names of values."""
+
+    def __init__(self, network: CapsNet) -> None:
+        self.config: ModelConfig = network.config
+        self.weights = {
+            f"encoder.{name}": parameter.detach().cpu().numpy()
+            for name, parameter in network.encoder.named_parameters()
+        }
+        # What `scaled_votes` divides by, all but the bias: the weights then, which are folded.
+        self.votes = np.float32(1 / self.config.primary_groups if self.config.scaled_votes else 1)
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+
+    def op(self, kind: str, *inputs: str, out: str = "", **attributes: Any) -> str:
+        name = out or f"{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def constant(self, value: NDArray[Any] | np.generic, name: str = "") -> str:
+        name = name or f"constant_{len(self.initializers)}"
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def axes(self, *values: int) -> str:
+        """Axes or a shape, one constant for equal ones."""
+        return self.constant(np.array(values, np.int64), "axes_" + "_".join(map(str, values)))
+
+    def weight(self, name: str, element: int = TensorProto.FLOAT) -> str:
+        """A parameter by PyTorch's name; large ones are stored in half precision, and widened if need be."""
+        value = self.weights[name]
+        if value.size < LARGE:
+            stored, kept = self.constant(value, name), TensorProto.FLOAT
+        else:
+            stored, kept = self.constant(value.astype(np.float16), f"{name}.half"), TensorProto.FLOAT16
+        return stored if kept == element else self.op("Cast", stored, to=element)
+
+    def planes(self, images: str) -> str:
+        """(B, H, W[, 3]) -> (B, channels, H, W)."""
+        if self.config.channels == 1:
+            return self.op("Unsqueeze", images, self.axes(1))
+        return self.op("Transpose", images, perm=[0, 3, 1, 2])
+
+    def by_dimension(self, values: str, *rest: int) -> str:
+        """Reorder the first axis from (G, I) to (I, G)."""
+        groups, dimensions = self.config.primary_groups, self.config.primary_dimensions
+        values = self.op("Reshape", values, self.axes(groups, dimensions, *rest))
+        values = self.op("Transpose", values, perm=[1, 0, *range(2, 2 + len(rest))])
+        return self.op("Reshape", values, self.axes(groups * dimensions, *rest))
+
+    def convolutions(self, element: int) -> str:
+        """Both convolutions, (B, I * G, rows, columns) in single precision."""
+        config, kernel = self.config, self.config.kernel_size
+        x = self.op(
+            "Mul", self.op("Cast", "images", to=TensorProto.FLOAT), self.constant(np.float32(1 / 255))
+        )
+        if element != TensorProto.FLOAT:
+            x = self.op("Cast", x, to=element)
+        x = self.op(
+            "Conv",
+            self.planes(x),
+            self.weight("encoder.conv.weight", element),
+            self.weight("encoder.conv.bias", element),
+        )
+        x = self.op("Relu", x)
+        name = PRIMARY
+        weight = self.weight(f"{name}.weight", element)
+        if self.votes != 1:
+            weight = self.op("Mul", weight, self.constant(self.votes.astype(_NUMPY[element])))
+        weight = self.by_dimension(weight, config.conv_channels, kernel, kernel)
+        bias = self.by_dimension(self.weight(f"{name}.bias", element))
+        x = self.op("Conv", x, weight, bias, strides=[2, 2])
+        return x if element == TensorProto.FLOAT else self.op("Cast", x, to=TensorProto.FLOAT)
+
+    def int8_convolutions(self, ranges: Ranges) -> str:
+        """The same on bytes with 8-bit weights, each output channel on its own scale, summed in 32 bits.
+
+        A picture's bytes are exactly its numbers on the scale 1/255, and behind ReLU a byte without a sign
+        wastes nothing. QLinearConv has one scale for all channels of its output; each channel of the second
+        gets one of its own by dividing its weights' scale, which the dequantisation multiplies back.
+        """
+        config = self.config
+        groups, dimensions = config.primary_groups, config.primary_dimensions
+        order = np.arange(groups * dimensions).reshape(groups, dimensions).T.reshape(-1)
+        pixel, features = np.float32(1 / 255), np.float32(ranges.features / 255)
+        x = self.qlinear_conv(
+            self.planes("images"),
+            "encoder.conv",
+            pixel,
+            np.arange(config.conv_channels),
+            features,
+            np.uint8(0),
+            1,
+        )
+        spread = (ranges.primary[order] / 127).astype(np.float32)
+        middle = np.uint8(128)
+        x = self.qlinear_conv(x, PRIMARY, features, order, spread, middle, 2)
+        zero_points = self.constant(np.full(len(order), middle))
+        return self.op("DequantizeLinear", x, self.constant(spread), zero_points, axis=1)
+
+    def qlinear_conv(
+        self,
+        x: str,
+        name: str,
+        x_scale: np.float32,
+        order: NDArray[np.int64],
+        y_scale: np.float32 | NDArray[np.float32],
+        y_zero: np.uint8,
+        stride: int,
+    ) -> str:
+        weight, bias = self.weights[f"{name}.weight"][order], self.weights[f"{name}.bias"][order]
+        if name == PRIMARY:
+            weight = weight * self.votes
+        largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
+        w_scale = np.maximum(largest, np.float32(1e-12)) / np.float32(127)
+        steps = np.rint(weight / w_scale[:, None, None, None]).astype(np.int8)
+        each = np.ndim(y_scale) > 0  # a scale for each channel goes into the weights' scales
+        return self.op(
+            "QLinearConv",
+            x,
+            self.constant(x_scale),
+            self.constant(np.uint8(0)),
+            self.constant(steps, f"{name}.weight.int8"),
+            self.constant((w_scale / y_scale if each else w_scale).astype(np.float32)),
+            self.constant(np.zeros(len(order), np.int8)),
+            self.constant(np.float32(1) if each else np.float32(y_scale)),
+            self.constant(y_zero),
+            self.constant(np.rint(bias / (x_scale * w_scale)).astype(np.int32), f"{name}.bias.int32"),
+            strides=[stride, stride],
+        )
+
+    def primary_capsules(self, channels: str) -> str:
+        """(B, I * G, rows, columns) -> u (B, I, N)."""
+        u = self.op("Reshape", channels, self.axes(0, self.config.primary_dimensions, -1))
+        return self.squash(u, axis=1)
+
+    def squash(self, s: str, axis: int) -> str:
+        squared = self.op("ReduceSum", self.op("Mul", s, s), self.axes(axis), keepdims=1)
+        root = self.op("Sqrt", self.op("Add", squared, self.constant(np.float32(EPSILON), "epsilon")))
+        factor = self.op("Div", root, self.op("Add", squared, self.constant(np.float32(1), "one")))
+        return self.op("Mul", s, factor)
+
+    def route(self, u: str) -> str:
+        """Routing by agreement of u (B, I, N) to v (K, B, D), without u_hat, as `CapsuleLayer` has it.
+
+        The logits of an iteration are the agreement with the sum of all v so far, so nothing but that sum
+        is carried along.
+        """
+        config = self.config
+        classes, dimensions = len(config.classes), config.primary_dimensions
+        groups = config.primary_groups if config.shared_weights else config.primary_count
+        inner = dimensions * groups
+        weight = self.op("Transpose", self.weight("encoder.digit_capsules.weight"), perm=[0, 2, 1, 3])
+        weight = self.op("Reshape", weight, self.axes(classes, inner, config.digit_dimensions))  # (K, I*G, D)
+        weight_t = self.op("Transpose", weight, perm=[0, 2, 1])
+
+        def pool(values: str, first: int) -> str:
+            """(first, B, I, N) -> (first, B, I * G), summed over the positions that share a matrix."""
+            if config.shared_weights:
+                values = self.op(
+                    "Reshape", values, self.axes(first, -1, inner, config.primary_count // groups)
+                )
+                return self.op("ReduceSum", values, self.axes(3), keepdims=0)
+            return self.op("Reshape", values, self.axes(first, -1, inner))
+
+        def output(pooled: str) -> str:
+            """v (K, B, D) of pooled votes (1 or K, B, I * G)."""
+            s = self.op("MatMul", pooled, weight)
+            if config.capsule_biases:
+                s = self.op("Add", s, self.weight("encoder.digit_capsules.bias"))
+            return self.squash(s, axis=2)
+
+        uniform = self.op("Mul", u, self.constant(np.float32(1 / classes)))
+        v = output(pool(uniform, 1))
+        total = v
+        for _ in range(config.routing_iterations - 1):
+            back = self.op("MatMul", total, weight_t)  # W^T v, (K, B, I*G)
+            if config.shared_weights:
+                positions = config.primary_count // groups
+                back = self.op("Reshape", back, self.axes(classes, -1, dimensions, groups, 1))
+                by_group = self.op("Reshape", u, self.axes(-1, dimensions, groups, positions))
+                products = self.op("Mul", back, by_group)
+                products = self.op(
+                    "Reshape", products, self.axes(classes, -1, dimensions, config.primary_count)
+                )
+            else:
+                back = self.op("Reshape", back, self.axes(classes, -1, dimensions, config.primary_count))
+                products = self.op("Mul", back, u)
+            logits = self.op("ReduceSum", products, self.axes(2), keepdims=0)  # (K, B, N)
+            # The softmax over K, its division moved to u, which has K times fewer numbers than c.
+            logits = self.op("Sub", logits, self.op("ReduceMax", logits, self.axes(0), keepdims=1))
+            raised = self.op("Exp", logits)
+            whole = self.op("ReduceSum", raised, self.axes(0), keepdims=0)  # (B, N)
+            shares = self.op("Div", u, self.op("Unsqueeze", whole, self.axes(1)))
+            coupled = self.op("Mul", self.op("Unsqueeze", raised, self.axes(2)), shares)  # c u, (K, B, I, N)
+            v = output(pool(coupled, classes))
+            total = self.op("Add", total, v)
+        return v
+
+    def finish(self, v: str) -> None:
+        """v (K, B, D) to the two outputs."""
+        capsules = self.op("Transpose", v, out="digit_capsules", perm=[1, 0, 2])
+        squared = self.op("ReduceSum", self.op("Mul", capsules, capsules), self.axes(2), keepdims=0)
+        self.op(
+            "Sqrt",
+            self.op("Add", squared, self.constant(np.float32(EPSILON), "epsilon")),
+            out="capsule_lengths",
+        )
+
+    def model(self) -> onnx.ModelProto:
+        classes = len(self.config.classes)
+        read = {name for node in self.nodes for name in node.input}
+
+        def value(name: str, element: int, *shape: int) -> onnx.ValueInfoProto:
+            return helper.make_tensor_value_info(name, element, ["batch", *shape])
+
+        graph = helper.make_graph(
+            [
+                node
+                for node in self.nodes
+                if set(node.output) & (read | {"digit_capsules", "capsule_lengths"})
+            ],
+            "encoder",
+            [value("images", TensorProto.UINT8, *self.config.image_shape)],
+            [
+                value("digit_capsules", TensorProto.FLOAT, classes, self.config.digit_dimensions),
+                value("capsule_lengths", TensorProto.FLOAT, classes),
+            ],
+            [tensor for name, tensor in self.initializers.items() if name in read],
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+
+
+def save_sharing(model: onnx.ModelProto, path: Path, holder: Path) -> None:
+    """Save `model` as `path`; weights that the file `holder` beside it has too are read from there."""
+    held = holder.read_bytes()
+    for tensor in model.graph.initializer:
+        offset = held.find(tensor.raw_data) if len(tensor.raw_data) >= LARGE else -1
+        if offset >= 0:
+            length = len(tensor.raw_data)
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, entry in (("location", holder.name), ("offset", offset), ("length", length)):
+                tensor.external_data.add(key=key, value=str(entry))
+    onnx.save(model, path)

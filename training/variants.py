@@ -1,0 +1,78 @@
+"""The encoder in other precisions: written beside the fp32 one, and compared with it on the test images."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from service.manifest import Graph, Variant
+from training.data import Dataset
+from training.graphs import encoder_graph, measure_ranges, save_sharing
+from training.losses import mistaken, named
+from training.model import CapsNet
+from training.predictor import Floats, OnnxPredictor, open_graph, run_encoder
+
+BEST_PSNR = 200.0
+"""dB of equal pictures, whose true value is infinite; more than single precision can tell apart."""
+
+
+def write_variants(network: CapsNet, images: Tensor, encoder: Path) -> dict[str, Path]:
+    """Write the encoder in each other precision beside the file `encoder`; their paths by precision.
+
+    Args:
+        images: training images, from which the 8-bit one takes its ranges.
+    """
+    files = {precision: encoder.with_name(f"encoder.{precision}.onnx") for precision in ("fp16", "int8")}
+    # Its weights are those that `encoder` holds in half precision already.
+    save_sharing(encoder_graph(network, arithmetic="fp16"), files["fp16"], encoder)
+    save_sharing(encoder_graph(network, measure_ranges(network, images), "int8"), files["int8"], encoder)
+    for file in files.values():
+        onnx.checker.check_model(file, full_check=True)
+    return files
+
+
+def measure_variants(
+    graphs: Mapping[str, Graph], fp32: OnnxPredictor, dataset: Dataset, batch_size: int = 32
+) -> tuple[Variant, ...]:
+    """Mistakes, agreement and PSNR of the encoders `graphs` in the folder of `fp32`, on all of `dataset`."""
+    sessions = {precision: open_graph(fp32.folder / graph.file) for precision, graph in graphs.items()}
+    mistakes = dict.fromkeys(graphs, 0)
+    agreed = dict.fromkeys(graphs, 0)
+    squares = dict.fromkeys(graphs, 0.0)
+    for start in range(0, len(dataset), batch_size):
+        images = dataset.images[start : start + batch_size].cpu().numpy()
+        labels = dataset.labels[start : start + batch_size].cpu()
+        capsules, lengths = fp32.encode(images)
+        expected = named(torch.from_numpy(lengths), labels)
+        drawn = fp32.decode(capsules, lengths.argmax(axis=1))
+        for precision, session in sessions.items():
+            capsules, lengths = run_encoder(session, images)
+            found = named(torch.from_numpy(lengths), labels)
+            mistakes[precision] += int(mistaken(found, labels).sum())
+            agreed[precision] += len(found) - int(mistaken(found, expected).sum())
+            squares[precision] += _squares(fp32.decode(capsules, lengths.argmax(axis=1)), drawn)
+    pixels = dataset.images.numel()
+    return tuple(
+        Variant.model_validate(
+            {
+                "precision": precision,
+                "encoder": graph,
+                "test_mistakes": mistakes[precision],
+                "agreement": 100 * agreed[precision] / len(dataset),
+                "psnr": psnr(squares[precision] / pixels),
+            }
+        )
+        for precision, graph in graphs.items()
+    )
+
+
+def _squares(found: Floats, expected: Floats) -> float:
+    return float(np.square(found - expected, dtype=np.float64).sum())
+
+
+def psnr(mean_square: float) -> float:
+    """Peak signal to noise ratio in dB, of pixels in [0, 1]."""
+    return BEST_PSNR if mean_square <= 0 else min(BEST_PSNR, float(-10 * np.log10(mean_square)))
