@@ -30,7 +30,6 @@ Arithmetic = Literal["fp32", "fp16", "int8"]
 LARGE = 1024
 """Weights of at least so many numbers are stored in half precision."""
 PRIMARY = "encoder.primary_capsules.conv"
-_NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class _Graph:
         name = PRIMARY
         weight = self.weight(f"{name}.weight", element)
         if self.votes != 1:
-            weight = self.op("Mul", weight, self.constant(self.votes.astype(_NUMPY[element])))
+            weight = self.op("Mul", weight, self.op("Cast", self.constant(self.votes), to=element))
         weight = self.by_dimension(weight, config.conv_channels, kernel, kernel)
         bias = self.by_dimension(self.weight(f"{name}.bias", element))
         x = self.op("Conv", x, weight, bias, strides=[2, 2])

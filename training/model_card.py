@@ -82,6 +82,14 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                     f"bounds within which {calibration.quantile:.0%} of {calibration.images} images lie",
                     f"error up to {calibration.threshold:.2f}, margin from {calibration.margin:.3f}",
                 ),
+                *(
+                    (
+                        f"the encoder in {variant.precision}",
+                        f"{variant.test_mistakes} mistakes, {variant.agreement:.2f} % classified as by fp32, "
+                        f"reconstructions {variant.psnr:.1f} dB from fp32's",
+                    )
+                    for variant in manifest.variants
+                ),
             ],
         ),
         detection=_table(
@@ -144,7 +152,10 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                 ),
                 ("parameters", made.parameters),
                 ("convolutions trained in", made.precision),
-                ("weights stored in", "half precision; everything is computed in single precision"),
+                (
+                    "weights stored in",
+                    "half precision; computed in single precision but for the encoders above",
+                ),
                 ("code", made.code_revision),
             ],
         ),
