@@ -2,6 +2,7 @@
 #
 #   GPU=1        use .venv-gpu and onnxruntime-gpu; the CPU and GPU builds of ONNX Runtime cannot share an environment
 #   PYTHON=…     the interpreter to make the environment with; otherwise the newest one that the pins are checked on
+#   SIZE=smoke   with reproduce-…: two minutes on two cores, to see that it runs; otherwise the whole run
 #   ARGS="…"     passed on to the command behind the target
 #   CAPSNET_…    the service's settings, read by the service itself
 
@@ -23,10 +24,10 @@ export ORT_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help serve test test-container fuzz soak check lint types imports audit format train evaluate export visualize \
-	image constraints proto clean
+	results image constraints proto clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  make %-40s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z% -]+:.*## / { printf "  make %-40s %s\n", $$1, $$2 }' Makefile
 	@sed -n '2,/^$$/s/^#//p' Makefile
 
 # --- run ---------------------------------------------------------------------------------------------------
@@ -36,6 +37,12 @@ serve: $(SERVING) ## serve on 127.0.0.1:8000; CAPSNET_HOST, CAPSNET_PORT, … ch
 	$(if $(filter gpu,$(RUNTIME)),CAPSNET_DEVICE=$${CAPSNET_DEVICE:-cuda} )$(PY) -m service.main
 
 train evaluate export visualize: $(EVERYTHING) ## the steps from data to models/; ARGS=--help explains each
+	$(PY) -m training.cli $@ $(ARGS)
+
+reproduce-%: $(EVERYTHING) ## train and test one published result; `make reproduce-routing-3 ARGS=--help` lists them
+	$(PY) -m training.cli reproduce $* $(if $(SIZE),--size $(SIZE)) $(ARGS)
+
+results: $(EVERYTHING) ## write docs/results/table1.md from the records of such runs
 	$(PY) -m training.cli $@ $(ARGS)
 
 # --- check -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line, `capsnet train|evaluate|export|visualize`: it reads arguments and calls the rest."""
+"""The command line, `capsnet train|evaluate|export|visualize|…`: it reads arguments and calls the rest."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ import torch
 
 from service.manifest import MANIFEST_FILE, ManifestError
 from training import checkpoint as checkpoints
-from training import compose, data
+from training import compose, data, results
 from training.checkpoint import CheckpointError
 from training.config import (
     AUTHORS_RECONSTRUCTION_WEIGHT,
@@ -23,8 +23,11 @@ from training.config import (
 )
 from training.data import DataError, Dataset
 from training.evaluate import evaluate, require_fit
+from training.experiments import ROWS
 from training.export import ExportError, Name, export
 from training.predictor import OnnxPredictor, Predictor, TorchPredictor
+from training.reproduce import RECORDS, SIZES, reproduce
+from training.results import ResultsError
 from training.start import read_start
 from training.train import TrainingError, resolve_device, train
 from training.visualize import draw_dimensions, draw_pairs, draw_reconstructions
@@ -32,7 +35,16 @@ from training.visualize import draw_dimensions, draw_pairs, draw_reconstructions
 DEFAULTS = TrainConfig()
 
 # Faults of what was given or of the place it should go to, not of this program: a line says enough.
-EXPECTED = (CheckpointError, DataError, ExportError, ManifestError, OSError, TrainingError, ValueError)
+EXPECTED = (
+    CheckpointError,
+    DataError,
+    ExportError,
+    ManifestError,
+    OSError,
+    ResultsError,
+    TrainingError,
+    ValueError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_export(commands)
     _add_visualize(commands)
+    _add_reproduce(commands)
+    _add_results(commands)
     return top
 
 
@@ -176,6 +190,11 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="one transformation matrix for each group of primary capsules instead of one for each capsule",
     )
+    _add_run(command)
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    """What two runs of the same settings may differ by."""
     command.add_argument(
         "--seed", type=int, default=DEFAULTS.seed, help="same seed, same machine, same weights"
     )
@@ -309,6 +328,54 @@ def _visualize(options: argparse.Namespace) -> None:
 
 def _file_name(label: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in label)
+
+
+class _Listing(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown, and a list below that keeps its lines."""
+
+
+def _add_reproduce(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _command(
+        commands, "reproduce", _reproduce, "Train and test one of the published results, and keep a record."
+    )
+    command.formatter_class = _Listing
+    command.epilog = "rows:\n" + "\n".join(f"  {name:26}{row.what}" for name, row in ROWS.items())
+    command.add_argument("row", choices=ROWS, metavar="row", help="one of the rows below")
+    command.add_argument(
+        "--size", choices=SIZES, default="full", help="smoke: a few images, to see that it runs; no result"
+    )
+    command.add_argument("--epochs", type=int, help="passes over the training images; unset: the row's")
+    command.add_argument("--resume", action="store_true", help="go on with this row's run of this seed")
+    command.add_argument(
+        "--data-dir", type=Path, default=data.default_data_dir(), help="where MNIST lies, or is downloaded to"
+    )
+    _add_run(command)
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    record = reproduce(
+        options.row,
+        ROWS[options.row],
+        options.size,
+        data_dir=options.data_dir,
+        resume=options.resume,
+        epochs=options.epochs,
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+    )
+    print(f"recorded in {record}")
+
+
+def _add_results(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    _command(commands, "results", _results, f"Write {results.TABLE} from the records in {RECORDS}.")
+
+
+def _results(_: argparse.Namespace) -> None:
+    text = results.document(RECORDS)
+    results.TABLE.parent.mkdir(parents=True, exist_ok=True)
+    results.TABLE.write_text(text, encoding="utf-8")
+    print(f"wrote {results.TABLE}")
 
 
 if __name__ == "__main__":

@@ -356,7 +356,12 @@ def _write_result(network: Network, state: Checkpoint, test: Dataset, output: Pa
         "start": state.start,
         "history": state.history,
     }
-    partial = output / f"{RESULT_FILE}.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, output / RESULT_FILE)
+    write_json(output / RESULT_FILE, result)
     print(f"test error {evaluation.error:.2f} % ({evaluation.mistakes} of {evaluation.images})")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replace `path` in one step."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
