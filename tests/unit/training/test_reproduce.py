@@ -37,7 +37,7 @@ def few_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(data, "load", load)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(reproduce.SIZES, "smoke", Size(images=20, epochs=2))
+    monkeypatch.setitem(reproduce.SIZES, "smoke", Size(images=20, training={"epochs": 2}))
 
 
 @pytest.mark.parametrize("name", ROWS)
