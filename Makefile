@@ -23,7 +23,7 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-container fuzz soak check lint types imports audit format train evaluate export visualize \
+.PHONY: help serve bench test test-container fuzz soak check lint types imports audit format train evaluate export visualize \
 	results image constraints proto clean
 
 help: ## this list
@@ -44,6 +44,8 @@ reproduce-%: $(EVERYTHING) ## train and test one published result; `make reprodu
 
 results: $(EVERYTHING) ## write docs/results/table1.md from the records of such runs
 	$(PY) -m training.cli $@ $(ARGS)
+bench: $(EVERYTHING) ## measure speed and memory into docs/results; ARGS=--help
+	$(PY) -m benchmarks $(ARGS)
 
 # --- check -------------------------------------------------------------------------------------------------
 

@@ -298,8 +298,13 @@ def write_encoder(network: CapsNet, path: Path) -> None:
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, path)
         return
-    images = torch.zeros(3, *network.config.image_shape, dtype=torch.uint8)
-    _write(_EncoderGraph(network.encoder), {"images": images}, ["digit_capsules", "capsule_lengths"], path)
+    write_traced_encoder(network.encoder, network.config, path)
+
+
+def write_traced_encoder(encoder: nn.Module, config: ModelConfig, path: Path) -> None:
+    """Write any module that makes capsules of pictures by PyTorch's exporter, with lengths beside them."""
+    images = torch.zeros(3, *config.image_shape, dtype=torch.uint8)
+    _write(_EncoderGraph(encoder), {"images": images}, ["digit_capsules", "capsule_lengths"], path)
 
 
 def write_decoder(network: CapsNet, path: Path) -> None:

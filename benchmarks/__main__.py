@@ -1,0 +1,58 @@
+"""`python -m benchmarks [parts …]`: measure, and write tables and plots into docs/results."""
+
+import argparse
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import offline, report, training_step
+from service.sessions import cpu_limit
+
+PARTS = ("offline", "profile", "training")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="make bench ARGS=…", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"what to measure: {', '.join(PARTS)} (all)")
+    parser.add_argument("--model", type=Path, help="model folder whose weights to take (the newest mnist)")
+    parser.add_argument("--seconds", type=float, default=8, help="for each table row (%(default)s)")
+    parser.add_argument("--threads", type=int, default=cpu_limit(), help="CPU threads (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"unknown parts {sorted(unknown)}, expected some of {list(PARTS)}")
+    model = options.model or newest(Path("models/mnist"))
+    # Bytes of no meaning do: no operator's time depends on the values.
+    pictures = np.random.default_rng(0).integers(0, 256, (max(offline.BATCHES), 28, 28), np.uint8)
+    for part in options.parts or PARTS:
+        print(f"measuring: {part}")
+        measured: dict[str, Any]
+        if part == "offline":
+            measured = offline.run(model, pictures, options.seconds, options.threads)
+        elif part == "profile":
+            measured = offline.profile(model, pictures, batch=8)
+        else:
+            measured = training_step.run(options.seconds, options.threads)
+        report.write({part: {"machine": _machine(), **measured}}, options.output)
+    print((options.output / "benchmarks.md").read_text(encoding="utf-8"))
+
+
+def newest(models: Path) -> Path:
+    """The folder of the highest version."""
+    return max(models.glob("[1-9]*"), key=lambda path: int(path.name))
+
+
+def _machine() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()

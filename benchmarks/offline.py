@@ -1,0 +1,124 @@
+"""Raw `session.run` of the encoder in all its forms, by batch size, beside what bounds it."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch.nn import functional as F
+
+from benchmarks.plain import network_of, write_plain_encoder
+from benchmarks.timing import take_turns
+from training.export import RANGE_IMAGES, round_to_half, write_encoder
+from training.model import CapsNet
+from training.variants import write_variants
+
+BATCHES = (1, 8, 32, 128, 256)
+GEMM = 2048
+"""Side of the matrices whose product gives the peak."""
+
+
+def run(model: Path, pictures: np.ndarray[Any, Any], seconds: float, threads: int) -> dict[str, Any]:
+    """Images per second of each graph at each batch size.
+
+    Args:
+        pictures: (M, H, W) bytes, as many as the largest batch.
+        seconds: for each batch size.
+    """
+    torch.set_num_threads(threads)
+    network = network_of(model)
+    round_to_half(network)
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = {
+            name: _open(path, threads) for name, path in write_graphs(network, pictures, Path(folder)).items()
+        }
+    rows = []
+    for batch in [size for size in BATCHES if size <= len(pictures)]:
+        images = np.ascontiguousarray(pictures[:batch])
+        tasks: dict[str, Callable[[], object]] = {
+            name: partial(session.run, None, {"images": images}) for name, session in sessions.items()
+        }
+        tasks["the two convolutions alone"] = _convolutions(network, images)
+        tasks["sgemm"] = _sgemm()
+        medians = take_turns(tasks, seconds)
+        flop = 2 * GEMM**3 / medians.pop("sgemm")
+        rows.append(
+            {
+                "batch": batch,
+                "images_per_second": {name: batch / median for name, median in medians.items()},
+                "sgemm_gflops": flop / 1e9,
+            }
+        )
+    return {"threads": threads, "rows": rows}
+
+
+def write_graphs(network: CapsNet, pictures: np.ndarray[Any, Any], folder: Path) -> dict[str, Path]:
+    """The encoder in every form, in `folder`; the first is what the others are compared with."""
+    paths = {"plain einsum": folder / "plain.onnx", "fp32": folder / "encoder.onnx"}
+    write_plain_encoder(network, paths["plain einsum"])
+    write_encoder(network, paths["fp32"])
+    # Speed does not depend on the ranges, so any pictures will do for them.
+    paths["int8"] = write_variants(network, torch.from_numpy(pictures[:RANGE_IMAGES]), paths["fp32"])["int8"]
+    return paths
+
+
+def _open(path: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as the service has it
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _convolutions(network: CapsNet, images: np.ndarray[Any, Any]) -> Callable[[], object]:
+    x = torch.from_numpy(images).unsqueeze(1).float()
+
+    @torch.inference_mode()
+    def both() -> object:
+        return network.encoder.primary_capsules.conv(F.relu(network.encoder.conv(x)))
+
+    return both
+
+
+def _sgemm() -> Callable[[], object]:
+    a = torch.ones(GEMM, GEMM)
+    return lambda: a @ a
+
+
+def profile(model: Path, pictures: np.ndarray[Any, Any], batch: int, runs: int = 30) -> dict[str, Any]:
+    """Least microseconds of each operator type of each form, one thread, from ONNX Runtime's profiler.
+
+    The least of several runs of a node is the one that nothing interrupted.
+    """
+    network = network_of(model)
+    round_to_half(network)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in write_graphs(network, pictures, Path(folder)).items():
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = 1
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            for _ in range(runs):
+                session.run(None, {"images": np.ascontiguousarray(pictures[:batch])})
+            events = json.loads(Path(session.end_profiling()).read_text())
+            found[name] = by_operator(events)
+    return {"batch": batch, "microseconds": found}
+
+
+def by_operator(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Each node's least time, summed by operator type, the slowest type first."""
+    nodes: dict[tuple[str, str], float] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            key = event["args"]["op_name"], event["name"]
+            nodes[key] = min(nodes.get(key, float("inf")), event["dur"])
+    sums: dict[str, float] = {}
+    for (kind, _), least in nodes.items():
+        sums[kind] = sums.get(kind, 0) + least
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))

@@ -1,0 +1,94 @@
+"""One whole training step beside its two convolutions alone, in the same arithmetic; and its peak memory."""
+
+import multiprocessing
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.timing import take_turns
+from training.compose import Batch
+from training.config import ModelConfig, TrainConfig
+from training.data import random_shift
+from training.model import CapsNet, scale
+from training.precision import convolutions_in
+from training.train import losses
+
+BATCH = 128
+ARITHMETICS = ("fp32", "bf16")
+
+
+def run(
+    seconds: float, threads: int, config: ModelConfig | None = None, batch: int = BATCH
+) -> dict[str, Any]:
+    """Images per second of each, and MiB at the peak of a process that does nothing but steps."""
+    torch.set_num_threads(threads)
+    config = config or ModelConfig(classes=tuple("0123456789"))
+    tasks = {}
+    for arithmetic in ARITHMETICS:
+        network = _network(config)
+        tasks[f"step, {arithmetic}"] = _step(network, arithmetic, batch)
+        tasks[f"the two convolutions alone, {arithmetic}"] = _convolutions(network, arithmetic, batch)
+    medians = take_turns(tasks, seconds)
+    context = multiprocessing.get_context("spawn")  # a process of its own, or the peak would be this one's
+    peaks = {}
+    for arithmetic in ARITHMETICS:
+        with context.Pool(1) as pool:
+            peaks[arithmetic] = pool.apply(_peak, (arithmetic, threads, config, batch))
+    return {
+        "batch": batch,
+        "threads": threads,
+        "images_per_second": {name: batch / median for name, median in medians.items()},
+        "peak_mib": peaks,
+    }
+
+
+def _network(config: ModelConfig) -> CapsNet:
+    network = CapsNet(config)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in its types
+    return network
+
+
+def _images(config: ModelConfig, batch: int) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, *config.image_shape), dtype=torch.uint8)
+
+
+def _step(network: CapsNet, arithmetic: str, batch: int) -> Callable[[], object]:
+    config = TrainConfig()
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
+    images, labels = _images(network.config, batch), torch.arange(batch) % len(network.config.classes)
+    generator = torch.Generator()
+
+    def step() -> None:
+        with convolutions_in(network, arithmetic):
+            shifted = random_shift(images, config.max_shift, generator)
+            _, margin, reconstruction = losses(network, Batch(shifted, labels, shifted))
+            optimizer.zero_grad()
+            (margin + config.reconstruction_weight * reconstruction).mean().backward()
+            optimizer.step()
+
+    return step
+
+
+def _convolutions(network: CapsNet, arithmetic: str, batch: int) -> Callable[[], object]:
+    first, second = network.encoder.conv, network.encoder.primary_capsules.conv
+    x = scale(_images(network.config, batch)).unsqueeze(1)
+
+    def forward_and_backward() -> None:
+        with convolutions_in(network, arithmetic):
+            second(F.relu(first(x))).float().sum().backward()
+
+    return forward_and_backward
+
+
+def _peak(arithmetic: str, threads: int, config: ModelConfig, batch: int) -> float:
+    torch.set_num_threads(threads)
+    step = _step(_network(config), arithmetic, batch)
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux

@@ -1,0 +1,97 @@
+"""The benchmarks run, compare like with like, and write down what they found; never how long it took."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import offline, report, training_step
+from benchmarks.plain import network_of
+from benchmarks.timing import take_turns
+from tests.support.mnist import ROOT
+from training.config import ModelConfig
+
+MODEL = command.newest(ROOT / "models" / "mnist")
+PICTURES = np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8)
+
+
+def test_everybody_has_a_turn_in_every_round() -> None:
+    """Each task runs once to warm up and then equally often, one after another."""
+    calls: list[str] = []
+    medians = take_turns({name: lambda name=name: calls.append(name) for name in ("a", "b")}, 0, least=4)  # type: ignore[misc] # the default binds the loop's value
+    assert calls == ["a", "b"] * 5
+    assert set(medians) == {"a", "b"}
+
+
+def test_the_forms_agree(tmp_path: Path) -> None:
+    """What is compared in speed computes the same: fp32 to six digits, int8 to two."""
+    outputs = {}
+    for name, path in offline.write_graphs(network_of(MODEL), PICTURES, tmp_path).items():
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        outputs[name] = session.run(["digit_capsules"], {"images": PICTURES})[0]
+    np.testing.assert_allclose(outputs["fp32"], outputs["plain einsum"], atol=1e-5)
+    np.testing.assert_allclose(outputs["int8"], outputs["plain einsum"], atol=5e-2)
+
+
+def test_offline_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every form has a figure for every batch size, next to its ceilings, in table, JSON and plot."""
+    monkeypatch.setattr(offline, "GEMM", 64)
+    threads = torch.get_num_threads()
+    measured = {
+        "offline": offline.run(MODEL, PICTURES, 0, threads=1),
+        "profile": offline.profile(MODEL, PICTURES, batch=2, runs=2),
+    }
+    torch.set_num_threads(threads)
+    assert [row["batch"] for row in measured["offline"]["rows"]] == [1]
+    speeds = measured["offline"]["rows"][0]["images_per_second"]
+    assert set(speeds) == {"plain einsum", "fp32", "int8", "the two convolutions alone"}
+    assert all(speed > 0 for speed in speeds.values())
+    assert "Einsum" in measured["profile"]["microseconds"]["plain einsum"]
+    assert "Einsum" not in measured["profile"]["microseconds"]["fp32"]
+    assert "QLinearConv" in measured["profile"]["microseconds"]["int8"]
+    report.write({name: {"machine": "a test", **part} for name, part in measured.items()}, tmp_path)
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "## Offline inference (1 threads, a test)" in text
+    assert "(1.00x)" in text
+    assert (tmp_path / "benchmarks.png").stat().st_size > 1000
+
+
+def test_training_step(tmp_path: Path) -> None:
+    """A step and its convolutions are measured in both arithmetics, with the peak memory of each."""
+    small = ModelConfig(("a", "b"), height=9, width=9, conv_channels=4, kernel_size=3, primary_groups=2)
+    measured = training_step.run(0, torch.get_num_threads(), small, batch=6)
+    assert len(measured["images_per_second"]) == 4
+    assert set(measured["peak_mib"]) == {"fp32", "bf16"}
+    report.write({"training": {"machine": "a test", **measured}}, tmp_path)
+    report.write({"other": {}}, tmp_path)
+    assert set(json.loads((tmp_path / "benchmarks.json").read_text())) == {"training", "other"}, (
+        "parts add up"
+    )
+    assert "## A training step (batch 6" in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_least_times_by_operator() -> None:
+    """Of each node the fastest run counts, and nodes of one kind add up."""
+
+    def event(kind: str, name: str, microseconds: int) -> dict[str, object]:
+        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": microseconds, "args": {"op_name": kind}}
+
+    events = [event("Conv", "a", 9), event("Conv", "a", 5), event("Conv", "b", 2), event("Mul", "c", 8)]
+    assert offline.by_operator([*events, {"cat": "Session", "name": "run", "dur": 1}]) == {
+        "Mul": 8,
+        "Conv": 7,
+    }
+
+
+def test_an_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
+    """A part that is not there is refused with those that are."""
+    with pytest.raises(SystemExit):
+        command.main(["gpu"])
+    assert (
+        "unknown parts ['gpu'], expected some of ['offline', 'profile', 'training']"
+        in capsys.readouterr().err
+    )
