@@ -23,8 +23,8 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve bench test test-container fuzz soak check lint types imports audit format train evaluate export visualize \
-	results image constraints proto clean
+.PHONY: help serve test test-container fuzz soak check lint types imports audit format train evaluate export visualize \
+	results bench image constraints proto clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z% -]+:.*## / { printf "  make %-40s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,7 @@ reproduce-%: $(EVERYTHING) ## train and test one published result; `make reprodu
 
 results: $(EVERYTHING) ## write docs/results/table1.md from the records of such runs
 	$(PY) -m training.cli $@ $(ARGS)
+
 bench: $(EVERYTHING) ## measure speed and memory into docs/results; ARGS=--help
 	$(PY) -m benchmarks $(ARGS)
 
