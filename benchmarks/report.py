@@ -53,7 +53,8 @@ def _offline(part: dict[str, Any]) -> str:
             "",
             "Raw `session.run` of the encoder, images per second; beside each, its ratio to the plain export "
             "of the same weights. The ceilings are the two convolutions alone (PyTorch, fp32) and the "
-            "product of two large matrices.",
+            "product of two large matrices, which also tells how much of the machine a row had: where it is "
+            "low, others were at work.",
             "",
             _table(["batch", *names, "sgemm, GFLOP/s"], rows),
             "",
