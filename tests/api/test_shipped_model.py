@@ -27,9 +27,10 @@ def mnist() -> Dataset:
     return mnist_test_images()
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[TestClient]:
-    with TestClient(create_app(Settings(models=MODELS, device="cpu", default_model="mnist"))) as started:
+@pytest.fixture(scope="module", params=["auto", "fp32"])
+def client(request: pytest.FixtureRequest) -> Iterator[TestClient]:
+    settings = Settings(models=MODELS, device="cpu", default_model="mnist", precision=request.param)
+    with TestClient(create_app(settings)) as started:
         yield started
 
 
@@ -41,7 +42,11 @@ def test_there_is_a_model_and_it_is_small() -> None:
 
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
 def test_error_is_what_the_manifest_states(folder: Path, client: TestClient, mnist: Dataset) -> None:
-    """All 10,000 test images, sent to /predict, give exactly the number of mistakes in the manifest."""
+    """All 10,000 test images, sent to /predict, give exactly the mistakes of the precision that is served."""
+    manifest = read_manifest(folder)
+    expected = {"fp32": manifest.measured.test_mistakes}
+    expected.update({variant.precision: variant.test_mistakes for variant in manifest.variants})
+    served = {model["version"]: model["precision"] for model in client.get("/readyz").json()["models"]}
     mistakes = flagged = 0
     images, labels = mnist.images.numpy(), mnist.labels.numpy()
     for start in range(0, len(images), 1000):
@@ -54,8 +59,7 @@ def test_error_is_what_the_manifest_states(folder: Path, client: TestClient, mni
         found = np.load(io.BytesIO(answer.content))
         mistakes += int((found["index"] != labels[start : start + 1000]).sum())
         flagged += int((~found["in_distribution"]).sum())
-    measured = read_manifest(folder).measured
-    assert (len(images), mistakes) == (measured.test_images, measured.test_mistakes)
+    assert (len(images), mistakes) == (manifest.measured.test_images, expected[served[folder.name]])
     assert 0 < flagged < 0.1 * len(images), "about one test image in twenty lies beyond the threshold"
 
 
