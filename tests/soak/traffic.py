@@ -17,7 +17,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.manifest import Manifest, read_manifest
+from service.manifest import Manifest, Precision, read_manifest
 from tests.soak.wire import Answer, Connection, request
 
 TOLERANCE = 1e-3  # of lengths and pixels: a batch's other rows change the order of sums
@@ -106,12 +106,16 @@ async def honest(port: int, folder: Path) -> list[Honest]:
         kinds = [Honest(name, data, await connection.exchange(data)) for name, data in requests.items()]
     for kind in kinds:
         assert kind.expected.status == 200, (kind.name, kind.expected)
-    _prove_lengths(folder, images, next(kind.expected for kind in kinds if kind.name == "bulk"))
+    answers = {kind.name: kind.expected for kind in kinds}
+    (served,) = json.loads(answers["ready"].body)["models"]
+    _prove_lengths(folder, served["precision"], images, answers["bulk"])
     return kinds
 
 
-def _prove_lengths(folder: Path, images: NDArray[np.uint8], bulk: Answer) -> None:
-    session = onnxruntime.InferenceSession(folder / "encoder.onnx", providers=["CPUExecutionProvider"])
+def _prove_lengths(folder: Path, precision: Precision, images: NDArray[np.uint8], bulk: Answer) -> None:
+    graph = read_manifest(folder).encoder_in(precision)
+    assert graph is not None
+    session = onnxruntime.InferenceSession(folder / graph.file, providers=["CPUExecutionProvider"])
     (lengths,) = session.run(["capsule_lengths"], {"images": images})
     assert _close(lengths, np.load(io.BytesIO(bulk.body)))
 
