@@ -7,27 +7,16 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.process import LIMIT, PNG, Served, served
+from tests.support.process import LIMIT, PNG, connected, served, until_closed
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
 REQUEST = HEAD + b"Content-Length: %d\r\n\r\n" % len(PNG) + PNG
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 CHUNK = b"%x\r\n%s\r\n" % (4096, bytes(4096))
-
-
-@contextlib.contextmanager
-def connected(service: Served) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT) as connection:
-        yield connection
-
-
-def until_closed(connection: socket.socket) -> bytes:
-    return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def send_until_closed(connection: socket.socket, data: bytes) -> int:

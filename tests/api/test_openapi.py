@@ -1,6 +1,6 @@
 """The OpenAPI document says what the routes really take and give."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,24 +20,23 @@ def document(client: TestClient) -> dict[str, Any]:
     return found
 
 
+def nodes(part: Any) -> Iterator[dict[str, Any]]:
+    """Every object inside a JSON document, outermost first."""
+    if isinstance(part, dict):
+        yield part
+    if isinstance(part, dict | list):
+        for child in part.values() if isinstance(part, dict) else part:
+            yield from nodes(child)
+
+
 def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
     """No schema refers to one that is missing."""
     missing = []
-
-    def walk(node: Any) -> None:
-        if isinstance(node, dict):
-            reference = node.get("$ref")
-            if reference:
-                _, _, kind, name = reference.split("/")
-                if name not in document["components"][kind]:
-                    missing.append(reference)
-            for child in node.values():
-                walk(child)
-        elif isinstance(node, list):
-            for child in node:
-                walk(child)
-
-    walk(document)
+    for node in nodes(document):
+        if reference := node.get("$ref"):
+            _, _, kind, name = reference.split("/")
+            if name not in document["components"][kind]:
+                missing.append(reference)
     assert missing == []
 
 
@@ -99,20 +98,11 @@ def test_a_parameters_bounds_are_in_json_schemas_words(document: dict[str, Any])
 def test_no_default_is_a_value_that_would_be_refused(document: dict[str, Any]) -> None:
     """An empty text or list that stands for nothing given is not offered as a value to send."""
     refused = []
-
-    def walk(node: Any) -> None:
-        if isinstance(node, dict):
-            if "default" in node and len(str(node["default"])) < node.get("minLength", 0):
-                refused.append(node)
-            if node.get("default") == [] and node.get("minItems", 0) > 0:
-                refused.append(node)
-            for child in node.values():
-                walk(child)
-        elif isinstance(node, list):
-            for child in node:
-                walk(child)
-
-    walk(document)
+    for node in nodes(document):
+        if "default" in node and len(str(node["default"])) < node.get("minLength", 0):
+            refused.append(node)
+        if node.get("default") == [] and node.get("minItems", 0) > 0:
+            refused.append(node)
     assert refused == []
 
 

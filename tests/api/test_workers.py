@@ -8,13 +8,13 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.process import LIMIT, PNG, START_LIMIT, Served, served
+from tests.support.process import LIMIT, PNG, START_LIMIT, Served, connected, served, until_closed
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n" % len(PNG)
 ALONE = HEAD + b"Connection: close\r\n\r\n" + PNG
@@ -40,17 +40,6 @@ def is_running(pid: int) -> bool:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
-
-
-@contextlib.contextmanager
-def connected(service: Served) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT) as connection:
-        yield connection
-
-
-def whole_answer(connection: socket.socket) -> bytes:
-    """The rest of what comes until the other side closes."""
-    return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def ask_on(kept: http.client.HTTPConnection) -> int | None:
@@ -131,9 +120,9 @@ def test_what_a_dead_worker_had_not_taken_is_answered_by_another(tiny_models: Pa
         waiting = [stack.enter_context(connected(service)) for _ in range(20)]
         for connection in waiting:
             connection.sendall(ALONE)
-        answered = [whole_answer(connection) for connection in waiting[1::2]]  # every second one
+        answered = [until_closed(connection) for connection in waiting[1::2]]  # every second one
         os.kill(stuck, signal.SIGKILL)
-        answered += [whole_answer(connection) for connection in waiting[::2]]
+        answered += [until_closed(connection) for connection in waiting[::2]]
         assert all(answer.startswith(b"HTTP/1.1 200 OK") for answer in answered)
 
 
@@ -147,7 +136,7 @@ def test_a_worker_that_is_told_to_stop_loses_nothing(tiny_models: Path) -> None:
             try:
                 with socket.create_connection(("127.0.0.1", port), timeout=LIMIT) as connection:
                     connection.sendall(ALONE)
-                    outcomes[whole_answer(connection)[:12].decode()] += 1
+                    outcomes[until_closed(connection)[:12].decode()] += 1
             except OSError as error:
                 outcomes[repr(error)] += 1
 
@@ -177,6 +166,6 @@ def test_workers_do_not_outlive_the_process_that_keeps_them(tiny_models: Path) -
         folder = metrics_folder_of(orphans[0])
         service.process.kill()
         connection.sendall(PNG)
-        assert whole_answer(connection).startswith(b"HTTP/1.1 200 OK")
+        assert until_closed(connection).startswith(b"HTTP/1.1 200 OK")
         until(lambda: not any(map(is_running, orphans)))
         assert not folder.exists()

@@ -86,3 +86,15 @@ def served(models: Path, **settings: str) -> Iterator[Served]:
         if drain.ident is not None:  # a process that did not start has said all it will
             drain.join(LIMIT)
         process.stderr.close()
+
+
+@contextmanager
+def connected(service: Served) -> Iterator[socket.socket]:
+    """A bare connection to the service, for what no HTTP client would send."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT) as connection:
+        yield connection
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """The rest of what comes until the other side closes."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
