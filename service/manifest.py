@@ -5,10 +5,11 @@ and neither knows the network's shape from anywhere else.
 """
 
 import hashlib
+import json
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_FILE = "manifest.json"
+_LINE = 110  # characters
 
 Datatype = Literal["UINT8", "INT64", "FP32"]
 """Element types by their Open Inference Protocol names."""
 
 Precision = Literal["fp32", "fp16", "int8"]
 """Arithmetic of an encoder's convolutions; everything else is computed in single precision."""
+
+Measure = Literal["thickness", "slant", "width", "height", "ink", "across", "down"]
+"""What is measured on a drawing, in pixels; slant in degrees, growing to the right; ink in per cent of what
+the untweaked drawing has; `across` and `down` are where the ink's centre of mass lies."""
 
 
 # What a variant may differ by from fp32 to be chosen without being asked for.
@@ -164,6 +170,33 @@ class Provenance(_Record):
     """Arithmetic of the training run: `fp32` or `bf16`."""
 
 
+class Effect(_Record):
+    """How a measure of the drawing changes while a dimension goes through the tweak range, upwards."""
+
+    change: float
+    """Mean over images."""
+    agreement: Annotated[float, Field(ge=0, le=1)]
+    """Share of the images in which it goes the same way."""
+
+
+class Dimension(_Record):
+    """What one dimension of one class's capsule means, by the drawings along the tweak range."""
+
+    name: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,80}$")]
+    """In words, by what accounts for the largest share of the change."""
+    moved: Annotated[float, Field(ge=0)]
+    """Squared change between the ends of the range, as a share of the untweaked drawing's squared light."""
+    effects: dict[Measure, Effect]
+    """Those that go the same way in nearly all images."""
+    shares: dict[str, Annotated[float, Field(ge=0, le=1)]]
+    """Share of the squared change that a pure change of each kind would account for, alone, largest first;
+    of a part of the picture, what falls there of the rest that all such changes together leave."""
+
+
+Dimensions = dict[str, tuple[Dimension, ...]]
+"""By class, in the order of the capsule's dimensions."""
+
+
 class Manifest(_Record):
     schema_version: Literal[1] = SCHEMA_VERSION
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -182,6 +215,8 @@ class Manifest(_Record):
     calibration: Calibration
     measured: Measured
     provenance: Provenance
+    dimensions: Dimensions = {}
+    """What they mean; of the classes for which that was measured."""
 
     @model_validator(mode="after")
     def _distinct_classes(self) -> "Manifest":
@@ -193,6 +228,16 @@ class Manifest(_Record):
     def _distinct_precisions(self) -> "Manifest":
         if len({variant.precision for variant in self.variants}) != len(self.variants):
             raise ValueError("variants must differ in precision")
+        return self
+
+    @model_validator(mode="after")
+    def _dimensions_of_these_capsules(self) -> "Manifest":
+        count = self.capsules.digit_dimensions
+        for label, dimensions in self.dimensions.items():
+            if label not in self.classes or len(dimensions) != count:
+                raise ValueError(
+                    f"dimensions has {len(dimensions)} for {label!r}, expected {count} for each class"
+                )
         return self
 
     def encoder_in(self, precision: Precision) -> Graph | None:
@@ -209,6 +254,10 @@ class Manifest(_Record):
             and variant.agreement >= LEAST_AGREEMENT
             and variant.psnr >= LEAST_PSNR
         )
+
+    def dimension_names(self, label: str) -> tuple[str, ...]:
+        """What the dimensions of a class's capsule mean, in words; none if that was not measured."""
+        return tuple(dimension.name for dimension in self.dimensions.get(label, ()))
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -310,5 +359,22 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into `folder` in one step, so that a reader sees all of it or none."""
     path = folder / MANIFEST_FILE
     partial = path.with_suffix(".partial")
-    partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    partial.write_text(_lay_out(manifest.model_dump(mode="json")) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def _lay_out(value: Any, indent: str = "") -> str:
+    """JSON in which what fits into one line stays on it."""
+    line = json.dumps(value, ensure_ascii=False)
+    if len(indent) + len(line) <= _LINE or not isinstance(value, dict | list):
+        return line
+    inner = indent + "  "
+    if isinstance(value, dict):
+        rows = [
+            f"{json.dumps(key, ensure_ascii=False)}: {_lay_out(item, inner)}" for key, item in value.items()
+        ]
+        brackets = "{}"
+    else:
+        rows = [_lay_out(item, inner) for item in value]
+        brackets = "[]"
+    return brackets[0] + ",".join(f"\n{inner}{row}" for row in rows) + f"\n{indent}{brackets[1]}"

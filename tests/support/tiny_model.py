@@ -18,6 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from service.manifest import (
     Calibration,
     CapsuleSpec,
+    Dimension,
+    Effect,
     Graph,
     ImageSpec,
     Manifest,
@@ -119,6 +121,22 @@ def _save(
     )
 
 
+def meanings(index: int) -> tuple[Dimension, ...]:
+    """All dimensions of a class do the same, but each has a name of its own."""
+    effects = {"ink": Effect(change=50, agreement=1)}
+    return tuple(
+        Dimension.model_validate(
+            {
+                "name": f"light {d} of {index}",
+                "moved": 0.25,
+                "effects": effects,
+                "shares": {"amount of ink": 1},
+            }
+        )
+        for d in range(DIMENSIONS)
+    )
+
+
 def write_tiny_model(
     models: Path,
     name: str = "tiny",
@@ -126,8 +144,12 @@ def write_tiny_model(
     *,
     channels: int = 1,
     threshold: float = 4.0,
+    named: bool = False,
 ) -> Path:
-    """Write `models/name/version` and return that folder."""
+    """Write `models/name/version` and return that folder.
+
+    Where it is `named`, the manifest says what each dimension means.
+    """
     folder = models / name / version
     folder.mkdir(parents=True)
     image = ImageSpec(
@@ -177,6 +199,7 @@ def write_tiny_model(
             parameters=1,
             precision="fp32",
         ),
+        dimensions={str(index): meanings(index) for index in range(CLASSES)} if named else {},
     )
     write_manifest(folder, manifest)
     return folder

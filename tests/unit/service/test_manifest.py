@@ -86,6 +86,48 @@ def test_a_field_that_is_wrong_is_named(folder: Path, place: tuple[str, ...], va
     assert named in str(refused.value)
 
 
+def test_a_manifest_without_dimensions_has_no_names(folder: Path) -> None:
+    """Models that were exported before dimensions were named are read, and name none."""
+    document = json.loads((folder / MANIFEST_FILE).read_text())
+    del document["dimensions"]
+    (folder / MANIFEST_FILE).write_text(json.dumps(document))
+    assert read_manifest(folder).dimension_names("3") == ()
+
+
+def test_dimensions_have_names(tiny_models: Path) -> None:
+    """A class's names stand in the order of its capsule's dimensions."""
+    manifest = read_manifest(tiny_models / "tiny" / "2")
+    assert manifest.dimension_names("3") == tuple(f"light {d} of 3" for d in range(16))
+
+
+@pytest.mark.parametrize(
+    ("label", "count", "name", "named"),
+    [
+        ("3", 15, "slant", "dimensions has 15 for '3', expected 16"),
+        ("ten", 16, "slant", "dimensions has 16 for 'ten'"),
+        ("3", 16, "", "dimensions.3.0.name"),
+        ("3", 16, "two\nlines", "dimensions.3.0.name"),
+    ],
+)
+def test_dimensions_are_those_of_the_capsules(
+    folder: Path, label: str, count: int, name: str, named: str
+) -> None:
+    """Every dimension of a known class has a name that fits into a line."""
+    dimension = {"name": name, "moved": 0, "effects": {}, "shares": {}}
+    change(folder, "dimensions", value={label: [dimension] * count})
+    with pytest.raises(ManifestError) as refused:
+        read_manifest(folder)
+    assert named in str(refused.value)
+
+
+def test_what_fits_into_a_line_stays_on_it(tiny_models: Path) -> None:
+    """People read manifests: a list of classes takes one line, and no line is too long to see."""
+    lines = (tiny_models / "tiny" / "2" / MANIFEST_FILE).read_text().splitlines()
+    assert '  "classes": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"],' in lines
+    assert lines.count('        "effects": {"ink": {"change": 50.0, "agreement": 1.0}},') == 10 * 16
+    assert max(map(len, lines)) <= 110
+
+
 def test_an_altered_graph_is_named(folder: Path) -> None:
     """One flipped bit in a graph is found by its checksum."""
     path = folder / "encoder.onnx"
