@@ -293,9 +293,11 @@ def _sweep_answer(answer: str, model: Model, swept: _Sweep) -> Response:
             }
         )
     label = model.manifest.classes[swept.index]
+    every = model.manifest.dimension_names(label)
+    names = [every[dimension] for dimension in swept.dimensions] if every else []
     if answer == PNG:
         title = f"class {label}: dimension by delta"
-        figure = sweep_figure(swept.drawn, title, swept.dimensions, swept.deltas)
+        figure = sweep_figure(swept.drawn, title, swept.dimensions, swept.deltas, names)
         return Response(encode_png(figure), media_type=PNG)
     return _json(
         {
@@ -304,6 +306,7 @@ def _sweep_answer(answer: str, model: Model, swept: _Sweep) -> Response:
             "index": swept.index,
             "capsule": swept.capsule,
             "dimensions": swept.dimensions,
+            "names": names,
             "deltas": swept.deltas,
             "reconstructions": [[_picture(picture) for picture in row] for row in swept.drawn],
         }

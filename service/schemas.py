@@ -253,6 +253,13 @@ class SweepAnswer(BaseModel):
     index: int
     capsule: Annotated[list[float], Field(description="The class's capsule that the sweep starts from")]
     dimensions: list[int]
+    names: Annotated[
+        list[str],
+        Field(
+            description="What each of these dimensions means for this class; empty if that is not known. "
+            "/models has the measurements"
+        ),
+    ]
     deltas: list[float]
     reconstructions: Annotated[
         list[list[DataUrl]], Field(description="A row for each dimension, a picture for each delta")

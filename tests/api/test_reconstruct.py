@@ -127,6 +127,35 @@ def test_a_sweep_covers_the_papers_figure(client: TestClient) -> None:
     np.testing.assert_allclose(levels, [np.linspace(0.15, 0.65, 11)] * DIMENSIONS, atol=2 / 255)
 
 
+def test_a_sweep_names_its_dimensions(client: TestClient) -> None:
+    """Each dimension that is swept has the name that the manifest gives it for the class that is drawn."""
+    document = ask(client, "/reconstruct/sweep", image=ENCODED, dimensions=[9, 1], **{"class": "5"})
+    assert document["names"] == ["light 9 of 5", "light 1 of 5"]
+    assert len(ask(client, "/reconstruct/sweep", image=ENCODED)["names"]) == DIMENSIONS
+
+
+def test_a_model_that_names_nothing_is_swept_all_the_same(client: TestClient) -> None:
+    """Where the manifest is silent there are no names, neither in JSON nor in the figure."""
+    path = "/reconstruct/sweep?model=tiny/1"
+    body = {"image": ENCODED, "dimensions": [0, 5]}
+    document = client.post(path, json=body).json()
+    assert (document["names"], len(document["reconstructions"])) == ([], 2)
+    figure = client.post(path, json=body, headers={"accept": "image/png"})
+    assert decode(figure.content).shape == (48 + 2 * 58, 48 + 11 * 58)
+
+
+def test_models_say_what_the_dimensions_do(client: TestClient) -> None:
+    """/models has the measurements behind the names."""
+    served = {(m["name"], m["version"]): m["manifest"] for m in client.get("/models").json()["models"]}
+    assert served["tiny", "1"]["dimensions"] == {}
+    assert served["tiny", "2"]["dimensions"]["3"][4] == {
+        "name": "light 4 of 3",
+        "moved": 0.25,
+        "effects": {"ink": {"change": 50, "agreement": 1}},
+        "shares": {"amount of ink": 1},
+    }
+
+
 def test_a_sweep_of_what_is_asked_for(client: TestClient) -> None:
     """Dimensions, deltas, class and tweaks of the caller's own; an npz has them as arrays."""
     body = {
@@ -152,9 +181,11 @@ def test_a_sweep_as_a_figure(client: TestClient) -> None:
     )
     assert answer.headers["content-type"] == "image/png"
     figure = decode(answer.content)
-    assert figure.shape == (48 + 2 * 58, 48 + 11 * 58)
+    left = figure.shape[1] - 11 * 58
+    assert figure.shape[0] == 48 + 2 * 58
+    assert left > 48, "names take more room than numbers"
     y = 48 + 2 * band(3).start
-    assert [int(figure[y, 48 + column * 58 + 20]) for column in range(11)] == pytest.approx(
+    assert [int(figure[y, left + column * 58 + 20]) for column in range(11)] == pytest.approx(
         np.linspace(0.15, 0.65, 11) * 255, abs=1
     )
 

@@ -18,6 +18,23 @@ def test_every_picture_is_in_its_row_and_column(colour: tuple[int, ...]) -> None
     assert (tiles.max(axis=(1, 3)) == expected.reshape(2, 3, *[1] * len(colour))).all()
 
 
+def test_names_stand_before_the_numbers() -> None:
+    """Names widen the margin on the left alone, by as much as the longest takes."""
+    pictures = np.zeros((2, 3, 28, 28), np.float32)
+    plain = sweep_figure(pictures, "title", [4, 7], [-0.1, 0, 0.1])
+    short = sweep_figure(pictures, "title", [4, 7], [-0.1, 0, 0.1], ["width", "slant"])
+    named = sweep_figure(
+        pictures, "title", [4, 7], [-0.1, 0, 0.1], ["width, slant and top left part", "slant"]
+    )
+    assert plain.shape[0] == named.shape[0]
+    assert plain.shape[1] < short.shape[1] < named.shape[1]
+    assert (named[48:, -3 * 58 :] == plain[48:, -3 * 58 :]).all(), "the pictures are where they were"
+    margin = named[48:, : -3 * 58]
+    assert (margin[:, :2] == 255).all()
+    assert (margin[:, -2:] == 255).all()
+    assert (margin[:58] < 128).sum() > (margin[58:] < 128).sum() > 0
+
+
 def test_the_labels_are_drawn() -> None:
     """Title, deltas and dimensions leave ink in the margins, and other labels leave other ink."""
     pictures = np.ones((2, 3, 28, 28), np.float32)
