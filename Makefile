@@ -23,8 +23,8 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-container fuzz soak check lint types imports audit format train evaluate export visualize \
-	results bench image constraints proto clean
+.PHONY: help serve test test-container fuzz soak check lint types imports audit format train evaluate export dimensions \
+	visualize results bench image constraints proto clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z% -]+:.*## / { printf "  make %-40s %s\n", $$1, $$2 }' Makefile
@@ -36,7 +36,7 @@ serve: $(SERVING) ## serve on 127.0.0.1:8000; CAPSNET_HOST, CAPSNET_PORT, … ch
 	@# GPU=1 asks for a GPU: not getting one must be an error, so `auto` is not the default then.
 	$(if $(filter gpu,$(RUNTIME)),CAPSNET_DEVICE=$${CAPSNET_DEVICE:-cuda} )$(PY) -m service.main
 
-train evaluate export visualize: $(EVERYTHING) ## the steps from data to models/; ARGS=--help explains each
+train evaluate export dimensions visualize: $(EVERYTHING) ## the steps from data to models/; ARGS=--help explains each
 	$(PY) -m training.cli $@ $(ARGS)
 
 reproduce-%: $(EVERYTHING) ## train and test one published result; `make reproduce-routing-3 ARGS=--help` lists them

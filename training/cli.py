@@ -9,7 +9,7 @@ from typing import get_args
 
 import torch
 
-from service.manifest import MANIFEST_FILE, ManifestError
+from service.manifest import MANIFEST_FILE, ManifestError, write_manifest
 from training import checkpoint as checkpoints
 from training import compose, data, results
 from training.checkpoint import CheckpointError
@@ -22,15 +22,17 @@ from training.config import (
     TrainConfig,
 )
 from training.data import DataError, Dataset
+from training.dimensions import measure_dimensions
 from training.evaluate import evaluate, require_fit
 from training.experiments import ROWS
 from training.export import ExportError, Name, export
+from training.model_card import renew_meaning
 from training.predictor import OnnxPredictor, Predictor, TorchPredictor
 from training.reproduce import RECORDS, SIZES, reproduce
 from training.results import ResultsError
 from training.start import read_start
 from training.train import TrainingError, resolve_device, train
-from training.visualize import draw_dimensions, draw_pairs, draw_reconstructions
+from training.visualize import draw_dimensions, draw_effects, draw_pairs, draw_reconstructions
 
 DEFAULTS = TrainConfig()
 
@@ -73,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_export(commands)
+    _add_dimensions(commands)
     _add_visualize(commands)
     _add_reproduce(commands)
     _add_results(commands)
@@ -299,6 +302,36 @@ def _load_split(options: argparse.Namespace, split: data.Split) -> Dataset:
     return _loader(options, split)()
 
 
+def _add_dimensions(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _command(
+        commands,
+        "dimensions",
+        _dimensions,
+        "Measure what each dimension means on training images: into the model's manifest and card, and "
+        "effects.png. An export does the same.",
+    )
+    command.add_argument("model", type=Path, help="an exported model folder")
+    _add_dataset(command)
+    command.add_argument("--output", type=Path, default=Path("runs/figures"), help="folder for the picture")
+
+
+def _dimensions(options: argparse.Namespace) -> None:
+    predictor, dataset = OnnxPredictor(options.model), _loader(options, "train")()
+    manifest = predictor.manifest
+    light = manifest.image.polarity == "light_on_dark"
+    found = measure_dimensions(predictor, dataset, light_on_dark=light)
+    if not found:
+        raise DataError(f"{dataset.name}: no image from which a dimension's meaning could be measured")
+    manifest = manifest.model_copy(update={"dimensions": found})
+    write_manifest(options.model, manifest)
+    card = options.model / "MODEL_CARD.md"
+    if card.is_file():
+        card.write_text(renew_meaning(card.read_text(encoding="utf-8"), manifest), encoding="utf-8")
+    options.output.mkdir(parents=True, exist_ok=True)
+    draw_effects(found, options.output / "effects.png")
+    print(f"the dimensions are named in {options.model}, and drawn in {options.output / 'effects.png'}")
+
+
 def _add_visualize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = _command(
         commands,
@@ -321,7 +354,9 @@ def _visualize(options: argparse.Namespace) -> None:
         print(f"a picture is in {options.output}")
         return
     for label in options.label or dataset.classes:
-        draw_dimensions(predictor, dataset, label, options.output / f"dimensions-{_file_name(label)}.png")
+        names = predictor.manifest.dimension_names(label) if isinstance(predictor, OnnxPredictor) else ()
+        path = options.output / f"dimensions-{_file_name(label)}.png"
+        draw_dimensions(predictor, dataset, label, path, names)
     draw_reconstructions(predictor, dataset, options.output / "reconstructions.png")
     print(f"pictures are in {options.output}")
 

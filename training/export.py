@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from service.manifest import (
     Calibration,
     CapsuleSpec,
+    Dimensions,
     Graph,
     ImageSpec,
     Manifest,
@@ -37,6 +38,7 @@ from training.checkpoint import Checkpoint
 from training.compose import as_seen
 from training.config import TWEAK_RANGE, TWEAK_STEP, ModelConfig
 from training.data import Dataset, Split, hold_out
+from training.dimensions import measure_dimensions
 from training.evaluate import Evaluation, evaluate
 from training.graphs import LARGE, OPSET, encoder_graph
 from training.model import CapsNet, length
@@ -202,8 +204,14 @@ def _fill(
         images=len(calibration_images),
         source="held-out" if len(held_out) else "training",
     )
+    meanings: Dimensions = {}
+    if train_config.reconstruction_weight:  # or the decoder has learnt nothing
+        say("measuring what each dimension means")
+        light = manifest.image.polarity == "light_on_dark"
+        meanings = measure_dimensions(exported, training, light_on_dark=light)
     manifest = manifest.model_copy(
         update={
+            "dimensions": meanings,
             "variants": measure_variants(
                 {precision: describe(file) for precision, file in files.items()}, exported, test
             ),

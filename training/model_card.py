@@ -6,6 +6,7 @@ import numpy as np
 
 from service.manifest import Manifest
 from training.config import ModelConfig, TrainConfig
+from training.dimensions import IMAGES
 from training.evaluate import Evaluation
 
 TEMPLATE = """\
@@ -33,6 +34,7 @@ many:
 
 {detection}
 
+{meaning}
 ## How it was made
 
 {recipe}
@@ -47,6 +49,9 @@ many:
 - What a dimension stands for was found by the network; it differs from class to class and from one
   training run to the next.
 """
+
+RECIPE = "## How it was made\n"
+MEANING = "## What the dimensions mean\n"
 
 CALIBRATION_SOURCES = {
     "held-out": "training images that were held out",
@@ -105,6 +110,7 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                 )
             ],
         ),
+        meaning=meaning(manifest),
         exceptions=_exceptions(manifest, train),
         promise="The schedule was fixed before the run began, and nothing was chosen on the test images."
         if made.epochs == train.epochs
@@ -160,6 +166,32 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
             ],
         ),
     )
+
+
+def meaning(manifest: Manifest) -> str:
+    """The section that names each class's dimensions."""
+    if not manifest.dimensions:
+        return f"{MEANING}\nNot measured: `capsnet dimensions` does that.\n"
+    low, high = manifest.capsules.tweak_range
+    words = (
+        f"Each was moved from {low:+g} to {high:+g} for up to {IMAGES} training images of the class, and is\n"
+        "named after what accounts for the largest share of the change; by more than one thing where others\n"
+        "of the class begin alike. Most change several at once: `manifest.json` has the figures."
+    )
+    rows = [
+        (label, ", ".join(f"**{d}** {dimension.name}" for d, dimension in enumerate(dimensions)))
+        for label, dimensions in manifest.dimensions.items()
+    ]
+    return f"{MEANING}\n{words}\n\n{_table(('class', 'dimensions'), rows)}\n"
+
+
+def renew_meaning(card: str, manifest: Manifest) -> str:
+    """A card with that section made anew, or put before the one on how the model was made."""
+    before, found, rest = card.partition(MEANING)
+    if not found:
+        before, found, rest = card.partition(RECIPE)
+        return f"{before}{meaning(manifest)}\n{found}{rest}"
+    return f"{before}{meaning(manifest)}\n{RECIPE}{rest.partition(RECIPE)[2]}"
 
 
 def _exceptions(manifest: Manifest, train: TrainConfig) -> str:

@@ -1,5 +1,6 @@
 """Pictures of what a network sees: reconstructions, and the continuous change of each capsule dimension."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -7,8 +8,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from service.manifest import Dimensions
 from training.config import TWEAK_RANGE, TWEAK_STEP
 from training.data import DataError, Dataset
+from training.dimensions import AGREEMENT, NOUNS
+from training.morphology import UNITS
 from training.predictor import Predictor
 
 mpl.use("Agg")  # files only: no window, no display needed
@@ -72,8 +76,13 @@ def draw_pairs(predictor: Predictor, dataset: Dataset, path: Path, columns: int 
     figure.savefig(path, dpi=110)
 
 
-def draw_dimensions(predictor: Predictor, dataset: Dataset, label: str, path: Path) -> None:
+def draw_dimensions(
+    predictor: Predictor, dataset: Dataset, label: str, path: Path, names: Sequence[str] = ()
+) -> None:
     """Draw figure 4 for one picture of class `label`: a row for each dimension, a column for each change.
+
+    Args:
+        names: what each dimension means, to stand beside its row.
 
     Raises:
         DataError: if the network does not know the class.
@@ -88,7 +97,8 @@ def draw_dimensions(predictor: Predictor, dataset: Dataset, label: str, path: Pa
     for row in range(dimensions):
         changed[row * len(deltas) : (row + 1) * len(deltas), target, row] += deltas
     pictures = predictor.decode(changed, np.full(len(changed), target))
-    figure = Figure(figsize=(len(deltas) * 0.75, dimensions * 0.75), layout="constrained")
+    beside = 0.085 * max(map(len, names), default=0)  # inches
+    figure = Figure(figsize=(len(deltas) * 0.75 + beside, dimensions * 0.75), layout="constrained")
     axes = figure.subplots(dimensions, len(deltas))
     for row in range(dimensions):
         for column in range(len(deltas)):
@@ -98,11 +108,45 @@ def draw_dimensions(predictor: Predictor, dataset: Dataset, label: str, path: Pa
             axis.set_yticks([])
             for spine in axis.spines.values():
                 spine.set_visible(False)
-        axes[row, 0].set_ylabel(str(row), rotation=0, labelpad=10, va="center")
+        axes[row, 0].set_ylabel(
+            f"{names[row]}  {row}" if names else str(row), rotation=0, labelpad=10, va="center", ha="right"
+        )
     for column, delta in enumerate(deltas):
         axes[0, column].set_title(f"{delta:+.2f}", fontsize=8)
     figure.suptitle(
         f"each dimension of the capsule for {label}, changed by {deltas[0]:+.2f} … {deltas[-1]:+.2f}"
+    )
+    figure.savefig(path, dpi=110)
+
+
+def draw_effects(dimensions: Dimensions, path: Path) -> None:
+    """Draw what each dimension of each class does: for every measure a map of classes by dimensions.
+
+    A field is empty where the images of a class do not agree.
+
+    Args:
+        dimensions: of one class at least.
+    """
+    maps = {"squared change, of squared light": [[d.moved for d in row] for row in dimensions.values()]}
+    for measure, unit in UNITS.items():
+        effects = [[d.effects.get(measure) for d in row] for row in dimensions.values()]
+        maps[f"{NOUNS[measure]}, {unit}"] = [[e.change if e else np.nan for e in row] for row in effects]
+    lines = -(-len(maps) // 2)
+    figure = Figure(figsize=(15, 1 + lines * (0.7 + 0.2 * len(dimensions))), layout="constrained")
+    for axis, (title, values) in zip(figure.subplots(lines, 2).flat, maps.items(), strict=True):
+        changes = np.array(values)
+        limit = np.nanmax(np.abs(changes), initial=np.finfo(float).tiny)
+        axis.imshow(changes, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        axis.set_xticks(range(changes.shape[1]))
+        axis.set_yticks(range(len(dimensions)), dimensions)
+        axis.set_title(title, fontsize=10)
+        for (row, column), change in np.ndenumerate(changes):
+            if np.isfinite(change):
+                colour = "white" if abs(change) > 0.65 * limit else "black"
+                axis.text(column, row, f"{change:.3g}", ha="center", va="center", fontsize=7, color=colour)
+    figure.suptitle(
+        "change while a dimension goes from {:+g} to {:+g}, by class and dimension; empty where fewer than "
+        "{:.0%} of the images agree".format(*TWEAK_RANGE, AGREEMENT)
     )
     figure.savefig(path, dpi=110)
 

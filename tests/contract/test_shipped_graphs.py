@@ -13,6 +13,7 @@ from tests.support.mnist import ROOT, mnist_test_images
 from training.config import ModelConfig
 from training.data import Dataset
 from training.model import CapsNet
+from training.model_card import meaning
 from training.predictor import OnnxPredictor, TorchPredictor
 
 VERSIONS = sorted(path.parent for path in (ROOT / "models").glob("mnist/*/manifest.json"))
@@ -60,3 +61,11 @@ def test_the_card_states_the_manifests_error(folder: Path) -> None:
     measured = read_manifest(folder).measured
     card = (folder / "MODEL_CARD.md").read_text()
     assert f"{measured.test_error:.2f} % ({measured.test_mistakes} of {measured.test_images})" in card
+
+
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+def test_the_card_names_the_manifests_dimensions(folder: Path) -> None:
+    """Every dimension of every class has a name, and the card gives the same ones."""
+    manifest = read_manifest(folder)
+    assert tuple(manifest.dimensions) == manifest.classes
+    assert meaning(manifest) in (folder / "MODEL_CARD.md").read_text()

@@ -2,10 +2,12 @@ from pathlib import Path
 
 import pytest
 
+from service.manifest import read_manifest, write_manifest
 from training.cli import main
+from training.model_card import meaning, renew_meaning
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export", "visualize"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "export", "dimensions", "visualize"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every command explains itself and where its data come from."""
     with pytest.raises(SystemExit) as stop:
@@ -37,11 +39,35 @@ def test_from_pictures_to_model(
     assert printed.count("test error") == 4, "training, both evaluations, and the export"
 
 
+def test_dimensions_of_a_model_that_names_none(
+    mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command brings an older model's manifest and card to where an export would have left them."""
+    source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder)]
+    run, models, figures = (str(tmp_path / name) for name in ("run", "models", "figures"))
+    settings = ["--epochs", "8", "--batch-size", "4", "--validation-images", "2", "--device", "cpu"]
+    assert main(["train", *source, "--output", run, *settings]) == 0
+    assert main(["export", run, *source, "--models", models, "--name", "shapes"]) == 0
+    folder = Path(models, "shapes", "1")
+    manifest, card = read_manifest(folder), (folder / "MODEL_CARD.md").read_text()
+    assert manifest.dimensions
+    older = manifest.model_copy(update={"dimensions": {}})
+    write_manifest(folder, older)
+    for text in (card, renew_meaning(card, older), card.replace(meaning(manifest) + "\n", "")):
+        (folder / "MODEL_CARD.md").write_text(text)
+        assert main(["dimensions", str(folder), *source, "--output", figures]) == 0
+        assert read_manifest(folder) == manifest
+        assert (folder / "MODEL_CARD.md").read_text() == card
+    assert Path(figures, "effects.png").is_file()
+    assert "the dimensions are named in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["evaluate", "nowhere"], "nowhere: no such checkpoint"),
         (["export", "nowhere"], "nowhere: no such checkpoint"),
+        (["dimensions", "nowhere"], "nowhere/manifest.json: cannot be read"),
         (["export", "file", "--models", "models"], "file: not a readable checkpoint"),
         (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere/train: no such folder"),
     ],

@@ -78,7 +78,10 @@ def test_export(exported: Name, load_split: Load) -> None:
     assert manifest.measured.beyond_threshold["test"] == pytest.approx(100 * (1 - usual.mean()))
     assert [variant.precision for variant in manifest.variants] == ["fp16", "int8"]
     assert all(manifest.as_good(variant) for variant in manifest.variants)
+    assert set(manifest.dimensions) <= {"bar", "pole", "dot"}
+    assert manifest.dimensions, "the classes that are recognised"
     card = (exported.folder / "MODEL_CARD.md").read_text()
+    assert all(f"**5** {dimensions[5].name} |" in card for dimensions in manifest.dimensions.values())
     assert f"({manifest.measured.test_mistakes} of 66)" in card
     assert list(exported.root.iterdir()) == [exported.root / "shapes"], "the workshop is cleared away"
 

@@ -5,15 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.manifest import Dimension, Effect
 from training import visualize
 from training.config import ModelConfig
 from training.data import DataError, Dataset, Split
 from training.model import CapsNet
 from training.predictor import TorchPredictor
-from training.visualize import draw_dimensions, draw_reconstructions, typical
+from training.visualize import draw_dimensions, draw_effects, draw_reconstructions, typical
 
 Load = Callable[[Split], Dataset]
 
@@ -51,6 +53,32 @@ def test_dimensions(predictor: Recorder, load_split: Load, tmp_path: Path) -> No
     np.testing.assert_allclose(change, expected, atol=1e-6)
     with Image.open(tmp_path / "d.png") as picture:
         assert picture.width > picture.height
+
+
+def test_names_beside_the_rows(predictor: Recorder, load_split: Load, tmp_path: Path) -> None:
+    """Names widen the picture of a class's dimensions on the left, and leave its height."""
+    dataset = load_split("test")
+    draw_dimensions(predictor, dataset, "pole", tmp_path / "plain.png")
+    names = ["width", "slant", "little effect", "height", "top part", "slant and stroke thickness"]
+    draw_dimensions(predictor, dataset, "pole", tmp_path / "named.png", names)
+    with Image.open(tmp_path / "plain.png") as plain, Image.open(tmp_path / "named.png") as named:
+        assert named.height == plain.height
+        assert named.width > plain.width + 100
+
+
+def test_effects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each effect stands in its class's row and its dimension's column; what is none leaves a gap."""
+    written: list[tuple[float, float, str]] = []
+    monkeypatch.setattr(Axes, "text", lambda _, x, y, text, **__: written.append((x, y, text)))
+    slant = Dimension(
+        name="slant", moved=0.5, effects={"slant": Effect(change=-12.34, agreement=1)}, shares={"slant": 1}
+    )
+    none = Dimension(name="little effect", moved=0, effects={}, shares={})
+    draw_effects({"bar": (none, slant), "pole": (none, none)}, tmp_path / "e.png")
+    moved = [(0, 0, "0"), (1, 0, "0.5"), (0, 1, "0"), (1, 1, "0")]
+    assert written == [*moved, (1, 0, "-12.3")]
+    with Image.open(tmp_path / "e.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10, "something is drawn"
 
 
 def test_reconstructions(
