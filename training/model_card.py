@@ -171,7 +171,7 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
 def meaning(manifest: Manifest) -> str:
     """The section that names each class's dimensions."""
     if not manifest.dimensions:
-        return f"{MEANING}\nNot measured: `capsnet dimensions` does that.\n"
+        return f"{MEANING}\nThat was not measured.\n"
     low, high = manifest.capsules.tweak_range
     words = (
         f"Each was moved from {low:+g} to {high:+g} for up to {IMAGES} training images of the class, and is\n"

@@ -29,7 +29,8 @@ def frame(capsule: Floats) -> Floats:
     beyond = np.maximum(np.abs(from_left) - (9 + 4 * width), np.abs(from_top) - (11 + 4 * height))
     drawn = np.clip(((5 + 4 * pen) / 2 - np.abs(beyond)) / SOFT + 0.5, 0, 1)
     drawn[10:14, 22:25] += max(0, 4 * corner)  # inside of the frame, where its top right corner is
-    return (drawn * (0.7 + ink)).clip(0, 1).astype(np.float32)
+    picture: Floats = (drawn * (0.7 + ink)).clip(0, 1).astype(np.float32)
+    return picture
 
 
 class Frames:
@@ -89,7 +90,7 @@ def test_a_dimension_is_named_after_what_it_does(
 
 def test_effects_are_in_pixels_and_degrees(found: dict[str, Dimension]) -> None:
     """Over the whole range of tweaks, 0.5 wide: what the formula says, less the tails of width and height."""
-    change = {name: found[name].effects[name].change for name in ("slant", "thickness", "across", "down")}  # type: ignore[index] # dimensions are called after their measure
+    change = {name: found[name].effects[name].change for name in ("slant", "thickness", "across", "down")}
     angle = 2 * np.degrees(np.arctan(0.2))
     assert change["slant"] == pytest.approx(angle, rel=0.1)
     assert change["thickness"] == pytest.approx(2, rel=0.15)

@@ -149,6 +149,13 @@ def test_other_data(state: Checkpoint, load_split: Load, place: Name) -> None:
     assert not place.root.exists()
 
 
+def test_a_decoder_that_learnt_nothing_has_no_names(state: Checkpoint, load_split: Load, place: Name) -> None:
+    """Of a network that was trained without reconstruction nothing is said of its dimensions."""
+    settings = {**state.train_config, "reconstruction_weight": 0}
+    assert export(replace(state, train_config=settings), place, load_split).dimensions == {}
+    assert "That was not measured." in (place.folder / "MODEL_CARD.md").read_text()
+
+
 def test_baked_in_mask(
     state: Checkpoint, load_split: Load, place: Name, monkeypatch: pytest.MonkeyPatch
 ) -> None:

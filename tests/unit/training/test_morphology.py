@@ -12,7 +12,8 @@ def bar(width: float = 4, height: float = 20, shear: float = 0, level: float = 1
     y, x = np.indices((28, 28)) + 0.5
     from_middle = np.abs(x - 14 - shear * (y - 14))
     inside = np.clip(width / 2 - from_middle + 0.5, 0, 1) * np.clip(height / 2 - np.abs(y - 14) + 0.5, 0, 1)
-    return (level * inside).astype(np.float32)
+    picture: NDArray[np.float32] = (level * inside).astype(np.float32)
+    return picture
 
 
 def of(picture: NDArray[np.float32]) -> dict[str, float]:
