@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from service import docs, oip, oip_repository, openapi, problems, routes, security
 from service.connections import Connections
 from service.decoding import Decoder
+from service.direct import Direct
 from service.engine import open_engine
 from service.handling import Service
 from service.metrics import Metrics
@@ -31,8 +32,11 @@ class _Application(FastAPI):
         super().__init__(telemetry=_telemetry(tracing), **parts)
 
     def build_middleware_stack(self) -> ASGIApp:
+        inner = super().build_middleware_stack()
+        if self._tracing is None:  # FastAPI opens the spans of requests
+            inner = Direct(inner, routes.router)
         # Around Starlette's own handling of unforeseen errors, so that their answers are observed as well.
-        inner = security.protect(super().build_middleware_stack(), self._settings)
+        inner = security.protect(inner, self._settings)
         inner = Connections(
             inner,
             stopping=lambda: not self.state.service.engine.ready,

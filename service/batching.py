@@ -2,7 +2,7 @@
 
 The event loop admits items and receives answers; one thread per batcher forms batches and runs them.
 The thread takes its next batch itself the moment the last one ends, so that the device never waits for
-the event loop and a batch is as full as it can be. See docs/decisions/0010.
+the event loop. See docs/decisions/0010.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -180,14 +180,20 @@ class Batcher:
         self._call_loop(self._stopped.set)
 
     def _take(self) -> list[_Slice]:
-        """The next batch, as soon as there is one; empty when the batcher is closed and drained."""
+        """The next batch, as soon as there is one; empty when the batcher is closed and drained.
+
+        Callers who are answered come back. So of the rows that wait and those of the batch that has just
+        ended, it takes about half: while the device runs these, the event loop answers and reads the others.
+        """
         batch: list[_Slice] = []
-        room = self._max_batch
         with self._changed:
             while not self._waiting and not self._closing:
                 self._changed.wait()
+            ended = _rows(self._running)
+            room = self._max_batch
+            left = room - math.ceil((self._depth + ended) / 2)
             now = time.perf_counter()
-            while self._waiting and room:
+            while self._waiting and room > max(0, left):
                 item = self._waiting.popleft()
                 item.started = item.started or now
                 self._depth -= self._weight(item)
@@ -209,7 +215,7 @@ class Batcher:
         for item, start, _ in batch:
             if start == 0:
                 self._metrics.seconds.observe(item.started - item.submitted)
-        self._metrics.batch(sum(part.stop - part.start for part in batch), stages)
+        self._metrics.batch(_rows(batch), stages)
 
     def _call_loop(self, function: Callable[..., None], *arguments: object) -> None:
         # Closed only after `close()` gave up on this run: nobody is left to hear of it.
@@ -220,7 +226,7 @@ class Batcher:
         self, batch: list[_Slice], outputs: Arrays | None, stages: list[Stage], seconds: float
     ) -> None:
         """Scatter a batch's outputs by row, on the event loop."""
-        rows = sum(part.stop - part.start for part in batch)
+        rows = _rows(batch)
         self._seconds_per_row += 0.2 * (seconds / rows - self._seconds_per_row)
         offset = 0
         for item, start, stop in batch:
@@ -234,6 +240,10 @@ class Batcher:
             item.parts.append(tuple(output[first:offset] for output in outputs))
             if stop == item.rows:
                 item.answer.set_result(_join(item.parts))
+
+
+def _rows(parts: Iterable[_Slice]) -> int:
+    return sum(part.stop - part.start for part in parts)
 
 
 def _gather(batch: list[_Slice]) -> Arrays:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from service.errors import (
     BodyTimeout,
@@ -112,10 +113,16 @@ async def read_body(request: Request, settings: Settings, *, may_be_empty: bool 
     body = bytearray()
     try:
         async with asyncio.timeout(settings.body_timeout):
-            async for chunk in request.stream():
+            more = True
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunk = message.get("body", b"")
                 if len(body) + len(chunk) > limit:
                     raise too_large
                 body += chunk
+                more = message.get("more_body", False)
     except TimeoutError as error:
         raise BodyTimeout(
             "The body did not arrive in time.",

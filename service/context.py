@@ -32,6 +32,9 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 trace_id: ContextVar[str] = ContextVar("trace_id", default="")
 """The id of its trace, in hexadecimal; empty where there are no traces."""
 
+REFUSED = "refused"
+"""In the ASGI state of a request that was refused for overload."""
+
 _record: ContextVar[list[Stage] | None] = ContextVar("stages", default=None)
 
 

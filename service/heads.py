@@ -1,4 +1,4 @@
-"""HTTP on a connection as uvicorn speaks it, with a time limit for what it gives none: request heads."""
+"""HTTP on a connection as uvicorn speaks it, with a limit for request heads and a rest after a refusal."""
 
 import asyncio
 from asyncio.events import TimerHandle
@@ -6,6 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.context import REFUSED
+
+# After a refusal for overload a connection is read again this much later. A client that waits as it was told
+# notices nothing; one that tries again at once costs no more than two refusals a second.
+REST = 0.5  # seconds
 
 
 class TimedHeads(HttpToolsProtocol):
@@ -39,6 +45,18 @@ class TimedHeads(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_waiting()
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        refused = REFUSED in self.cycle.scope["state"]
+        super().on_response_complete()
+        if refused and not self.transport.is_closing():
+            self.transport.pause_reading()
+            self.loop.call_later(REST, self.read_on)
+
+    def read_on(self) -> None:
+        """End the connection's rest."""
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()

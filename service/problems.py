@@ -9,8 +9,8 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from service.context import request_id
-from service.errors import InvalidInput, RequestError, UnableToAnswer
+from service.context import REFUSED, request_id
+from service.errors import InvalidInput, Overloaded, RequestError, UnableToAnswer
 from service.oip_schemas import ProtocolError
 from service.protocol import error_text
 from service.refusals import log_refusal
@@ -25,17 +25,30 @@ class ClientGone(Exception):
 
 def install(app: FastAPI) -> None:
     """Answer every error with a problem document."""
-    app.exception_handler(RequestError)(request_error)
-    app.exception_handler(HTTPException)(_http_error)
-    app.exception_handler(ClientGone)(_nobody_there)
-    app.exception_handler(ClientDisconnect)(_nobody_there)
-    app.exception_handler(Exception)(_unexpected)
+    for kind in (RequestError, HTTPException, ClientGone, ClientDisconnect, Exception):
+        app.exception_handler(kind)(answer)
+
+
+async def answer(request: Request, error: Exception) -> Response:
+    """The answer to a request that ended with `error`."""
+    match error:
+        case RequestError():
+            return await request_error(request, error)
+        case HTTPException():
+            return _http_error(request, error)
+        case ClientGone() | ClientDisconnect():
+            # nginx's code for it; nobody receives it, logs and metrics do
+            return Response(status_code=499)
+        case _:
+            return _unexpected(request)
 
 
 async def request_error(request: Request, error: RequestError) -> Response:
     """The answer to a request that gets no result."""
     if isinstance(error, UnableToAnswer):
         log_refusal(error)
+    if isinstance(error, Overloaded):
+        request.scope.setdefault("state", {})[REFUSED] = True
     problem = Problem(
         type=_urn(error.slug),
         title=error.title,
@@ -47,7 +60,7 @@ async def request_error(request: Request, error: RequestError) -> Response:
     return _respond(request, problem, error.headers)
 
 
-async def _http_error(request: Request, error: HTTPException) -> Response:
+def _http_error(request: Request, error: HTTPException) -> Response:
     """Starlette's own: no such path, or a method that the path does not have."""
     status = HTTPStatus(error.status_code)
     headers = dict(error.headers or {})
@@ -62,11 +75,7 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return _respond(request, problem, headers)
 
 
-async def _nobody_there(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # nginx's code for it; nobody receives it, logs and metrics do
-
-
-async def _unexpected(request: Request, _: Exception) -> Response:
+def _unexpected(request: Request) -> Response:
     """A fault of ours. The server logs the stack; the caller sees neither it nor any path."""
     problem = Problem(
         type=_urn("internal-error"),

@@ -1,6 +1,7 @@
 """When the real process closes connections, and that nobody loses an answer by it."""
 
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -9,9 +10,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import httpx2
+import numpy as np
 import pytest
 
-from tests.support.process import LIMIT, PNG, connected, served, until_closed
+from tests.support.process import LIMIT, PNG, Served, connected, served, until_closed
+from tests.support.tiny_model import picture
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
 REQUEST = HEAD + b"Content-Length: %d\r\n\r\n" % len(PNG) + PNG
@@ -184,3 +188,32 @@ def test_no_request_is_lost_at_sigterm_under_load(tiny_models: Path, workers: st
             caller.join(LIMIT)
     assert set(outcomes) == {"HTTP/1.1 200", "refused"}, outcomes
     assert outcomes["refused"] == len(callers)
+
+
+def test_a_resting_client_is_heard_at_a_stop(tiny_models: Path) -> None:
+    """What a client sends after a refusal, while its connection rests, is answered when the service stops."""
+    file = io.BytesIO()
+    np.save(file, np.stack([picture(3)] * 50_000))
+    bulk = file.getvalue()  # always one row of it waits: nobody else is admitted
+    with served(
+        tiny_models, max_batch="1", queue_length="1", max_images="100000", max_body="100000000"
+    ) as service:
+        asked = threading.Thread(target=ask, args=(service, bulk))
+        asked.start()
+        with connected(service) as connection:
+            for _ in range(1000):
+                connection.sendall(REQUEST)
+                head = head_of(connection)
+                if b" 503 " in head:
+                    break
+            assert b"retry-after" in head
+            connection.sendall(REQUEST)
+            service.process.send_signal(signal.SIGTERM)
+            answer = until_closed(connection)
+        asked.join(LIMIT)
+    assert b"HTTP/1.1 200" in answer or b"HTTP/1.1 503" in answer
+
+
+def ask(service: Served, bulk: bytes) -> None:
+    with contextlib.suppress(httpx2.HTTPError):
+        service.client.post("/predict", content=bulk, headers={"content-type": "application/x-npy"})

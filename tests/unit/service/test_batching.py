@@ -101,11 +101,25 @@ async def test_what_waits_becomes_one_batch() -> None:
     device = Device()
     async with batcher(device) as made:
         first = await busy(made, device)
-        tasks = await submitted(made, rows(1), rows(2, 3), rows(4))
+        tasks = await submitted(made, rows(1), rows(2, 3))
         device.go_on(2)
         answers = [(await task)[0].tolist() for task in (first, *tasks)]
-    assert device.batches == [[0], [1, 2, 3, 4]]
-    assert answers == [[[0]], [[2]], [[4], [6]], [[8]]]
+    assert device.batches == [[0], [1, 2, 3]]
+    assert answers == [[[0]], [[2]], [[4], [6]]]
+
+
+async def test_half_of_the_callers_run_while_the_others_are_with_the_loop() -> None:
+    """Of the rows that wait and those that have just been answered, a batch takes half, in whole items."""
+    device = Device()
+    async with batcher(device, max_batch=16, queue_length=16) as made:
+        await busy(made, device)
+        await submitted(made, *(rows(number) for number in range(1, 8)))
+        device.go_on()  # one was answered, seven wait
+        await device.started()
+        (large,) = await submitted(made, rows(8, 9, 10))
+        device.go_on(3)  # four were answered, six rows wait
+        await large
+    assert device.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8, 9, 10]]
 
 
 async def test_a_full_batch_leaves_without_the_rest() -> None:
