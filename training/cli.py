@@ -179,7 +179,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--architecture",
         choices=get_args(Architecture),
         default="capsnet",
-        help="the paper's network, a smaller successor, or its baseline, which cannot be exported",
+        help="the paper's network, a smaller successor, or one of its CNNs, which cannot be exported",
     )
     for switch, what in (
         ("--capsule-biases", "give digit capsules a bias"),

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, get_args
 
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["exponential", "authors"]
-Architecture = Literal["capsnet", "efficient-capsnet", "baseline-cnn"]
+Architecture = Literal["capsnet", "efficient-capsnet", "baseline-cnn", "multimnist-cnn", "affnist-cnn"]
 Augmentation = Literal["shift", "strong"]
 
 EFFICIENT_CHANNELS = (32, 64, 64, 128)
@@ -52,7 +52,7 @@ class ModelConfig(_Stored):
     routing_iterations: int = 3
     decoder_units: tuple[int, int] = (512, 1024)
     architecture: Architecture = "capsnet"
-    """Efficient-CapsNet has widths and kernels of its own, and no routing iterations; the baseline takes
+    """Efficient-CapsNet has widths and kernels of its own, and no routing iterations; the CNNs take
     `conv_channels` alone."""
 
     # Three things that the authors' published code does and the paper does not say (docs/decisions/0007).
@@ -66,7 +66,13 @@ class ModelConfig(_Stored):
 
     def __post_init__(self) -> None:
         self._require_word("architecture", Architecture)
-        smallest = {"capsnet": 2 * self.kernel_size - 1, "efficient-capsnet": 11, "baseline-cnn": 1}
+        smallest = {
+            "capsnet": 2 * self.kernel_size - 1,
+            "efficient-capsnet": 11,
+            "baseline-cnn": 1,
+            "multimnist-cnn": 4,
+            "affnist-cnn": 20,
+        }
         least = smallest[self.architecture]
         if self.height < least or self.width < least:
             raise ValueError(
@@ -92,6 +98,10 @@ class ModelConfig(_Stored):
         def positions(pixels: int) -> int:
             if self.architecture == "baseline-cnn":  # padded: as many as before
                 return pixels
+            if self.architecture == "multimnist-cnn":  # padded too, and halved twice
+                return pixels // 2 // 2
+            if self.architecture == "affnist-cnn":  # 9x9, halved, 5x5, halved
+                return ((pixels - 8) // 2 - 4) // 2
             if self.architecture == "efficient-capsnet":  # 5x5, 3x3, 3x3, and 3x3 with stride 2
                 return (pixels - 8 - 3) // 2 + 1
             return (pixels - 2 * (self.kernel_size - 1) - 1) // 2 + 1

@@ -72,10 +72,26 @@ ROWS = {
     ),
     "routing-3-reconstruction": Row("CapsNet, 3 iterations, reconstruction", _mnist("0.25 ± 0.005, table 1")),
     "multimnist": Row("CapsNet, 3 iterations, both digits right", {"multimnist": "5.2, table 1"}),
+    "multimnist-routing-1": Row(
+        "CapsNet, 1 iteration, both digits right", {"multimnist": "7.5, table 1"}, {"routing_iterations": 1}
+    ),
+    "multimnist-cnn": Row(
+        "baseline CNN with pooling, both digits right",
+        {"multimnist": "8.1, table 1"},
+        {"architecture": "multimnist-cnn"},
+        PLAIN,
+    ),
     # 99.23 % and 79 % right.
     "affnist": Row(
         "CapsNet, 3 iterations, trained on translations",
         {"translated-mnist": "0.77, section 5.2", "affnist": "21, section 5.2"},
+    ),
+    # 99.22 % and 66 % right.
+    "affnist-cnn": Row(
+        "CNN with pooling and dropout, trained on translations",
+        {"translated-mnist": "0.78, section 5.2", "affnist": "34, section 5.2"},
+        {"architecture": "affnist-cnn"},
+        PLAIN,
     ),
     # Published settings: 0.97 each epoch, and 0.392 x the mean squared error, which is 0.0005 x its sum.
     "efficient-capsnet": Row(

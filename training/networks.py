@@ -1,6 +1,6 @@
 """A network of any architecture, from its settings."""
 
-from training.baseline import BaselineCNN
+from training.baseline import BaselineCNN, PooledCNN
 from training.config import ModelConfig
 from training.efficient import EfficientCapsNet
 from training.model import CapsNet
@@ -14,5 +14,7 @@ def build(config: ModelConfig) -> Network:
         "capsnet": CapsNet,
         "efficient-capsnet": EfficientCapsNet,
         "baseline-cnn": BaselineCNN,
+        "multimnist-cnn": PooledCNN,
+        "affnist-cnn": PooledCNN,
     }
     return kinds[config.architecture](config)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
@@ -292,14 +291,10 @@ def losses(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
     A network without capsules learns by cross entropy, and draws nothing.
     """
-    if isinstance(getattr(network, "module", network), BaselineCNN):  # DDP keeps the network in `module`
+    plain = getattr(network, "module", network)  # DDP keeps the network in `module`
+    if isinstance(plain, BaselineCNN):
         logits = network(batch.images)
-        target = batch.labels
-        if target.ndim == 1:
-            return logits, F.cross_entropy(logits, target, reduction="none"), torch.zeros_like(logits[:, 0])
-        # Both classes equally likely: the authors' code halves the labels in the same way.
-        halves = F.one_hot(target, logits.shape[1]).sum(dim=1) / target.shape[1]
-        return logits, F.cross_entropy(logits, halves, reduction="none"), torch.zeros_like(logits[:, 0])
+        return logits, plain.loss(logits, batch.labels), torch.zeros_like(logits[:, 0])
     capsules, reconstructions = network(batch.images, batch.labels)
     lengths = length(capsules)
     drawn = reconstruction_loss(reconstructions, scale(batch.targets))

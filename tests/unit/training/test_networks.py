@@ -11,6 +11,7 @@ import torch
 
 from service.manifest import read_manifest
 from training import checkpoint as checkpoints
+from training.baseline import BaselineCNN
 from training.compose import as_seen
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split
@@ -38,9 +39,17 @@ def parameters(module: torch.nn.Module) -> int:
 
 
 def test_sizes() -> None:
-    """The baseline has the paper's 35.4 million parameters, Efficient-CapsNet's encoder its 161,824."""
+    """The baselines have the paper's 35.4 and 24.56 million parameters, Efficient-CapsNet's encoder 161,824.
+
+    The network for affNIST has about as many as the CapsNet for it, of which the paper says no more.
+    """
     with torch.device("meta"):
         assert parameters(build(ModelConfig(DIGITS, architecture="baseline-cnn"))) == 35_445_522
+        pairs = build(ModelConfig(DIGITS, height=36, width=36, architecture="multimnist-cnn"))
+        assert parameters(pairs) == 24_563_978
+        canvas = build(ModelConfig(DIGITS, height=40, width=40, architecture="affnist-cnn"))
+        assert parameters(canvas) == 12_767_498
+        assert parameters(build(ModelConfig(DIGITS, height=40, width=40))) == 13_475_648
     efficient = build(ModelConfig(DIGITS, architecture="efficient-capsnet"))
     assert isinstance(efficient, CapsNet)
     assert parameters(efficient.encoder) == 161_824
@@ -188,6 +197,38 @@ def test_baseline(
     assert len(result.reconstruction_errors) == 0
     with pytest.raises(ExportError, match="a baseline CNN has no capsules to serve"):
         export(whole, Name(tmp_path / "models", "cnn", "1"), load_split)
+
+
+@pytest.mark.parametrize("architecture", ["multimnist-cnn", "affnist-cnn"])
+def test_pooled_cnns_take_their_smallest_pictures(architecture: str) -> None:
+    """The layer behind the convolutions is as large as what they leave, odd sizes included."""
+    least = {"multimnist-cnn": 4, "affnist-cnn": 20}[architecture]
+    for height, width in ((least, least + 3), (37, 42)):
+        shape = {"architecture": architecture, "conv_channels": 4, "height": height, "width": width}
+        network = build(ModelConfig.from_dict({"classes": DIGITS, **shape})).eval()
+        assert network(torch.zeros(2, height, width, dtype=torch.uint8)).shape == (2, 10)
+    with pytest.raises(ValueError, match=f"need at least {least}x{least}"):
+        ModelConfig.from_dict({"classes": DIGITS, "architecture": architecture, "height": least - 1})
+
+
+def test_losses_of_two_labels_by_hand() -> None:
+    """Section 5's network shares one certainty among the labels, section 6's asks for each class by itself."""
+    logits = torch.tensor([[2.0, 0.0, -1.0]]).log_softmax(dim=-1)
+    target = torch.tensor([[2, 0]])
+    size = {"architecture": "baseline-cnn", "conv_channels": 2, "height": 4, "width": 4}
+    with torch.device("meta"):
+        shared = build(ModelConfig.from_dict({"classes": ("a", "b", "c"), **size}))
+        apart = build(
+            ModelConfig.from_dict({"classes": ("a", "b", "c"), **size, "architecture": "multimnist-cnn"})
+        )
+    assert isinstance(shared, BaselineCNN)
+    assert isinstance(apart, BaselineCNN)
+    torch.testing.assert_close(shared.loss(logits, target), -(logits[:, 0] + logits[:, 2]) / 2)
+    p = 1 / (1 + (-logits[0]).exp())
+    torch.testing.assert_close(
+        apart.loss(logits, target), -(p[0].log() + (1 - p[1]).log() + p[2].log())[None]
+    )
+    torch.testing.assert_close(apart.loss(logits, target[:, 1]), -logits[:, 0])
 
 
 def test_padded_convolutions_in_bf16(model_config: ModelConfig) -> None:

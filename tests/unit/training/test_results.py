@@ -54,7 +54,7 @@ def test_committed_table() -> None:
 def test_nothing_run(tmp_path: Path) -> None:
     """Without records every row says so, beside what was published."""
     text = document(tmp_path)
-    assert text.count("| not run | 0 |") == len(ROWS) + 1, "affnist is tested on two data sets"
+    assert text.count("| not run | 0 |") == len(ROWS) + 2, "for affNIST, two are tested on two data sets"
     assert cells(text, "routing-3-reconstruction") == [
         [
             "`routing-3-reconstruction`",
