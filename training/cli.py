@@ -32,7 +32,7 @@ from training.reproduce import RECORDS, SIZES, reproduce
 from training.results import ResultsError
 from training.start import read_start
 from training.train import TrainingError, resolve_device, train
-from training.visualize import draw_dimensions, draw_effects, draw_pairs, draw_reconstructions
+from training.visualize import draw_dimensions, draw_effects, draw_pairs, draw_reconstructions, file_names
 
 DEFAULTS = TrainConfig()
 
@@ -353,16 +353,13 @@ def _visualize(options: argparse.Namespace) -> None:
         draw_pairs(predictor, dataset, options.output / "pairs.png")
         print(f"a picture is in {options.output}")
         return
+    files = file_names(dataset.classes)
     for label in options.label or dataset.classes:
         names = predictor.manifest.dimension_names(label) if isinstance(predictor, OnnxPredictor) else ()
-        path = options.output / f"dimensions-{_file_name(label)}.png"
+        path = options.output / f"dimensions-{files.get(label)}.png"  # it knows the label, or refuses it
         draw_dimensions(predictor, dataset, label, path, names)
     draw_reconstructions(predictor, dataset, options.output / "reconstructions.png")
     print(f"pictures are in {options.output}")
-
-
-def _file_name(label: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in label)
 
 
 class _Listing(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -17,6 +17,9 @@ from training.predictor import Predictor
 
 mpl.use("Agg")  # files only: no window, no display needed
 
+PAIRS = 2000
+"""Pictures of two digits that those to draw are taken from; there are 50,000, and few are mistakes."""
+
 
 def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, columns: int = 12) -> None:
     """Draw pictures above their reconstructions: some of every class, then mistakes, as in figure 3.
@@ -49,31 +52,71 @@ def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, col
 
 
 def draw_pairs(predictor: Predictor, dataset: Dataset, path: Path, columns: int = 12) -> None:
-    """Draw pictures of two digits above what is drawn from their two longest capsules, each by itself.
+    """Draw pictures of two digits above what is drawn from two of their capsules, each by itself: figure 5.
 
-    As in figure 5, rightly recognised pictures first, then mistakes; the second row lays both drawings over
-    one another, the one in red, the other in green.
+    A column shows the input; its true digits, one in red, the other in green; both reconstructions in the
+    same colours; and each of them alone. L are the labels, R the classes that were drawn, in the order of
+    their colours. Columns are, in three groups:
+
+    * rightly recognised pictures, drawn from their labels;
+    * mistakes, each drawn from its labels and again from the prediction, marked P;
+    * the first of the pictures again, marked *, drawn from one of its labels and from the longest capsule of
+      a class that is neither label nor prediction: little should come of it.
+
+    Raises:
+        DataError: if the pictures are not of two digits each.
     """
-    images, labels = dataset.images.numpy(), np.sort(dataset.labels.numpy(), axis=1)
-    capsules, lengths = _encode_all(predictor, images)
-    predictions = np.sort(np.argsort(lengths, axis=1)[:, -2:], axis=1)
-    missed = (predictions != labels).any(axis=1)
-    chosen = np.concatenate([np.flatnonzero(~missed)[: columns // 2], np.flatnonzero(missed)])[:columns]
-    figure = Figure(figsize=(columns, 5), layout="constrained")
-    axes = figure.subplots(4, columns, squeeze=False)
+    if dataset.digits is None or dataset.digits.shape[1] != 2:
+        raise DataError(f"{dataset.name}: its pictures are not made of two digits each")
+    labels = dataset.labels[:PAIRS].numpy()
+    capsules, lengths = _encode_all(predictor, dataset.images[:PAIRS].numpy())
+    order = np.argsort(-lengths, axis=1, kind="stable")  # the longest first
+    missed = (np.sort(order[:, :2], axis=1) != np.sort(labels, axis=1)).any(axis=1)
+    right, wrong = np.flatnonzero(~missed), np.flatnonzero(missed)
+    share = columns // 3
+    chosen = [(i, labels[i], "") for i in right[: columns - 2 * share]]
+    for i in wrong[: share // 2]:
+        chosen += [(i, labels[i], ""), (i, _matched(order[i, :2], labels[i]), "P")]
+    for i in [*right, *wrong][:share]:
+        absent = next(k for k in order[i, 2:] if k not in labels[i])
+        chosen.append((i, np.array([labels[i, 0], absent]), "*"))
+
+    figure = Figure(figsize=(len(chosen), 6.2), layout="constrained")
+    axes = figure.subplots(5, len(chosen), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    drawn = np.stack([predictor.decode(capsules[chosen], predictions[chosen, k]) for k in (0, 1)], axis=1)
-    for column, (index, (first, second)) in enumerate(zip(chosen, drawn, strict=True)):
-        both = np.stack([first, second, np.zeros_like(first)], axis=-1)
-        for row, picture in enumerate((images[index] / 255, both, first, second)):
-            _show(axes[row, column], picture)
-        names = ["".join(dataset.classes[k] for k in pair[index]) for pair in (labels, predictions)]
-        axes[0, column].set_title(
-            ", ".join(names), fontsize=9, color="firebrick" if missed[index] else "black"
+    for column, (index, targets, mark) in enumerate(chosen):
+        capsule = capsules[index : index + 1]
+        first, second = (predictor.decode(capsule, target[None])[0] for target in targets)
+        pictures = (
+            dataset.images[index].numpy() / 255,
+            _two_colours(*(dataset.digits[index].numpy() / 255)),
+            _two_colours(first, second),
+            _two_colours(first, 0 * first),
+            _two_colours(0 * second, second),
         )
-    figure.suptitle("input, both reconstructions, each of them; (labels, predictions)", fontsize=10)
+        for row, picture in enumerate(pictures):
+            _show(axes[row, column], picture)
+        title = "\n".join(
+            f"{mark}{letter}:({', '.join(dataset.classes[k] for k in pair)})"
+            for letter, pair, mark in (("L", labels[index], ""), ("R", targets, mark))
+        )
+        axes[0, column].set_title(title, fontsize=8, color="firebrick" if missed[index] else "black")
+    figure.suptitle(
+        "input; its digits; both reconstructions; each of them (misread where the title is red)", fontsize=10
+    )
     figure.savefig(path, dpi=110)
+
+
+def _matched(predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The two predicted classes so ordered that one which is a label keeps its label's place."""
+    turned = predicted[0] == labels[1] or predicted[1] == labels[0]
+    return predicted[::-1] if turned else predicted
+
+
+def _two_colours(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.floating]:
+    """(H, W) twice, in [0, 1] -> (H, W, 3): the one in red, the other in green, yellow where both are."""
+    return np.stack([first, second, np.zeros_like(first)], axis=-1)
 
 
 def draw_dimensions(
@@ -149,6 +192,20 @@ def draw_effects(dimensions: Dimensions, path: Path) -> None:
         "{:.0%} of the images agree".format(*TWEAK_RANGE, AGREEMENT)
     )
     figure.savefig(path, dpi=110)
+
+
+def file_names(classes: Sequence[str]) -> dict[str, str]:
+    """For each label a part of a file name, different from all others, whatever the labels are.
+
+    Letters and digits stay, the rest becomes "-"; labels that are then alike, or in another case alone, which
+    some file systems do not tell apart, get their number behind a dot.
+    """
+    plain = ["".join(letter if letter.isalnum() else "-" for letter in label) for label in classes]
+    folded = [name.casefold() for name in plain]
+    return {
+        label: name if folded.count(name.casefold()) == 1 else f"{name}.{index}"
+        for index, (label, name) in enumerate(zip(classes, plain, strict=True))
+    }
 
 
 def typical(predictor: Predictor, dataset: Dataset, label: str) -> tuple[int, int]:

@@ -212,7 +212,7 @@ def test_pooled_cnns_take_their_smallest_pictures(architecture: str) -> None:
 
 
 def test_losses_of_two_labels_by_hand() -> None:
-    """Section 5's network shares one certainty among the labels, section 6's asks for each class by itself."""
+    """Section 5's network shares certainty among the labels; section 6's asks for each class by itself."""
     logits = torch.tensor([[2.0, 0.0, -1.0]]).log_softmax(dim=-1)
     target = torch.tensor([[2, 0]])
     size = {"architecture": "baseline-cnn", "conv_channels": 2, "height": 4, "width": 4}

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,19 @@ from PIL import Image
 
 from service.manifest import Dimension, Effect
 from training import visualize
+from training.compose import as_seen
 from training.config import ModelConfig
 from training.data import DataError, Dataset, Split
 from training.model import CapsNet
 from training.predictor import TorchPredictor
-from training.visualize import draw_dimensions, draw_effects, draw_reconstructions, typical
+from training.visualize import (
+    draw_dimensions,
+    draw_effects,
+    draw_pairs,
+    draw_reconstructions,
+    file_names,
+    typical,
+)
 
 Load = Callable[[Split], Dataset]
 
@@ -109,3 +118,95 @@ def test_unknown_class(predictor: Recorder, load_split: Load, tmp_path: Path) ->
     """A class that the network does not know is answered with those it does."""
     with pytest.raises(DataError, match="class 'cube' is unknown, expected one of"):
         draw_dimensions(predictor, load_split("test"), "cube", tmp_path / "d.png")
+
+
+class Known:
+    """Finds in the i-th picture what it is told to, and draws class k in the shade of k tenths."""
+
+    classes = tuple("abcd")
+    image_shape = (4, 4)
+    draws = True
+
+    def __init__(self, longest_first: list[list[int]]) -> None:
+        self.lengths = np.zeros((len(longest_first), 4), np.float32)
+        for row, order in zip(self.lengths, longest_first, strict=True):
+            row[order] = (0.9, 0.8, 0.2, 0.1)
+
+    def encode(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        lengths = self.lengths[images[:, 0, 0]]
+        return lengths[..., None], lengths
+
+    def decode(self, capsules: NDArray[np.float32], target: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.broadcast_to(target[:, None, None] / np.float32(10), (len(target), 4, 4))
+
+
+def of_two_digits() -> Dataset:
+    """Three pictures, numbered in a corner; their digits lie in the first row and in the first column."""
+    digits = torch.zeros(3, 2, 4, 4, dtype=torch.uint8)
+    digits[:, 0, 1, 1:] = 255
+    digits[:, 1, 1:, 1] = 255
+    images = digits.amax(dim=1)
+    images[:, 0, 0] = torch.arange(3)
+    labels = torch.tensor([[0, 1], [2, 1], [3, 0]])
+    return Dataset("multimnist", Known.classes, images, labels, {}, digits=digits)
+
+
+def test_pairs_as_in_figure_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right pictures, a mistake from its labels and from the prediction, and classes that are not there."""
+    shown: list[tuple[Any, NDArray[np.floating[Any]]]] = []
+    monkeypatch.setattr(visualize, "_show", lambda axis, picture: shown.append((axis, picture)))
+    dataset = of_two_digits()
+    draw_pairs(Known([[1, 0, 2, 3], [1, 3, 2, 0], [3, 0, 2, 1]]), dataset, tmp_path / "p.png", columns=6)
+    columns = [shown[i : i + 5] for i in range(0, len(shown), 5)]
+    assert [column[0][0].get_title() for column in columns] == [
+        "L:(a, b)\nR:(a, b)",
+        "L:(d, a)\nR:(d, a)",
+        "L:(c, b)\nR:(c, b)",
+        "L:(c, b)\nPR:(d, b)",  # b was found: it stays in its label's colour
+        "L:(a, b)\n*R:(a, c)",
+        "L:(d, a)\n*R:(d, c)",
+    ]
+    assert [column[0][0].title.get_color() for column in columns].count("firebrick") == 2
+    for column, index, drawn in zip(
+        columns, (0, 2, 1, 1, 0, 2), ((0, 1), (3, 0), (2, 1), (3, 1), (0, 2), (3, 2)), strict=True
+    ):
+        image, true, both, first, second = (picture for _, picture in column)
+        np.testing.assert_array_equal(image, dataset.images[index].numpy() / 255)
+        assert true[1, 2].tolist() == [1, 0, 0], "the first digit in red"
+        assert true[2, 1].tolist() == [0, 1, 0], "the second in green"
+        assert true[1, 1].tolist() == [1, 1, 0], "yellow where they overlap"
+        np.testing.assert_allclose(both[0, 0], [drawn[0] / 10, drawn[1] / 10, 0])
+        np.testing.assert_allclose(first[0, 0], [drawn[0] / 10, 0, 0])
+        np.testing.assert_allclose(second[0, 0], [0, drawn[1] / 10, 0])
+
+
+def test_each_reconstruction_is_of_one_capsule(model_config: ModelConfig, tmp_path: Path) -> None:
+    """A network that knows 36x36 pictures is asked to draw one capsule at a time, and a picture comes out."""
+    torch.manual_seed(0)
+    network = Recorder(CapsNet(replace(model_config, height=36, width=36)).eval())
+    images = torch.zeros(30, 28, 28, dtype=torch.uint8)
+    images[:, 4:24, 4:24] = torch.randint(0, 256, (30, 20, 20), dtype=torch.uint8)
+    digits = Dataset("multimnist", model_config.classes, images, torch.arange(30) % 3, {}, layout="pairs")
+    draw_pairs(network, as_seen(digits), tmp_path / "p.png", columns=9)
+    assert all(capsules.shape == (1, 3, 6) and target.shape == (1,) for capsules, target in network.decoded)
+    with Image.open(tmp_path / "p.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10, "something is drawn"
+
+
+def test_pairs_of_pictures_of_one(predictor: Recorder, load_split: Load, tmp_path: Path) -> None:
+    """A data set of single things has no pairs to draw."""
+    with pytest.raises(DataError, match="shapes: its pictures are not made of two digits each"):
+        draw_pairs(predictor, load_split("test"), tmp_path / "p.png")
+
+
+def test_file_names() -> None:
+    """Labels that differ by punctuation or case alone have files of their own; plain ones keep their name."""
+    assert file_names(("5", "T-shirt/top", "T-shirt top", "été", "a", "A", "T-shirt/top.1")) == {
+        "5": "5",
+        "T-shirt/top": "T-shirt-top.1",
+        "T-shirt top": "T-shirt-top.2",
+        "été": "été",
+        "a": "a.4",
+        "A": "A.5",
+        "T-shirt/top.1": "T-shirt-top-1",
+    }
