@@ -12,10 +12,11 @@ import onnxruntime as ort
 import torch
 from torch.nn import functional as F
 
-from benchmarks.plain import network_of, write_plain_encoder
+from benchmarks.plain import write_plain_encoder
 from benchmarks.timing import take_turns
 from training.export import RANGE_IMAGES, round_to_half, write_encoder
 from training.model import CapsNet
+from training.trained import read_exported
 from training.variants import write_variants
 
 BATCHES = (1, 8, 32, 128, 256)
@@ -31,7 +32,7 @@ def run(model: Path, pictures: np.ndarray[Any, Any], seconds: float, threads: in
         seconds: for each batch size.
     """
     torch.set_num_threads(threads)
-    network = network_of(model)
+    network = read_exported(model)
     round_to_half(network)
     with tempfile.TemporaryDirectory() as folder:
         sessions = {
@@ -94,7 +95,7 @@ def profile(model: Path, pictures: np.ndarray[Any, Any], batch: int, runs: int =
 
     The least of several runs of a node is the one that nothing interrupted.
     """
-    network = network_of(model)
+    network = read_exported(model)
     round_to_half(network)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

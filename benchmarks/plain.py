@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.config import ModelConfig
 from training.export import write_traced_encoder
 from training.model import CapsNet, squash
-from training.start import read_start
 
 
 class PlainEncoder(nn.Module):
@@ -41,11 +39,3 @@ class PlainEncoder(nn.Module):
 def write_plain_encoder(network: CapsNet, path: Path) -> None:
     """Export it as anybody would, with PyTorch's exporter."""
     write_traced_encoder(PlainEncoder(network), network.config, path)
-
-
-def network_of(folder: Path) -> CapsNet:
-    """The PyTorch network of an exported model of the paper's shape."""
-    start = read_start(folder)
-    network = CapsNet(ModelConfig(classes=tuple("0123456789"))).eval()
-    network.load_state_dict(start.weights)
-    return network

@@ -9,7 +9,7 @@ from typing import get_args
 
 import torch
 
-from service.manifest import MANIFEST_FILE, ManifestError, write_manifest
+from service.manifest import ManifestError, write_manifest
 from training import checkpoint as checkpoints
 from training import compose, data, results
 from training.checkpoint import CheckpointError
@@ -27,11 +27,12 @@ from training.evaluate import evaluate, require_fit
 from training.experiments import ROWS
 from training.export import ExportError, Name, export
 from training.model_card import renew_meaning
-from training.predictor import OnnxPredictor, Predictor, TorchPredictor
+from training.predictor import OnnxPredictor
 from training.reproduce import RECORDS, SIZES, reproduce
 from training.results import ResultsError
 from training.start import read_start
-from training.train import TrainingError, resolve_device, train
+from training.train import TrainingError, train
+from training.trained import open_trained
 from training.visualize import draw_dimensions, draw_effects, draw_pairs, draw_reconstructions, file_names
 
 DEFAULTS = TrainConfig()
@@ -259,12 +260,6 @@ def _add_network(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _predictor(path: Path, device: str = "cpu") -> Predictor:
-    if (path / MANIFEST_FILE).is_file():
-        return OnnxPredictor(path)
-    return TorchPredictor(checkpoints.read(path).network().to(resolve_device(device)))
-
-
 def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = _command(commands, "evaluate", _evaluate, "Report a network's error on the test images.")
     _add_network(command)
@@ -273,7 +268,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    result = evaluate(_predictor(options.network, options.device), _loader(options, "test")())
+    result = evaluate(open_trained(options.network, options.device).predictor, _loader(options, "test")())
     print(f"test error {result.error:.2f} % ({result.mistakes} of {result.images})")
     print(f"mean reconstruction error {result.reconstruction_errors.mean():.2f} (summed squared, per image)")
 
@@ -346,7 +341,7 @@ def _add_visualize(commands: "argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _visualize(options: argparse.Namespace) -> None:
-    predictor, dataset = _predictor(options.network), _loader(options, "test")()
+    predictor, dataset = open_trained(options.network).predictor, _loader(options, "test")()
     require_fit(predictor, dataset)
     options.output.mkdir(parents=True, exist_ok=True)
     if dataset.digits is not None:  # a capsule's dimensions say nothing of a picture of two digits

@@ -11,9 +11,9 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import offline, report, timing, training_step
-from benchmarks.plain import network_of
 from tests.support.mnist import ROOT
 from training.config import ModelConfig
+from training.trained import read_exported
 
 MODEL = command.newest(ROOT / "models" / "mnist")
 PICTURES = np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8)
@@ -31,7 +31,7 @@ def test_everybody_has_a_turn_in_every_round(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_forms_agree(tmp_path: Path) -> None:
     """What is compared in speed computes the same: fp32 to six digits, int8 to two."""
     outputs = {}
-    for name, path in offline.write_graphs(network_of(MODEL), PICTURES, tmp_path).items():
+    for name, path in offline.write_graphs(read_exported(MODEL), PICTURES, tmp_path).items():
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         outputs[name] = session.run(["digit_capsules"], {"images": PICTURES})[0]
     np.testing.assert_allclose(outputs["fp32"], outputs["plain einsum"], atol=1e-5)

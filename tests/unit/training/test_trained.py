@@ -1,0 +1,89 @@
+"""Networks by their path: what comes out is what was trained, or a reason why not."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from service.manifest import ManifestError
+from training.config import ModelConfig, TrainConfig
+from training.data import Dataset, Split
+from training.export import Name, export
+from training.predictor import OnnxPredictor, TorchPredictor
+from training.train import train
+from training.trained import open_trained, read_network
+
+Load = Callable[[Split], Dataset]
+Make = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture
+def make(model_config: ModelConfig, train_config: TrainConfig, load_split: Load, tmp_path: Path) -> Make:
+    """Train and export a network with some settings of its own: the run's folder and the model's."""
+
+    def make(**changes: object) -> tuple[Path, Path]:
+        config = ModelConfig.from_dict({**model_config.as_dict(), **changes})
+        schedule = replace(train_config, epochs=2)
+        run, place = tmp_path / "a-run", Name(tmp_path / "models", "shapes", "3")
+        state = train(load_split("train"), config, schedule, run, load_test=lambda: load_split("test"))
+        export(state, place, load_split)
+        return run, place.folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"shared_weights": True, "routing_iterations": 2},
+        {"capsule_biases": True, "conv_channels": 8, "kernel_size": 4, "primary_groups": 4},
+    ],
+)
+def test_an_exported_model_becomes_a_network(
+    changes: dict[str, object], make: Make, load_split: Load
+) -> None:
+    """The network made of an exported model sees and draws what the graphs do, whatever its shape."""
+    _, folder = make(**changes)
+    exported, rebuilt = OnnxPredictor(folder), TorchPredictor(read_network(folder))
+    images = load_split("test").images[:9].numpy()
+    capsules, lengths = exported.encode(images)
+    for found, expected in zip(rebuilt.encode(images), (capsules, lengths), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    target = np.arange(9) % 3
+    np.testing.assert_allclose(rebuilt.decode(capsules, target), exported.decode(capsules, target), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "efficient-capsnet"}, r"lack encoder\.features.*name the run's checkpoint"),
+        ({"scaled_votes": True}, r"differ by .*name the run's checkpoint"),
+    ],
+)
+def test_what_an_export_does_not_tell(changes: dict[str, object], message: str, make: Make) -> None:
+    """An exported model that its files do not describe is refused, and its run is read instead."""
+    run, folder = make(**changes)
+    with pytest.raises(ManifestError, match=message):
+        read_network(folder)
+    images = torch.randint(0, 256, (2, 13, 12), dtype=torch.uint8)
+    expected = TorchPredictor(read_network(run)).encode(images.numpy())[0]
+    found = open_trained(folder).predictor.encode(images.numpy())[0]
+    np.testing.assert_allclose(found, expected, atol=1e-2)  # its weights were rounded
+
+
+def test_how_it_was_trained(make: Make) -> None:
+    """A run and a model name themselves, and say for how many epochs they were trained on what."""
+    run, folder = make()
+    opened, exported = open_trained(run), open_trained(folder)
+    assert (opened.name, exported.name) == ("a-run", "shapes/3")
+    for trained in (opened, exported, open_trained(run / "checkpoint.pt")):
+        made = trained.training
+        assert made["architecture"] == "capsnet"
+        assert (made["dataset"], made["training_images"]) == ("shapes", 60)
+        assert (made["epochs"], made["finished"]) == (2, True)
+    assert opened.training["seed"] == 0
+    assert "test_error" in exported.training

@@ -1,0 +1,145 @@
+"""A trained network by its path, whether it is a run of training or an exported model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from service.manifest import MANIFEST_FILE, Manifest, ManifestError
+from training import checkpoint as checkpoints
+from training.config import ModelConfig
+from training.model import CapsNet
+from training.networks import Network, build
+from training.predictor import OnnxPredictor, Predictor, TorchPredictor
+from training.start import read_start
+from training.train import resolve_device
+
+REBUILT_TOLERANCE = 1e-3
+"""Largest difference of a capsule's dimension between an exported encoder and the network made of it."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network to be asked, and how it came about."""
+
+    name: str
+    """`<name>/<version>` of an exported model; of a run, its folder's name."""
+    predictor: Predictor
+    training: dict[str, Any]
+    """How it was trained, for a record: plain values, no paths."""
+
+
+def open_trained(path: Path, device: str = "cpu") -> Trained:
+    """Open a run's folder, a checkpoint.pt, or an exported model's folder; the last runs on the CPU alone.
+
+    Raises:
+        CheckpointError, ManifestError: if what is there is missing, damaged or of another format.
+    """
+    if (path / MANIFEST_FILE).is_file():
+        exported = OnnxPredictor(path)
+        manifest, made = exported.manifest, exported.manifest.provenance
+        return Trained(
+            f"{manifest.name}/{manifest.version}",
+            exported,
+            {
+                "architecture": manifest.architecture,
+                "dataset": made.dataset,
+                "training_images": made.training_images,
+                "epochs": made.epochs + (made.start.epochs if made.start else 0),
+                "finished": True,
+                "test_error": manifest.measured.test_error,
+            },
+        )
+    saved = checkpoints.read(path)
+    run = path if path.is_dir() else path.parent
+    return Trained(
+        run.resolve().name,
+        TorchPredictor(saved.network().to(resolve_device(device))),
+        {
+            "architecture": saved.shape().architecture,
+            "dataset": saved.dataset,
+            "training_images": saved.training_images,
+            "epochs": saved.epochs_in_all,
+            "finished": saved.finished,
+            "augmentation": saved.settings().augmentation,
+            "reconstruction_weight": saved.settings().reconstruction_weight,
+            "seed": saved.settings().seed,
+        },
+    )
+
+
+def read_network(path: Path) -> Network:
+    """The PyTorch network of a run or of an exported model, in evaluation mode on the CPU.
+
+    Raises:
+        CheckpointError, ManifestError: as `open_trained` and `read_exported`.
+    """
+    return read_exported(path) if (path / MANIFEST_FILE).is_file() else checkpoints.read(path).network()
+
+
+def read_exported(folder: Path) -> CapsNet:
+    """The PyTorch network of an exported model, in evaluation mode on the CPU.
+
+    Raises:
+        ManifestError: if the folder is no complete model, or its files do not hold all that the network
+            needs: Efficient-CapsNet's normalisation is folded away, for one.
+    """
+    exported = OnnxPredictor(folder)
+    weights = read_start(folder).weights
+    try:
+        network = build(_shape(exported.manifest, weights))
+        network.load_state_dict(weights, strict=False)  # too few are told apart below
+    except (LookupError, RuntimeError, ValueError) as error:
+        raise ManifestError(f"{folder}: no PyTorch network fits its weights ({error})") from error
+    missing = sorted(set(network.state_dict()) - set(weights))
+    if missing or not isinstance(network, CapsNet):
+        raise ManifestError(
+            f"{folder}: the exported graphs lack {', '.join(missing[:3])}, …, which the network in PyTorch "
+            "needs; name the run's checkpoint instead"
+        )
+    _require_alike(folder, exported, TorchPredictor(network.eval()))
+    return network
+
+
+def _shape(manifest: Manifest, weights: dict[str, Tensor]) -> ModelConfig:
+    """The settings that the manifest names, and those that are to be seen from the weights."""
+    shape: dict[str, Any] = {
+        "classes": manifest.classes,
+        "height": manifest.image.height,
+        "width": manifest.image.width,
+        "channels": manifest.image.channels,
+        "architecture": manifest.architecture,
+        "primary_dimensions": manifest.capsules.primary_dimensions,
+        "digit_dimensions": manifest.capsules.digit_dimensions,
+        "routing_iterations": manifest.capsules.routing_iterations,
+        "decoder_units": (len(weights["decoder.layers.0.bias"]), len(weights["decoder.layers.2.bias"])),
+    }
+    if manifest.architecture == "capsnet":
+        matrices, primary = weights["encoder.digit_capsules.weight"], weights[f"{_PRIMARY}.bias"]
+        channels, _, kernel, _ = weights["encoder.conv.weight"].shape
+        shape |= {
+            "conv_channels": channels,
+            "kernel_size": kernel,
+            "primary_groups": len(primary) // manifest.capsules.primary_dimensions,
+            "shared_weights": matrices.shape[1] != manifest.capsules.primary_count,
+            "capsule_biases": "encoder.digit_capsules.bias" in weights,
+        }
+    return ModelConfig(**shape)
+
+
+_PRIMARY = "encoder.primary_capsules.conv"
+
+
+def _require_alike(folder: Path, exported: Predictor, rebuilt: Predictor) -> None:
+    """Raise `ManifestError` if they see other capsules: not every switch shows in the weights."""
+    images = np.random.default_rng(0).integers(0, 256, (4, *exported.image_shape), np.uint8)
+    images[1::2] //= 4  # darker ones too
+    apart = np.abs(exported.encode(images)[0] - rebuilt.encode(images)[0]).max()
+    if not apart <= REBUILT_TOLERANCE:
+        raise ManifestError(
+            f"{folder}: its graph and the network of its weights differ by {apart:.2g}, expected at most "
+            f"{REBUILT_TOLERANCE}: it was trained with a switch that the files do not tell; name the run's "
+            "checkpoint instead"
+        )
