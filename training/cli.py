@@ -5,13 +5,14 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from service.manifest import ManifestError, write_manifest
 from training import checkpoint as checkpoints
-from training import compose, data, results
+from training import compose, data, detection, results, robustness
+from training.baseline import BaselineCNN
 from training.checkpoint import CheckpointError
 from training.config import (
     AUTHORS_RECONSTRUCTION_WEIGHT,
@@ -31,8 +32,8 @@ from training.predictor import OnnxPredictor
 from training.reproduce import RECORDS, SIZES, reproduce
 from training.results import ResultsError
 from training.start import read_start
-from training.train import TrainingError, train
-from training.trained import open_trained
+from training.train import TrainingError, train, write_json
+from training.trained import open_trained, read_network
 from training.visualize import draw_dimensions, draw_effects, draw_pairs, draw_reconstructions, file_names
 
 DEFAULTS = TrainConfig()
@@ -80,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     _add_visualize(commands)
     _add_reproduce(commands)
     _add_results(commands)
+    _add_robustness(commands)
+    _add_detect(commands)
     return top
 
 
@@ -403,6 +406,88 @@ def _results(_: argparse.Namespace) -> None:
     results.TABLE.parent.mkdir(parents=True, exist_ok=True)
     results.TABLE.write_text(text, encoding="utf-8")
     print(f"wrote {results.TABLE}")
+
+
+def _add_measure(command: argparse.ArgumentParser) -> None:
+    """What both looks at a network's weak sides take."""
+    _add_dataset(command)
+    command.add_argument("--images", type=int, help="this many of the test images, evenly spread; unset: all")
+    command.add_argument(
+        "--output", type=Path, default=Path("runs/figures"), help="folder for the figures, JSON and PNG"
+    )
+
+
+def _add_robustness(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _command(
+        commands,
+        "robustness",
+        _robustness,
+        "Measure the test error of turned, moved, noisy and pale pictures: robustness.json and .png.",
+    )
+    command.add_argument(
+        "networks",
+        type=Path,
+        nargs="+",
+        metavar="network",
+        help="a run's folder, a checkpoint.pt, or an exported model folder; several are drawn together",
+    )
+    _add_measure(command)
+    command.add_argument("--seed", type=int, default=0, help="same seed, same pictures")
+
+
+def _robustness(options: argparse.Namespace) -> None:
+    networks = [open_trained(path) for path in options.networks]
+    dataset = data.sample(_loader(options, "test")(), options.images)
+    record = robustness.measure(networks, dataset, seed=options.seed)
+    _write(record, robustness.draw, options.output, "robustness")
+
+
+def _add_detect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _command(
+        commands,
+        "detect",
+        _detect,
+        "Measure how well pictures of no class and adversarial ones are found out: detection.json and .png.",
+    )
+    _add_network(command)
+    _add_measure(command)
+    command.add_argument("--attacked", type=int, default=500, help="rightly classified test images to attack")
+    command.add_argument(
+        "--epsilon",
+        type=int,
+        action="append",
+        help=f"most grey levels to move a pixel by; repeat for more (unset: {detection.EPSILONS})",
+    )
+
+
+def _detect(options: argparse.Namespace) -> None:
+    trained, network = open_trained(options.network), read_network(options.network)
+    if isinstance(network, BaselineCNN):
+        raise DataError(f"{options.network}: a CNN without capsules draws nothing that could be compared")
+    dataset = data.sample(_loader(options, "test")(), options.images)
+    if isinstance(trained.predictor, OnnxPredictor):
+        calibration = trained.predictor.manifest.calibration
+    else:
+        settings = checkpoints.read(options.network).settings()
+        calibration = detection.calibrate(trained.predictor, _loader(options, "train")(), settings)
+    others, missing = detection.strangers(dataset, options.data_dir)
+    epsilons = options.epsilon or detection.EPSILONS
+    found = detection.measure(
+        network, calibration, dataset, others, attacked=options.attacked, epsilons=epsilons
+    )
+    record = {"network": {"name": trained.name, "training": trained.training}, "missing": missing, **found}
+    for kind in missing:
+        print(f"{kind} is not in {options.data_dir}, and was left out")
+    _write(record, detection.draw, options.output, "detection")
+
+
+def _write(
+    record: dict[str, Any], draw: Callable[[dict[str, Any], Path], None], folder: Path, name: str
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}.json", record)
+    draw(record, folder / f"{name}.png")
+    print(f"wrote {name}.json and {name}.png into {folder}")
 
 
 if __name__ == "__main__":

@@ -328,6 +328,19 @@ def take(dataset: Dataset, indices: Tensor) -> Dataset:
     )
 
 
+def sample(dataset: Dataset, count: int | None) -> Dataset:
+    """`count` images at even distances, since MNIST's later test images are harder; all if unset.
+
+    Raises:
+        DataError: if there are fewer.
+    """
+    if count is None:
+        return dataset
+    if not 1 <= count <= len(dataset):
+        raise DataError(f"{count} images of {dataset.name} are asked for, expected 1 to {len(dataset)}")
+    return take(dataset, torch.arange(count) * len(dataset) // count)
+
+
 def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split off `count` random images: (the rest, the held-out ones). The same seed gives the same split."""
     if not 0 <= count < len(dataset):

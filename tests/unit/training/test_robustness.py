@@ -1,0 +1,150 @@
+"""What a change does to a picture, by hand, and that a network's error is measured under each."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from training import robustness
+from training.config import ModelConfig
+from training.data import DataError, Dataset
+from training.networks import build
+from training.predictor import Predictor, TorchPredictor
+from training.robustness import CHANGES, Change
+from training.trained import Trained
+
+TRAINED = {"architecture": "capsnet", "epochs": 3, "finished": True}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def dots(count: int = 8) -> Tensor:
+    """One pixel of 200, three to the right of the middle of 9x9."""
+    images = torch.zeros(count, 9, 9, dtype=torch.uint8)
+    images[:, 4, 7] = 200
+    return images
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("shape", [(5, 28, 28), (5, 17, 20, 3)])
+def test_the_first_strength_changes_nothing(name: str, shape: tuple[int, ...]) -> None:
+    """Turned by 0 degrees, moved by 0 pixels, with all of its contrast and no noise a picture stays."""
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator())
+    change = CHANGES[name]
+    assert torch.equal(change.apply(images, change.strengths[0], generator()), images)
+    changed = change.apply(images, change.strengths[-1], generator())
+    assert (changed.shape, changed.dtype) == (images.shape, torch.uint8)
+    assert not torch.equal(changed, images)
+    assert torch.equal(changed, change.apply(images, change.strengths[-1], generator())), "by its seed"
+
+
+def test_a_quarter_turn() -> None:
+    """The dot on the right is below or above, one as often as the other."""
+    places = [
+        tuple(p) for p in CHANGES["rotation"].apply(dots(100), 90, generator()).nonzero()[:, 1:].tolist()
+    ]
+    assert set(places) == {(7, 4), (1, 4)}
+    assert 30 < places.count((7, 4)) < 70
+
+
+def test_moved_by_two() -> None:
+    """The dot moves by two pixels along one axis, and out of the frame when it goes right."""
+    moved = CHANGES["translation"].apply(dots(100), 2, generator())
+    assert {tuple(p) for p in moved.nonzero()[:, 1:].tolist()} == {(4, 5), (2, 7), (6, 7)}
+    assert 10 < (moved.flatten(1).amax(dim=1) == 0).sum() < 40
+
+
+def test_noise_of_a_standard_deviation() -> None:
+    """On middle grey noise of 20 grey levels has that deviation, and twice the strength is twice the noise."""
+    images = torch.full((4, 60, 60), 128, dtype=torch.uint8)
+    weak, strong = (
+        CHANGES["noise"].apply(images, strength, generator()).float() - 128 for strength in (10.0, 20.0)
+    )
+    assert float(strong.std()) == pytest.approx(20, rel=0.02)
+    assert float(strong.mean()) == pytest.approx(0, abs=0.5)
+    assert (strong - 2 * weak).abs().max() <= 2, "but for rounding"
+
+
+def test_a_tenth_of_the_contrast() -> None:
+    """Differences from a picture's own mean shrink to a tenth; the mean stays."""
+    images = torch.tensor([[[0, 0], [0, 200]], [[100, 100], [100, 100]]], dtype=torch.uint8)
+    pale = CHANGES["contrast"].apply(images, 0.1, generator())
+    assert pale.tolist() == [[[45, 45], [45, 65]], [[100, 100], [100, 100]]]
+
+
+class Corner:
+    """Takes pictures with a bright first pixel for class 1; has no decoder."""
+
+    classes = ("dark", "bright")
+    image_shape = (4, 4)
+    draws = False
+
+    def encode(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        bright = (images[:, 0, 0] > 127).astype(np.float32)
+        lengths = np.stack([1 - bright, bright], axis=1)
+        return lengths[..., None], lengths
+
+    def decode(self, capsules: NDArray[np.float32], target: NDArray[np.int64]) -> NDArray[np.float32]:
+        raise AssertionError("there is nothing to decode")
+
+
+def bright_and_dark() -> Dataset:
+    images = torch.zeros(4, 4, 4, dtype=torch.uint8)
+    images[1:, 0, 0] = 200
+    return Dataset("corners", Corner.classes, images, torch.tensor([0, 1, 1, 0]), {})
+
+
+def test_errors_by_hand(tmp_path: Path) -> None:
+    """Of four pictures one is wrong as it is, and two once the light is out; all of it is written and drawn."""
+    dim = Change("grey levels", (0, 50, 100), lambda images, s, _: (images.float() - s).clamp(0, 255).byte())
+    changes = {"shade": dim, "again": dim}
+    networks = [Trained(name, Corner(), TRAINED) for name in ("one", "two")]
+    found = robustness.measure(networks, bright_and_dark(), changes=changes, say=lambda _: None)
+    assert [network["name"] for network in found["networks"]] == ["one", "two"]
+    for network in found["networks"]:
+        assert network["errors"] == {"shade": [25.0, 25.0, 50.0], "again": [25.0, 25.0, 50.0]}
+        assert network["training"] == TRAINED
+    assert found["strengths"]["shade"] == [0, 50, 100]
+    assert found["images"] == 4
+    assert json.loads(json.dumps(found)) == found
+    robustness.draw(found, tmp_path / "r.png")
+    with Image.open(tmp_path / "r.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10, "something is drawn"
+
+
+def test_the_baseline_is_measured_too(model_config: ModelConfig) -> None:
+    """A CNN without capsules stands beside the others, under all four changes, at the same seed alike."""
+    shape = {**model_config.as_dict(), "conv_channels": 4}
+    predictors: list[Predictor] = [
+        TorchPredictor(build(ModelConfig.from_dict({**shape, "architecture": name})).eval())
+        for name in ("baseline-cnn", "efficient-capsnet", "capsnet")
+    ]
+    images = torch.randint(0, 256, (6, 13, 12), dtype=torch.uint8)
+    dataset = Dataset("shapes", model_config.classes, images, torch.arange(6) % 3, {})
+    networks = [Trained(str(i), predictor, TRAINED) for i, predictor in enumerate(predictors)]
+    found, again = (robustness.measure(networks, dataset, say=lambda _: None) for _ in range(2))
+    assert found == again
+    for network in found["networks"]:
+        assert [len(curve) for curve in network["errors"].values()] == [9, 9, 7, 8]
+
+
+def test_another_networks_pictures() -> None:
+    """A network that takes other pictures is refused before any is measured."""
+    dataset = bright_and_dark()
+    large = Dataset("large", dataset.classes, torch.zeros(1, 5, 5, dtype=torch.uint8), torch.zeros(1), {})
+    with pytest.raises(DataError, match="the network takes"):
+        robustness.measure([Trained("one", Corner(), TRAINED)], large)
+
+
+def test_labels() -> None:
+    """A curve says which network it is of, and whether that was trained to the end."""
+    assert robustness.label({"name": "mnist/2", "training": TRAINED}) == "mnist/2 (capsnet, 3 epochs)"
+    begun = {"name": "a-run", "training": TRAINED | {"finished": False}}
+    assert robustness.label(begun) == "a-run (capsnet, 3 epochs, not finished)"

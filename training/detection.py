@@ -1,0 +1,223 @@
+"""How well reconstruction error and margin give away pictures of no class, and pictures made to be mistaken.
+
+After Frosst, Sabour and Hinton, "DARCCC: Detecting Adversaries by Reconstruction from Class Conditional
+Capsules" (2018).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.manifest import Calibration, margins
+from training import data
+from training.attacks import ATTACKS, open_to_attack
+from training.compose import as_seen
+from training.config import TrainConfig
+from training.data import DataError, Dataset, hold_out
+from training.evaluate import Evaluation, evaluate, require_fit
+from training.export import CALIBRATION_IMAGES, CALIBRATION_QUANTILE, bounds, outlier_sets
+from training.model import CapsNet
+from training.predictor import Predictor, TorchPredictor
+
+Floats = NDArray[np.floating[Any]]
+
+EPSILONS = (16, 32, 64)
+"""Most grey levels, of 255, that an attack may move a pixel by."""
+BATCH = 50
+"""Images attacked at a time."""
+FALSE_ALARMS = [0.0, *np.logspace(-3, 0, 19).round(4).tolist()]
+"""Where the curves of a record are read off: shares of the test images that are flagged."""
+
+
+def scores(evaluation: Evaluation) -> dict[str, Floats]:
+    """How strange each image is by either measure, (M,): the larger, the stranger."""
+    return {"error": evaluation.reconstruction_errors, "margin": -margins(evaluation.lengths)}
+
+
+def roc(usual: Floats, strange: Floats) -> tuple[Floats, Floats]:
+    """Shares of usual and of strange scores at or above each threshold, from none of them to all."""
+    thresholds = np.unique(np.concatenate([usual, strange]))[::-1]
+    above = [1 - np.searchsorted(np.sort(s), thresholds, side="left") / len(s) for s in (usual, strange)]
+    return np.insert(above[0], 0, 0), np.insert(above[1], 0, 0)
+
+
+def area(usual: Floats, strange: Floats) -> float:
+    """Under the ROC curve: how often a strange score is above a usual one; equal ones count half."""
+    false, true = roc(usual, strange)
+    return float(np.trapezoid(true, false))
+
+
+def calibrate(predictor: Predictor, training: Dataset, settings: TrainConfig) -> Calibration:
+    """The bounds that an export of this run would have, found on the same images."""
+    held_out = hold_out(training, settings.validation_images, settings.seed)[1]
+    source = held_out if len(held_out) else training
+    few = len(source) <= CALIBRATION_IMAGES
+    images = as_seen(source if few else hold_out(source, CALIBRATION_IMAGES, seed=0)[1])
+    threshold, margin = bounds(evaluate(predictor, images), CALIBRATION_QUANTILE)
+    return Calibration(
+        threshold=threshold,
+        margin=margin,
+        quantile=CALIBRATION_QUANTILE,
+        images=len(images),
+        source="held-out" if len(held_out) else "training",
+    )
+
+
+def strangers(dataset: Dataset, data_dir: Path | None = None) -> tuple[dict[str, Tensor], list[str]]:
+    """Pictures of no class of `dataset`, (M, H, W[, 3]) by kind, and the kinds that this machine lacks."""
+    kinds = {kind: images for kind, images, _ in outlier_sets(dataset)}
+    if dataset.name == "fashion-mnist" or tuple(dataset.images.shape[1:]) != (28, 28):
+        return kinds, []
+    try:
+        fashion = data.load("fashion-mnist", "test", data_dir, download=False)
+    except DataError:
+        return kinds, ["Fashion-MNIST"]
+    return {**kinds, "Fashion-MNIST": fashion.images[: len(dataset)]}, []
+
+
+def measure(
+    network: CapsNet,
+    calibration: Calibration,
+    dataset: Dataset,
+    others: Mapping[str, Tensor],
+    *,
+    attacked: int = 500,
+    epsilons: Iterable[int] = EPSILONS,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """What is given away of `others` and of attacks, beside false alarms on `dataset`, as plain values.
+
+    The first `attacked` rightly classified images are attacked with the network's own gradients. Of an
+    attack, only the pictures that are mistaken afterwards count as strange.
+
+    Args:
+        network: is opened to attack, and left so.
+        others: pictures of no class, by kind.
+
+    Raises:
+        DataError: if the network does not take the pictures, or they show several things each.
+    """
+    predictor = TorchPredictor(network)
+    require_fit(predictor, dataset)
+    if dataset.labels.ndim != 1:
+        raise DataError(f"{dataset.name}: pictures of several things, expected one class for each")
+    usual = evaluate(predictor, dataset)
+    record: dict[str, Any] = {
+        "dataset": dataset.name,
+        "images": len(dataset),
+        "test_error": usual.error,
+        "calibration": calibration.model_dump(),
+        "false_alarms": _flagged(usual, calibration),
+        "outliers": {},
+        "attacks": [],
+    }
+    for kind, images in others.items():
+        found = evaluate(predictor, replace(dataset, images=images, labels=torch.zeros(len(images)).long()))
+        record["outliers"][kind] = {"images": len(images), **_detected(usual, found, calibration)}
+        say(f"{kind}: {record['outliers'][kind]['flagged']}")
+    right = data.take(dataset, torch.from_numpy(np.flatnonzero(~usual.wrong)[:attacked]))
+    record["attacked"] = len(right)
+    open_to_attack(network)
+    for name, attack in ATTACKS.items():
+        for epsilon in epsilons:
+            made = [
+                attack(network, images, labels, epsilon)
+                for images, labels in zip(right.images.split(BATCH), right.labels.split(BATCH), strict=True)
+            ]
+            after = evaluate(predictor, replace(right, images=torch.cat(made)))
+            fooled = _those(after, after.wrong)
+            unnoticed = calibration.usual(fooled.reconstruction_errors, fooled.lengths).sum()
+            record["attacks"].append(
+                {
+                    "attack": name,
+                    "epsilon": epsilon,
+                    "success": after.error,
+                    "unnoticed": _percent(unnoticed / len(right)),
+                    **_detected(usual, fooled, calibration),
+                }
+            )
+            say(
+                f"{name}, {epsilon}: {after.error:.1f} % mistaken, {record['attacks'][-1]['unnoticed']} % unnoticed"
+            )
+    return record
+
+
+def _those(evaluation: Evaluation, which: NDArray[np.bool_]) -> Evaluation:
+    return Evaluation(
+        evaluation.labels[which],
+        evaluation.predictions[which],
+        evaluation.reconstruction_errors[which],
+        evaluation.lengths[which],
+    )
+
+
+def _flagged(evaluation: Evaluation, calibration: Calibration) -> dict[str, float]:
+    """Share, in per cent, that is beyond either calibrated bound, and beyond at least one of them."""
+    errors, lengths = evaluation.reconstruction_errors, evaluation.lengths
+    beyond = {
+        "error": errors > calibration.threshold,
+        "margin": margins(lengths) < calibration.margin,
+        "either": ~calibration.usual(errors, lengths),
+    }
+    return {name: _percent(those.mean()) for name, those in beyond.items()}
+
+
+def _detected(usual: Evaluation, strange: Evaluation, calibration: Calibration) -> dict[str, Any]:
+    """Area under the curves, the curves themselves, and what is flagged; nothing of no pictures."""
+    if not strange.images:
+        return {"auc": None, "flagged": None, "curves": None}
+    pairs = {name: (score, scores(strange)[name]) for name, score in scores(usual).items()}
+    return {
+        "auc": {name: round(area(*pair), 4) for name, pair in pairs.items()},
+        "flagged": _flagged(strange, calibration),
+        "curves": {name: _read_off(*roc(*pair)) for name, pair in pairs.items()},
+    }
+
+
+def _read_off(false: Floats, true: Floats) -> list[float]:
+    """The largest share of strange images that is found at no more than each of `FALSE_ALARMS`."""
+    at: Floats = true[np.searchsorted(false, FALSE_ALARMS, side="right") - 1]
+    return [round(float(share), 3) for share in at]
+
+
+def _percent(share: float) -> float:
+    return round(100 * float(share), 2)
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """ROC curves by reconstruction error above those by margin; crosses where the calibrated rule stands."""
+    groups = {
+        "pictures of no class": record["outliers"],
+        "attacks that succeed": {f"{a['attack']}, {a['epsilon']}": a for a in record["attacks"]},
+    }
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    grid = figure.subplots(2, 2)
+    false = record["false_alarms"]["either"] / 100
+    for column, (group, kinds) in enumerate(groups.items()):
+        for row, score in enumerate(("error", "margin")):
+            axes: Axes = grid[row, column]
+            drawn = {kind: found for kind, found in kinds.items() if found["curves"]}
+            for number, (kind, found) in enumerate(drawn.items()):
+                colour, style = f"C{number % 10}", ("-", "--", ":")[number % 3]
+                curve, auc = found["curves"][score], found["auc"][score]
+                axes.plot(FALSE_ALARMS, curve, style, color=colour, label=f"{kind} (AUC {auc:.3f})")
+                axes.plot(false, found["flagged"]["either"] / 100, "x", color=colour)
+            axes.set_xscale("symlog", linthresh=1e-3)
+            axes.set(title=f"{group}, by {score}", xlim=(0, 1), ylim=(-0.02, 1.02))
+            axes.set(xlabel="share of test images flagged", ylabel="share of these flagged")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+    figure.suptitle(
+        f"{record['network']['name']}: {record['images']:,} test images, {record['attacked']} attacked; "
+        "crosses: both calibrated bounds together",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=110)
