@@ -103,7 +103,7 @@ def measure(
         others: pictures of no class, by kind.
 
     Raises:
-        DataError: if the network does not take the pictures, or they show several things each.
+        DataError: if the network does not take the pictures or recognises none, or they show several things.
     """
     predictor = TorchPredictor(network)
     require_fit(predictor, dataset)
@@ -124,6 +124,8 @@ def measure(
         record["outliers"][kind] = {"images": len(images), **_detected(usual, found, calibration)}
         say(f"{kind}: {record['outliers'][kind]['flagged']}")
     right = data.take(dataset, torch.from_numpy(np.flatnonzero(~usual.wrong)[:attacked]))
+    if not len(right):
+        raise DataError(f"{dataset.name}: the network is right about no image, and none can be attacked")
     record["attacked"] = len(right)
     open_to_attack(network)
     for name, attack in ATTACKS.items():
@@ -139,14 +141,13 @@ def measure(
                 {
                     "attack": name,
                     "epsilon": epsilon,
-                    "success": after.error,
+                    "success": _percent(after.wrong.mean()),
                     "unnoticed": _percent(unnoticed / len(right)),
                     **_detected(usual, fooled, calibration),
                 }
             )
-            say(
-                f"{name}, {epsilon}: {after.error:.1f} % mistaken, {record['attacks'][-1]['unnoticed']} % unnoticed"
-            )
+            done = record["attacks"][-1]
+            say(f"{name}, {epsilon}: {done['success']:.1f} % mistaken, {done['unnoticed']:.1f} % unnoticed")
     return record
 
 

@@ -62,7 +62,7 @@ def test_moved_by_two() -> None:
 
 
 def test_noise_of_a_standard_deviation() -> None:
-    """On middle grey noise of 20 grey levels has that deviation, and twice the strength is twice the noise."""
+    """On middle grey, noise of 20 grey levels has that deviation; twice the strength is twice the noise."""
     images = torch.full((4, 60, 60), 128, dtype=torch.uint8)
     weak, strong = (
         CHANGES["noise"].apply(images, strength, generator()).float() - 128 for strength in (10.0, 20.0)
@@ -102,7 +102,7 @@ def bright_and_dark() -> Dataset:
 
 
 def test_errors_by_hand(tmp_path: Path) -> None:
-    """Of four pictures one is wrong as it is, and two once the light is out; all of it is written and drawn."""
+    """Of four pictures one is wrong as it is, and two once the light is out; curves come of it."""
     dim = Change("grey levels", (0, 50, 100), lambda images, s, _: (images.float() - s).clamp(0, 255).byte())
     changes = {"shade": dim, "again": dim}
     networks = [Trained(name, Corner(), TRAINED) for name in ("one", "two")]
