@@ -63,7 +63,7 @@ CHANGES = {
     "rotation": Change("degrees, either way", (0, 10, 20, 30, 40, 50, 60, 75, 90), _turn),
     "translation": Change("pixels, along one axis", (0, 1, 2, 3, 4, 5, 6, 7, 8), _move),
     "noise": Change("standard deviation, of 255 grey levels", (0, 20, 40, 60, 80, 100, 120), _disturb),
-    "contrast": Change("share that is left", (1, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1), _pale),
+    "contrast": Change("share that is left", (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2), _pale),
 }
 
 
@@ -121,7 +121,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
         axes.set(title=name, xlabel=measured["units"][name], ylabel="test error, %", ylim=(0, None))
         axes.set_xlim(strengths[0], strengths[-1])  # the picture as it is on the left
         axes.grid(alpha=0.3)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center")
     figure.suptitle(f"{measured['images']:,} test images of {measured['dataset']}", fontsize=10)
     figure.savefig(path, dpi=110)
 

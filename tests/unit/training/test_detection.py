@@ -125,9 +125,7 @@ def test_measured(network: CapsNet, load_split: Load, tmp_path: Path) -> None:
 
 def test_strangers_without_fashion_mnist(tmp_path: Path) -> None:
     """Where Fashion-MNIST is not on this machine it is named as missing, and never fetched."""
-    digits = Dataset(
-        "mnist", ("a", "b"), torch.zeros(4, 28, 28, dtype=torch.uint8), torch.zeros(4).long(), {}
-    )
+    digits = Dataset("mnist", ("a", "b"), torch.zeros(4, 28, 28).byte(), torch.zeros(4).long(), {})
     kinds, missing = detection.strangers(digits, tmp_path)
     assert list(kinds) == ["noise", "blank pages", "letters", "garments"]
     assert missing == ["Fashion-MNIST"]
@@ -144,9 +142,7 @@ def test_strangers_of_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
         return garments
 
     monkeypatch.setattr(detection.data, "load", load)
-    digits = Dataset(
-        "mnist", ("a", "b"), torch.zeros(4, 28, 28, dtype=torch.uint8), torch.zeros(4).long(), {}
-    )
+    digits = Dataset("mnist", ("a", "b"), torch.zeros(4, 28, 28).byte(), torch.zeros(4).long(), {})
     kinds, missing = detection.strangers(digits, Path("here"))
     assert asked == [("fashion-mnist", "test", Path("here"), False)]
     assert kinds["Fashion-MNIST"].shape == (4, 28, 28)
@@ -181,10 +177,11 @@ def test_what_cannot_be_attacked(network: CapsNet, load_split: Load) -> None:
 def test_commands(mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both commands take runs and leave a record and a figure; a CNN has curves, but nothing to detect by."""
     source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder)]
-    quick = ["--epochs", "1", "--batch-size", "12", "--validation-images", "0", "--device", "cpu"]
+    quick = ["--batch-size", "12", "--validation-images", "0", "--device", "cpu"]
     runs = [str(tmp_path / name) for name in ("efficient-capsnet", "baseline-cnn")]
-    for run in runs:
-        assert main(["train", *source, *quick, "--architecture", Path(run).name, "--output", run]) == 0
+    for run, epochs in zip(runs, ("20", "1"), strict=True):
+        own = ["--architecture", Path(run).name, "--epochs", epochs, "--output", run]
+        assert main(["train", *source, *quick, *own]) == 0
     out = ["--output", str(tmp_path / "out")]
     assert main(["robustness", *runs, *source, *out, "--images", "6"]) == 0
     record = json.loads((tmp_path / "out/robustness.json").read_text())
