@@ -24,7 +24,7 @@ export ORT_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help serve test test-container fuzz soak check lint types imports audit format train evaluate export dimensions \
-	visualize results bench image constraints proto clean
+	visualize robustness detect results bench image constraints proto clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z% -]+:.*## / { printf "  make %-40s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ serve: $(SERVING) ## serve on 127.0.0.1:8000; CAPSNET_HOST, CAPSNET_PORT, … ch
 	$(if $(filter gpu,$(RUNTIME)),CAPSNET_DEVICE=$${CAPSNET_DEVICE:-cuda} )$(PY) -m service.main
 
 train evaluate export dimensions visualize: $(EVERYTHING) ## the steps from data to models/; ARGS=--help explains each
+	$(PY) -m training.cli $@ $(ARGS)
+
+robustness detect: $(EVERYTHING) ## curves of error on spoiled pictures; of finding out strangers and attacks; ARGS=--help
 	$(PY) -m training.cli $@ $(ARGS)
 
 reproduce-%: $(EVERYTHING) ## train and test one published result; `make reproduce-routing-3 ARGS=--help` lists them

@@ -43,7 +43,7 @@ def ascend(images: Tensor, losses: Sequence[Loss], most: int, step: int, steps: 
     return x.to(torch.uint8)
 
 
-def lead(network: CapsNet, labels: Tensor) -> Loss:
+def excess(network: CapsNet, labels: Tensor) -> Loss:
     """How much longer another capsule is than the label's: above zero the picture is mistaken.
 
     The margin loss would do less: it is flat where the network is sure, and has no gradient there.
@@ -75,17 +75,17 @@ def _others(lengths: Tensor, labels: Tensor) -> Tensor:
 
 def fgsm(network: CapsNet, images: Tensor, labels: Tensor, most: int) -> Tensor:
     """One step of the whole way."""
-    return ascend(images, [lead(network, labels)], most, most, 1)
+    return ascend(images, [excess(network, labels)], most, most, 1)
 
 
 def bim(network: CapsNet, images: Tensor, labels: Tensor, most: int) -> Tensor:
     """Small steps."""
-    return ascend(images, [lead(network, labels)], most, -(-most // 5), STEPS)
+    return ascend(images, [excess(network, labels)], most, -(-most // 5), STEPS)
 
 
 def aware_bim(network: CapsNet, images: Tensor, labels: Tensor, most: int) -> Tensor:
     """Small steps towards another class, and towards what its capsule draws, in turn."""
-    losses = [lead(network, labels), likeness(network, labels)]
+    losses = [excess(network, labels), likeness(network, labels)]
     return ascend(images, losses, most, -(-most // 5), 2 * STEPS)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.attacks import ATTACKS, ascend, lead, likeness, open_to_attack
+from training.attacks import ATTACKS, ascend, excess, likeness, open_to_attack
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split
 from training.losses import margin_loss
@@ -67,12 +67,12 @@ def trained(
     return network
 
 
-def test_lead_by_hand(trained: CapsNet, load_split: Load) -> None:
-    """The lead is the longest other capsule less the label's; likeness is of what that other one draws."""
+def test_excess_by_hand(trained: CapsNet, load_split: Load) -> None:
+    """The excess is the longest other capsule less the label's; likeness is of what that other one draws."""
     images, labels = load_split("test").images[:12], load_split("test").labels[:12]
     capsules = trained.encoder(images)
     lengths = length(capsules)
-    found, drawn = lead(trained, labels)(images.float()), likeness(trained, labels)(images.float())
+    found, drawn = excess(trained, labels)(images.float()), likeness(trained, labels)(images.float())
     for i, label in enumerate(labels.tolist()):
         others = [k for k in range(3) if k != label]
         longest = max(others, key=lambda k: float(lengths[i, k]))
@@ -92,7 +92,7 @@ def test_the_margin_loss_is_flat_where_the_network_is_sure() -> None:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks(name: str, trained: CapsNet, load_split: Load) -> None:
-    """An attack keeps to its bound and raises the lead; a wider bound has more pictures mistaken."""
+    """An attack keeps to its bound and raises the excess; a wider bound has more pictures mistaken."""
     dataset = load_split("test")
     right = length(trained.encoder(dataset.images)).argmax(dim=1) == dataset.labels
     assert right.sum() > 30
@@ -101,9 +101,9 @@ def test_attacks(name: str, trained: CapsNet, load_split: Load) -> None:
     for most in (4, 100):
         made = ATTACKS[name](trained, images, labels, most)
         assert (made.int() - images.int()).abs().max() <= most
-        leads = lead(trained, labels)(made.float())
-        assert leads.mean() > lead(trained, labels)(images.float()).mean()
-        mistaken.append(int((leads > 0).sum()))
+        excesses = excess(trained, labels)(made.float())
+        assert excesses.mean() > excess(trained, labels)(images.float()).mean()
+        mistaken.append(int((excesses > 0).sum()))
     assert mistaken[1] > mistaken[0]
     assert all(parameter.grad is None for parameter in trained.parameters())
 
@@ -119,13 +119,13 @@ def test_an_aware_attack_is_drawn_better(trained: CapsNet, load_split: Load) -> 
 
 
 def test_gradients_pass_through_routing(model_config: ModelConfig) -> None:
-    """Opened to attack, the gradient is that of the whole procedure: along it the lead grows as it says."""
+    """Opened to attack, the gradient is that of the whole procedure: along it the excess grows as it says."""
     torch.manual_seed(0)
     network = CapsNet(model_config).eval()
     with torch.no_grad():
         network.encoder.digit_capsules.weight.mul_(20)  # so that routing matters
     x = 255 * torch.rand(1, 13, 12)
-    loss = lead(network, torch.tensor([0]))
+    loss = excess(network, torch.tensor([0]))
 
     def slope_and_promise() -> tuple[float, float]:
         (gradient,) = torch.autograd.grad(loss(x.requires_grad_()).sum(), x)
