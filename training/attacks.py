@@ -18,11 +18,11 @@ from training.model import CapsNet, CapsuleLayer, length, scale
 
 Loss = Callable[[Tensor], Tensor]
 """Pictures in grey levels, as floats, (B, H, W[, 3]) -> what an attack raises, (B,)."""
-Attack = Callable[[CapsNet, Tensor, Tensor, int], Tensor]
-"""Network, pictures (B, H, W[, 3]) uint8, labels (B,), most grey levels a pixel may move -> pictures."""
+Attack = Callable[[CapsNet, Tensor, Tensor, int, int], Tensor]
+"""Network, pictures (B, H, W[, 3]) uint8, labels (B,), most grey levels to move, steps -> pictures."""
 
 STEPS = 10
-"""Of BIM, each a fifth of the way that a pixel may go; R-BIM takes as many for either of its aims."""
+"""Of BIM, which together go twice as far as a pixel may; R-BIM takes as many for either of its aims."""
 
 
 def ascend(images: Tensor, losses: Sequence[Loss], most: int, step: int, steps: int) -> Tensor:
@@ -73,20 +73,24 @@ def _others(lengths: Tensor, labels: Tensor) -> Tensor:
     return lengths - 2 * F.one_hot(labels, lengths.shape[1])
 
 
-def fgsm(network: CapsNet, images: Tensor, labels: Tensor, most: int) -> Tensor:
+def fgsm(network: CapsNet, images: Tensor, labels: Tensor, most: int, _: int = 1) -> Tensor:
     """One step of the whole way."""
     return ascend(images, [excess(network, labels)], most, most, 1)
 
 
-def bim(network: CapsNet, images: Tensor, labels: Tensor, most: int) -> Tensor:
+def bim(network: CapsNet, images: Tensor, labels: Tensor, most: int, steps: int = STEPS) -> Tensor:
     """Small steps."""
-    return ascend(images, [excess(network, labels)], most, -(-most // 5), STEPS)
+    return ascend(images, [excess(network, labels)], most, _step(most, steps), steps)
 
 
-def aware_bim(network: CapsNet, images: Tensor, labels: Tensor, most: int) -> Tensor:
+def aware_bim(network: CapsNet, images: Tensor, labels: Tensor, most: int, steps: int = STEPS) -> Tensor:
     """Small steps towards another class, and towards what its capsule draws, in turn."""
     losses = [excess(network, labels), likeness(network, labels)]
-    return ascend(images, losses, most, -(-most // 5), 2 * STEPS)
+    return ascend(images, losses, most, _step(most, steps), 2 * steps)
+
+
+def _step(most: int, steps: int) -> int:
+    return -(-2 * most // steps)
 
 
 ATTACKS: dict[str, Attack] = {"FGSM": fgsm, "BIM": bim, "R-BIM": aware_bim}

@@ -12,6 +12,7 @@ import torch
 from service.manifest import ManifestError, write_manifest
 from training import checkpoint as checkpoints
 from training import compose, data, detection, results, robustness
+from training.attacks import STEPS
 from training.baseline import BaselineCNN
 from training.checkpoint import CheckpointError
 from training.config import (
@@ -458,6 +459,7 @@ def _add_detect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         action="append",
         help=f"most grey levels to move a pixel by; repeat for more (unset: {detection.EPSILONS})",
     )
+    command.add_argument("--steps", type=int, default=STEPS, help="of BIM; R-BIM takes twice as many")
 
 
 def _detect(options: argparse.Namespace) -> None:
@@ -471,9 +473,14 @@ def _detect(options: argparse.Namespace) -> None:
         settings = checkpoints.read(options.network).settings()
         calibration = detection.calibrate(trained.predictor, _loader(options, "train")(), settings)
     others, missing = detection.strangers(dataset, options.data_dir)
-    epsilons = options.epsilon or detection.EPSILONS
     found = detection.measure(
-        network, calibration, dataset, others, attacked=options.attacked, epsilons=epsilons
+        network,
+        calibration,
+        dataset,
+        others,
+        attacked=options.attacked,
+        epsilons=options.epsilon or detection.EPSILONS,
+        steps=options.steps,
     )
     record = {"network": {"name": trained.name, "training": trained.training}, "missing": missing, **found}
     for kind in missing:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from service.manifest import Calibration, margins
 from training import data
-from training.attacks import ATTACKS, open_to_attack
+from training.attacks import ATTACKS, STEPS, open_to_attack
 from training.compose import as_seen
 from training.config import TrainConfig
 from training.data import DataError, Dataset, hold_out
@@ -31,6 +31,7 @@ Floats = NDArray[np.floating[Any]]
 
 EPSILONS = (16, 32, 64)
 """Most grey levels, of 255, that an attack may move a pixel by."""
+STYLES = ("-", "--", ":", "-.")
 BATCH = 50
 """Images attacked at a time."""
 FALSE_ALARMS = [0.0, *np.logspace(-3, 0, 19).round(4).tolist()]
@@ -91,6 +92,7 @@ def measure(
     *,
     attacked: int = 500,
     epsilons: Iterable[int] = EPSILONS,
+    steps: int = STEPS,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """What is given away of `others` and of attacks, beside false alarms on `dataset`, as plain values.
@@ -126,12 +128,12 @@ def measure(
     right = data.take(dataset, torch.from_numpy(np.flatnonzero(~usual.wrong)[:attacked]))
     if not len(right):
         raise DataError(f"{dataset.name}: the network is right about no image, and none can be attacked")
-    record["attacked"] = len(right)
+    record |= {"attacked": len(right), "steps": steps}
     open_to_attack(network)
     for name, attack in ATTACKS.items():
         for epsilon in epsilons:
             made = [
-                attack(network, images, labels, epsilon)
+                attack(network, images, labels, epsilon, steps)
                 for images, labels in zip(right.images.split(BATCH), right.labels.split(BATCH), strict=True)
             ]
             after = evaluate(predictor, replace(right, images=torch.cat(made)))
@@ -199,15 +201,18 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         "pictures of no class": record["outliers"],
         "attacks that succeed": {f"{a['attack']}, {a['epsilon']}": a for a in record["attacks"]},
     }
+    widths = sorted({attack["epsilon"] for attack in record["attacks"]})
     figure = Figure(figsize=(11, 8), layout="constrained")
     grid = figure.subplots(2, 2)
     false = record["false_alarms"]["either"] / 100
     for column, (group, kinds) in enumerate(groups.items()):
         for row, score in enumerate(("error", "margin")):
             axes: Axes = grid[row, column]
-            drawn = {kind: found for kind, found in kinds.items() if found["curves"]}
-            for number, (kind, found) in enumerate(drawn.items()):
-                colour, style = f"C{number % 10}", ("-", "--", ":")[number % 3]
+            for number, (kind, found) in enumerate(kinds.items()):
+                if not found["curves"]:
+                    continue
+                alike = len(widths) if column else 1  # curves of one colour: an attack's
+                colour, style = f"C{number // alike}", STYLES[number % alike % len(STYLES)]
                 curve, auc = found["curves"][score], found["auc"][score]
                 axes.plot(FALSE_ALARMS, curve, style, color=colour, label=f"{kind} (AUC {auc:.3f})")
                 axes.plot(false, found["flagged"]["either"] / 100, "x", color=colour)

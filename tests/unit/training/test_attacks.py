@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.attacks import ATTACKS, ascend, excess, likeness, open_to_attack
+from training.attacks import ATTACKS, STEPS, ascend, excess, likeness, open_to_attack
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split
 from training.losses import margin_loss
@@ -99,7 +99,7 @@ def test_attacks(name: str, trained: CapsNet, load_split: Load) -> None:
     images, labels = dataset.images[right], dataset.labels[right]
     mistaken = []
     for most in (4, 100):
-        made = ATTACKS[name](trained, images, labels, most)
+        made = ATTACKS[name](trained, images, labels, most, STEPS)
         assert (made.int() - images.int()).abs().max() <= most
         excesses = excess(trained, labels)(made.float())
         assert excesses.mean() > excess(trained, labels)(images.float()).mean()
@@ -111,8 +111,9 @@ def test_attacks(name: str, trained: CapsNet, load_split: Load) -> None:
 def test_an_aware_attack_is_drawn_better(trained: CapsNet, load_split: Load) -> None:
     """What R-BIM makes is more like what the other class's capsule draws than what BIM makes."""
     dataset = load_split("test")
+    drawn = likeness(trained, dataset.labels)
     plain, aware = (
-        likeness(trained, dataset.labels)(ATTACKS[name](trained, dataset.images, dataset.labels, 64).float())
+        drawn(ATTACKS[name](trained, dataset.images, dataset.labels, 64, STEPS).float())
         for name in ("BIM", "R-BIM")
     )
     assert aware.mean() > plain.mean()

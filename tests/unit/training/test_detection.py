@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from service.manifest import Calibration
-from training import detection
+from training import data, detection
 from training.cli import main
 from training.config import ModelConfig, TrainConfig
 from training.data import DataError, Dataset, Split, sample
@@ -141,7 +141,7 @@ def test_strangers_of_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((*arguments, download))
         return garments
 
-    monkeypatch.setattr(detection.data, "load", load)
+    monkeypatch.setattr(data, "load", load)
     digits = Dataset("mnist", ("a", "b"), torch.zeros(4, 28, 28).byte(), torch.zeros(4).long(), {})
     kinds, missing = detection.strangers(digits, Path("here"))
     assert asked == [("fashion-mnist", "test", Path("here"), False)]
