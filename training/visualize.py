@@ -78,8 +78,8 @@ def draw_pairs(predictor: Predictor, dataset: Dataset, path: Path, columns: int 
     for i in wrong[: share // 2]:
         chosen += [(i, labels[i], ""), (i, _matched(order[i, :2], labels[i]), "P")]
     for i in [*right, *wrong][:share]:
-        absent = next(k for k in order[i, 2:] if k not in labels[i])
-        chosen.append((i, np.array([labels[i, 0], absent]), "*"))
+        absent = [k for k in order[i, 2:] if k not in labels[i]]  # of three classes there may be none
+        chosen += [(i, np.array([labels[i, 0], k]), "*") for k in absent[:1]]
 
     figure = Figure(figsize=(len(chosen), 6.2), layout="constrained")
     axes = figure.subplots(5, len(chosen), squeeze=False)

@@ -123,7 +123,7 @@ def test_unknown_class(predictor: Recorder, load_split: Load, tmp_path: Path) ->
 class Known:
     """Finds in the i-th picture what it is told to, and draws class k in the shade of k tenths."""
 
-    classes = tuple("abcd")
+    classes: tuple[str, ...] = tuple("abcd")
     image_shape = (4, 4)
     draws = True
 
@@ -178,6 +178,21 @@ def test_pairs_as_in_figure_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         np.testing.assert_allclose(both[0, 0], [drawn[0] / 10, drawn[1] / 10, 0])
         np.testing.assert_allclose(first[0, 0], [drawn[0] / 10, 0, 0])
         np.testing.assert_allclose(second[0, 0], [0, drawn[1] / 10, 0])
+
+
+def test_no_class_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every class is label or prediction, nothing is drawn of one that is not there."""
+    titles: list[Any] = []
+    monkeypatch.setattr(visualize, "_show", lambda axis, _: titles.append(axis))
+    three = Known([[1, 3, 2, 0]])
+    three.lengths = three.lengths[:, 1:]  # b, c, d
+    three.classes = ("b", "c", "d")
+    dataset = of_two_digits()
+    one = replace(
+        dataset, images=0 * dataset.images[:1], labels=torch.tensor([[1, 0]]), classes=three.classes
+    )
+    draw_pairs(three, one, tmp_path / "p.png")
+    assert [axis.get_title() for axis in titles[::5]] == ["L:(c, b)\nR:(c, b)", "L:(c, b)\nPR:(d, b)"]
 
 
 def test_each_reconstruction_is_of_one_capsule(model_config: ModelConfig, tmp_path: Path) -> None:
