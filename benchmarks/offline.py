@@ -36,7 +36,8 @@ def run(model: Path, pictures: np.ndarray[Any, Any], seconds: float, threads: in
     round_to_half(network)
     with tempfile.TemporaryDirectory() as folder:
         sessions = {
-            name: _open(path, threads) for name, path in write_graphs(network, pictures, Path(folder)).items()
+            name: open_session(path, threads)
+            for name, path in write_graphs(network, pictures, Path(folder)).items()
         }
     rows = []
     for batch in [size for size in BATCHES if size <= len(pictures)]:
@@ -68,7 +69,7 @@ def write_graphs(network: CapsNet, pictures: np.ndarray[Any, Any], folder: Path)
     return paths
 
 
-def _open(path: Path, threads: int) -> ort.InferenceSession:
+def open_session(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as the service has it

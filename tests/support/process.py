@@ -36,10 +36,17 @@ class Served:
         assert answer.status_code == 200, answer.text
         return str(answer.json()["predictions"][0]["label"])
 
+    def memory(self) -> int:
+        """Bytes that are resident."""
+        return self._memory("VmRSS")
+
     def peak_memory(self) -> int:
         """Bytes that were resident at most."""
+        return self._memory("VmHWM")
+
+    def _memory(self, name: str) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+        return int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) * 1024
 
     def refuses_connections(self) -> None:
         """Return when the process accepts no more connections."""

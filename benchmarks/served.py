@@ -1,0 +1,218 @@
+"""The service over HTTP, loaded by h2load, beside raw `session.run` of the graph that it serves."""
+
+import http.client
+import io
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from PIL import Image
+
+from benchmarks.offline import open_session
+from benchmarks.timing import take_turns
+from service.manifest import Manifest, Precision, read_manifest
+from tests.support.process import Served, served
+
+CONCURRENCIES = (1, 8, 32, 64, 512)
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
+RAW_BATCHES = (1, 8, 16, 32, 64)
+BULK = 1024
+"""Images of one npy request."""
+STARTS = 5
+
+Pictures = np.ndarray[Any, Any]
+
+
+class Missing(Exception):
+    """A program that a benchmark needs; the message says which and where it comes from."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What h2load saw of one load: answers by status, and the milliseconds of those that were 200."""
+
+    seconds: float
+    statuses: dict[int, int]
+    milliseconds: list[float]
+
+    @property
+    def rate(self) -> float:
+        """Answers of 200 in a second."""
+        return self.statuses.get(200, 0) / self.seconds
+
+    def percentile(self, share: float) -> float:
+        return self.milliseconds[min(len(self.milliseconds) - 1, int(share * len(self.milliseconds)))]
+
+
+def run(model: Path, pictures: Pictures, seconds: float, threads: int, rounds: int) -> dict[str, Any]:
+    """Rates, times and shares, each the median of `rounds` in which everything has a turn.
+
+    Args:
+        model: a folder `<models>/<name>/<version>`.
+        pictures: (M, H, W) bytes; the first is what single requests send.
+        seconds: of each load.
+
+    Raises:
+        Missing: h2load is not installed.
+    """
+    if shutil.which("h2load") is None:
+        raise Missing("the served rows need h2load (Debian: apt-get install nghttp2-client)")
+    manifest = read_manifest(model)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        bodies = _write_bodies(pictures, folder)
+        precisions = [precision for precision in PRECISIONS if manifest.encoder_in(precision)]
+        found = {
+            precision: _of_precision(model, manifest, precision, pictures, bodies, seconds, threads, rounds)
+            for precision in precisions
+        }
+    return {"threads": threads, "rounds": rounds, "seconds": seconds, "precisions": found}
+
+
+def _write_bodies(pictures: Pictures, folder: Path) -> dict[str, Path]:
+    bodies = {name: folder / name for name in ("png", "npy")}
+    Image.fromarray(pictures[0]).save(bodies["png"], "PNG")
+    bulk = io.BytesIO()
+    np.save(bulk, np.resize(pictures, (BULK, *pictures.shape[1:])))
+    bodies["npy"].write_bytes(bulk.getvalue())
+    return bodies
+
+
+def _of_precision(
+    model: Path,
+    manifest: Manifest,
+    precision: Precision,
+    pictures: Pictures,
+    bodies: dict[str, Path],
+    seconds: float,
+    threads: int,
+    rounds: int,
+) -> dict[str, Any]:
+    graph = manifest.encoder_in(precision)
+    if graph is None:
+        raise ValueError(f"{model} has no {precision} encoder")
+    raw = open_session(model / graph.file, threads)
+    rows: list[dict[str, float]] = []
+    with _serving(model, precision) as service:
+        for _ in range(rounds):
+            rows.append(_round(service, raw, pictures, bodies, seconds))
+            print(f"  {precision}: " + ", ".join(f"{name} {value:.2f}" for name, value in rows[-1].items()))
+        memory = service.memory()
+    starts = [_start_seconds(model, precision) for _ in range(STARTS)]
+    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    return {**medians, "memory_mib": memory / 2**20, "start_seconds": statistics.median(starts)}
+
+
+def _round(
+    service: Served, raw: ort.InferenceSession, pictures: Pictures, bodies: dict[str, Path], seconds: float
+) -> dict[str, float]:
+    best, alone = _raw(raw, pictures, seconds)
+    figures = {"raw_rate": best, "raw_alone_ms": 1000 * alone}
+    for callers in CONCURRENCIES:
+        load = h2load(service.port, "/predict", bodies["png"], "image/png", callers, seconds)
+        figures |= {
+            f"rate_{callers}": load.rate,
+            f"share_{callers}": load.rate / best,
+            f"p50_{callers}": load.percentile(0.5),
+            f"p99_{callers}": load.percentile(0.99),
+            f"spread_{callers}": load.percentile(0.99) / load.percentile(0.5),
+            f"refused_{callers}": load.statuses.get(503, 0) / load.seconds,
+        }
+    figures["added_ms"] = figures["p50_1"] - figures["raw_alone_ms"]
+    figures["goodput"] = figures["rate_512"] / figures["rate_32"]
+    bulk = h2load(service.port, "/predict", bodies["npy"], "application/x-npy", 2, max(seconds, 4), log=False)
+    figures["bulk_share"] = BULK * bulk.rate / best
+    sweep, single = _sweep_and_single(service, bodies["png"].read_bytes())
+    figures["sweep_ratio"] = sweep / single
+    return figures
+
+
+def _raw(session: ort.InferenceSession, pictures: Pictures, seconds: float) -> tuple[float, float]:
+    """Images a second at the best batch size, and the seconds of a lone one."""
+    tasks: dict[str, Callable[[], object]] = {}
+    for batch in RAW_BATCHES:
+        images = np.ascontiguousarray(np.resize(pictures, (batch, *pictures.shape[1:])))
+        tasks[str(batch)] = lambda images=images: session.run(None, {"images": images})  # type: ignore[misc] # bound now
+    medians = take_turns(tasks, seconds)
+    return max(int(batch) / median for batch, median in medians.items()), medians["1"]
+
+
+def h2load(
+    port: int, path: str, body: Path, media_type: str, callers: int, seconds: float, *, log: bool = True
+) -> Load:
+    """Let `callers` ask again and again, one request at a time each, for `seconds` after a warm-up.
+
+    Args:
+        log: take every answer's status and time from h2load's log; otherwise only how many there were, which
+            for long requests counts those that were under way.
+    """
+    seconds = max(1, round(seconds))  # it takes whole ones
+    with tempfile.NamedTemporaryFile("r") as file:
+        command = ["h2load", "--h1", f"--clients={callers}", f"--duration={seconds}", "--warm-up-time=1"]
+        command += [f"--data={body}", f"--header=content-type: {media_type}", f"--log-file={file.name}"]
+        subprocess.run([*command, f"http://127.0.0.1:{port}{path}"], check=True, capture_output=True)  # noqa: S603 - fixed words
+        lines = [line.split() for line in file]  # start in us, status, duration in us
+    statuses: dict[int, int] = defaultdict(int)
+    for _, status, _ in lines:
+        statuses[int(status)] += 1
+    times = sorted(int(duration) / 1000 for _, status, duration in lines if status == "200")
+    if not times:
+        raise RuntimeError(f"h2load got no answer of 200 from {path}: {dict(statuses)}")
+    if log:
+        return Load(seconds, dict(statuses), times)
+    # Whole requests from the first one's start to the last one's end.
+    began = min(int(start) for start, _, _ in lines)
+    ended = max(int(start) + int(duration) for start, status, duration in lines if status == "200")
+    return Load((ended - began) / 1e6, dict(statuses), times)
+
+
+def _sweep_and_single(service: Served, png: bytes, repeats: int = 15) -> tuple[float, float]:
+    """Median seconds of a sweep of 16 dimensions and 11 deltas as a PNG, and of a prediction, in turns."""
+    form = {"image": ("digit.png", png, "image/png")}
+
+    def sweep() -> int:
+        accept = {"accept": "image/png"}
+        return service.client.post("/reconstruct/sweep", files=form, headers=accept).status_code
+
+    def single() -> int:
+        kind = {"content-type": "image/png"}
+        return service.client.post("/predict", content=png, headers=kind).status_code
+
+    times: dict[str, list[float]] = {"sweep": [], "single": []}
+    for _ in range(repeats):
+        for name, ask in (("sweep", sweep), ("single", single)):
+            began = time.perf_counter()
+            status = ask()
+            times[name].append(time.perf_counter() - began)
+            if status != 200:
+                raise RuntimeError(f"a {name} was answered with {status}")
+    return statistics.median(times["sweep"]), statistics.median(times["single"])
+
+
+@contextmanager
+def _serving(model: Path, precision: Precision) -> Iterator[Served]:
+    name = model.parent.name
+    with served(model.parents[1], default_model=name, precision=precision) as service:
+        yield service
+
+
+def _start_seconds(model: Path, precision: Precision) -> float:
+    """From the start of the process to the first /readyz that says so."""
+    began = time.perf_counter()
+    with _serving(model, precision) as service:
+        connection = http.client.HTTPConnection("127.0.0.1", service.port)
+        connection.request("GET", "/readyz")
+        if connection.getresponse().status != 200:
+            raise RuntimeError("the service is up, but not ready")
+        connection.close()
+        return time.perf_counter() - began
