@@ -298,7 +298,7 @@ def _sweep_answer(answer: str, model: Model, swept: _Sweep) -> Response:
     if answer == PNG:
         title = f"class {label}: dimension by delta"
         figure = sweep_figure(swept.drawn, title, swept.dimensions, swept.deltas, names)
-        return Response(encode_png(figure), media_type=PNG)
+        return Response(encode_png(figure, large=True), media_type=PNG)
     return _json(
         {
             "model": _name(model),

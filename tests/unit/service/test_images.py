@@ -12,7 +12,7 @@ from PIL import Image
 from service.errors import InvalidInput, TooLarge
 from service.images import Pixels, Preprocess, decode_base64, encode_png, open_image, prepare, read_npy
 from service.manifest import ImageSpec
-from tests.support.encoded import base64_text, decode, encode, npy, npy_with_header, png_bomb
+from tests.support.encoded import base64_text, encode, npy, npy_with_header, png_bomb
 
 MNIST = ImageSpec(
     height=28, width=28, channels=1, polarity="light_on_dark", centring="centre_of_mass", box=20
@@ -364,8 +364,10 @@ def test_too_many_npy_images_are_refused() -> None:
         read_npy(npy(np.zeros((5, 28, 28), np.uint8)), (28, 28), max_images=4)
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
-def test_a_png_carries_every_pixel(shape: tuple[int, ...]) -> None:
-    """What is encoded is what is decoded, in grey and in colour."""
+def test_a_png_carries_every_pixel(shape: tuple[int, ...], large: bool) -> None:
+    """What is encoded is what is decoded, in grey and in colour, with and without filters."""
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    np.testing.assert_array_equal(decode(encode_png(pixels)), pixels)
+    found = Image.open(io.BytesIO(encode_png(pixels, large=large)))
+    np.testing.assert_array_equal(np.asarray(found.convert("RGB" if pixels.ndim == 3 else "L")), pixels)
