@@ -216,3 +216,90 @@ def _start_seconds(model: Path, precision: Precision) -> float:
             raise RuntimeError("the service is up, but not ready")
         connection.close()
         return time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A figure that was set beforehand."""
+
+    what: str
+    precision: Precision
+    figure: str
+    bound: float
+    at_most: bool = False
+
+    def met(self, value: float) -> bool:
+        return value <= self.bound if self.at_most else value >= self.bound
+
+
+AIMS = (
+    Aim("32 callers, share of raw at its best batch", "fp32", "share_32", 0.92),
+    Aim("64 callers, the same", "fp32", "share_64", 0.92),
+    Aim("8 callers, the same", "fp32", "share_8", 0.75),
+    Aim("32 callers, p99 over p50", "fp32", "spread_32", 1.25, at_most=True),
+    Aim("64 callers, the same", "fp32", "spread_64", 1.25, at_most=True),
+    Aim("512 callers who do not wait, answers over those at 32", "fp32", "goodput", 0.95),
+    Aim("1,024 images as npy, share of raw at its best batch", "fp32", "bulk_share", 0.97),
+    Aim("one caller, p50 less raw at batch 1, ms", "fp32", "added_ms", 0.5, at_most=True),
+    Aim("a 16x11 sweep with its PNG over one prediction, in time", "fp32", "sweep_ratio", 3, at_most=True),
+    Aim("from exec to ready, s", "fp32", "start_seconds", 1.5, at_most=True),
+    Aim("resident after load, MiB", "fp32", "memory_mib", 260, at_most=True),
+)
+FASTER = 1.9
+"""What 8-bit convolutions should bring served at 32 callers, over fp32."""
+
+
+def markdown(part: dict[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> str:
+    found = part["precisions"]
+    lines = [
+        f"## Served over HTTP ({part['threads']} threads, {part['machine']})",
+        "",
+        "One process, PNG to /predict, loaded by h2load on the same cores; medians of "
+        f"{part['rounds']} rounds in which raw `session.run` and each load have a turn of "
+        f"{part['seconds']:g} s. Refused are those of 512 callers that found the queue of 256 full; none of "
+        "them waits as Retry-After says.",
+    ]
+    for precision, row in found.items():
+        rows = [
+            [
+                callers,
+                f"{row[f'rate_{callers}']:.0f}",
+                f"{row[f'share_{callers}']:.2f}",
+                f"{row[f'p50_{callers}']:.1f}",
+                f"{row[f'p99_{callers}']:.1f}",
+                f"{row[f'refused_{callers}']:.0f}",
+            ]
+            for callers in CONCURRENCIES
+        ]
+        head = ["callers", "images/s", "share of raw", "p50, ms", "p99, ms", "refused/s"]
+        lines += ["", f"### {precision}: raw {row['raw_rate']:.0f} images/s at its best batch", ""]
+        lines.append(table(head, rows))
+    rows = [
+        [
+            f"{aim.what} ({aim.precision})",
+            f"{'≤' if aim.at_most else '≥'} {aim.bound:g}",
+            f"{found[aim.precision][aim.figure]:.3g}",
+            "yes" if aim.met(found[aim.precision][aim.figure]) else "no",
+        ]
+        for aim in AIMS
+        if aim.precision in found
+    ]
+    if {"fp32", "int8"} <= found.keys():
+        faster = found["int8"]["rate_32"] / found["fp32"]["rate_32"]
+        what = "32 callers, int8 over fp32"
+        rows.append([what, f"≥ {FASTER:g}", f"{faster:.3g}", "yes" if faster >= FASTER else "no"])
+        lines += ["", "int8 beside these: " + ", ".join(_beside(found["int8"])) + "."]
+    lines += ["", table(["figure", "aim", "measured", "met"], rows)]
+    return "\n".join(lines)
+
+
+def _beside(row: dict[str, float]) -> list[str]:
+    return [
+        f"p99 over p50 {row['spread_32']:.2f} and {row['spread_64']:.2f} at 32 and 64 callers",
+        f"goodput {row['goodput']:.2f}",
+        f"npy {row['bulk_share']:.2f} of raw",
+        f"{row['added_ms']:.2f} ms added for one caller",
+        f"a sweep {row['sweep_ratio']:.1f} predictions",
+        f"ready after {row['start_seconds']:.2f} s",
+        f"{row['memory_mib']:.0f} MiB",
+    ]
