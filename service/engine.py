@@ -15,14 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.batching import Arrays, Batcher
+from service.binding import BoundSession, fetched
 from service.context import measured
 from service.errors import StartError, UnknownModel
 from service.manifest import MANIFEST_FILE, Graph, Manifest, ManifestError, Precision, read_manifest
 from service.metrics import Metrics
 from service.sessions import (
+    Runs,
     Session,
     UsedDevice,
     choose_precision,
+    cuda_options,
     open_session,
     resolve_device,
     session_threads,
@@ -34,6 +37,9 @@ from service.tweaks import sweep_capsules
 logger = logging.getLogger(__name__)
 
 Float = NDArray[np.float32]
+
+# Devices with memory of their own, where graphs run on bound buffers. On a CPU that would only copy.
+BOUND: frozenset[UsedDevice] = frozenset({"cuda"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +59,12 @@ class Graphs:
 
     manifest: Manifest
     precision: Precision
-    encoder: Session
-    decoder: Session
+    device: UsedDevice
+    threads: int
+    encoder: Runs
+    drawer: Runs
+    """The decoder as `predict` runs it: on the capsules that the encoder has just given."""
+    decoder: Runs
 
     def predict(self, inputs: Arrays) -> Arrays:
         """Images (B, H, W[, 3]) to the arrays of `Predictions`, in its order.
@@ -66,20 +76,21 @@ class Graphs:
         """
         images, drawn = inputs
         with measured("encoder"):
-            capsules, lengths = self.encoder.run(images)
+            encoded, found = self.encoder.run(images)
+            capsules, lengths = fetched(encoded), fetched(found)
         index = lengths.argmax(axis=1)
         if not drawn.any():
             nothing = np.zeros(images.shape, np.float32)
             return capsules, lengths, index, nothing, np.zeros(len(images), np.float32)
         with measured("decoder"):
-            (reconstructions,) = self.decoder.run(capsules, index)
+            reconstructions = fetched(*self.drawer.run(encoded, index))
         differences = (reconstructions - images / np.float32(255)).reshape(len(images), -1)
         return capsules, lengths, index, reconstructions, np.einsum("bp,bp->b", differences, differences)
 
     def decode(self, inputs: Arrays) -> Arrays:
         """Capsules (B, classes, dimensions) and targets (B,) to reconstructions (B, H, W[, 3])."""
         with measured("decoder"):
-            return self.decoder.run(*inputs)
+            return (fetched(*self.decoder.run(*inputs)),)
 
 
 def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
@@ -91,22 +102,37 @@ def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
     """
     manifest = read_manifest(folder)
 
-    def opened(graph: Graph) -> Session:
-        return open_session(folder / graph.file, graph, device=device, threads=session_threads(settings))
+    def opened(graph: Graph, precision: Precision) -> Session:
+        return open_session(
+            folder / graph.file,
+            graph,
+            device=device,
+            threads=session_threads(settings),
+            cuda=cuda_options(settings, precision),
+        )
 
-    decoder = opened(manifest.decoder)
+    decoder = opened(manifest.decoder, "fp32")
     precision = choose_precision(folder, manifest, settings.precision, decoder.device)
     chosen = manifest.encoder_in(precision) or manifest.encoder
-    encoder = opened(chosen)
-    for session, graph, max_batch in (
-        (encoder, chosen, settings.max_batch),
-        (decoder, manifest.decoder, settings.max_decoder_batch),
+    encoder = opened(chosen, precision)
+    max_batch, max_decoder_batch = settings.max_batch, settings.max_decoder_batch
+    encodes: Runs = encoder
+    draws: Runs = decoder
+    decodes: Runs = decoder
+    if BOUND.issuperset((encoder.device, decoder.device)):
+        encodes = bound = BoundSession(encoder, chosen, max_batch)
+        draws = BoundSession(decoder, manifest.decoder, max_batch, upstream=bound)
+        decodes = BoundSession(decoder, manifest.decoder, max_decoder_batch)
+    for runs, graph, rows in (
+        (encodes, chosen, max_batch),
+        (draws, manifest.decoder, max_batch),
+        (decodes, manifest.decoder, max_decoder_batch),
     ):
         try:
-            warm_up(session, graph, max_batch)
+            warm_up(runs, graph, rows)
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise ManifestError(f"{folder / graph.file}: ONNX Runtime cannot run it: {error}") from error
-    return Graphs(manifest, precision, encoder, decoder)
+    return Graphs(manifest, precision, encoder.device, encoder.threads, encodes, draws, decodes)
 
 
 class Model:
@@ -114,9 +140,9 @@ class Model:
 
     def __init__(self, graphs: Graphs, settings: Settings, metrics: Metrics) -> None:
         self.manifest = graphs.manifest
-        self.device: UsedDevice = graphs.encoder.device
+        self.device: UsedDevice = graphs.device
         self.precision = graphs.precision
-        self.threads = graphs.encoder.threads
+        self.threads = graphs.threads
         served = self.manifest.name, self.manifest.version
         name = "/".join(served)
         self._forget = partial(metrics.forget, *served, self.device, self.threads)

@@ -4,10 +4,12 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnxruntime
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from service.errors import DeviceError
 from service.manifest import (
     MANIFEST_FILE,
+    Datatype,
     Graph,
     Manifest,
     ManifestError,
@@ -29,7 +32,18 @@ logger = logging.getLogger(__name__)
 
 UsedDevice = Literal["cpu", "cuda"]
 
+DTYPES: dict[Datatype, type[np.generic]] = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
 _ELEMENT_TYPES = {"UINT8": "tensor(uint8)", "INT64": "tensor(int64)", "FP32": "tensor(float)"}
+
+# Held by whoever calls CUDA where CUDA graphs are on: while one thread captures, the calls of any other fail;
+# and all graphs of a session keep what they compute on the way in the same memory.
+_alone = threading.Lock()
+
+
+class Runs(Protocol):
+    """A graph that can be run; `run` takes and gives arrays, or rows that stay on the device."""
+
+    def run(self, *inputs: Any) -> tuple[Any, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -40,10 +54,16 @@ class Session:
     threads: int
     input_names: tuple[str, ...]
     inference: onnxruntime.InferenceSession
+    cuda_graphs: bool = False
+    """Whether each shape is captured in the first run of a thread, and replayed in its others."""
 
     def run(self, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         """Inputs and outputs in the order of the graph."""
         return tuple(self.inference.run(None, dict(zip(self.input_names, inputs, strict=True))))
+
+    def turn(self) -> AbstractContextManager[object]:
+        """Held around whatever calls the device."""
+        return _alone if self.cuda_graphs else nullcontext()
 
 
 def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -123,7 +143,23 @@ def multiplies_bytes(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not words.isdisjoint(("avx512_vnni", "avx_vnni", "asimddp"))
 
 
-def open_session(path: Path, graph: Graph, *, device: Device, threads: int) -> Session:
+def cuda_options(settings: Settings, precision: Precision) -> dict[str, str]:
+    """What ONNX Runtime's CUDA provider is told for a graph in `precision`. See docs/decisions/0042."""
+    options = {
+        "arena_extend_strategy": "kSameAsRequested",  # the arena otherwise doubles with each new batch size
+        # TF32 rounds what is multiplied to ten bits, beyond fp32's tolerance. In fp16 this option would
+        # take the tensor cores away from the convolutions as well.
+        "use_tf32": "1" if precision == "fp16" else "0",
+        "enable_cuda_graph": "1" if settings.cuda_graphs else "0",
+    }
+    if settings.cuda_memory is not None:
+        options["gpu_mem_limit"] = str(settings.cuda_memory)
+    return options
+
+
+def open_session(
+    path: Path, graph: Graph, *, device: Device, threads: int, cuda: Mapping[str, str] | None = None
+) -> Session:
     """Load a graph on `device` and check that its bytes and its tensors are those of the manifest.
 
     Args:
@@ -131,24 +167,29 @@ def open_session(path: Path, graph: Graph, *, device: Device, threads: int) -> S
         graph: what the manifest says about it.
         device: `cuda` runs on CUDA or fails; `auto` falls back to the CPU and logs why.
         threads: CPU threads for one operator.
+        cuda: options of ONNX Runtime's CUDA provider, as `cuda_options` gives them.
 
     Raises:
         DeviceError: `cuda` was asked for and is not in use.
         ManifestError: the file cannot be loaded or is another, or the tensor it names is not as promised.
     """
-    used, inference = _load_on(device, path, threads)
+    cuda = cuda or {}
+    used, inference = _load_on(device, path, threads, cuda)
     # After ONNX Runtime has read it, because somebody may be writing it. It holds a copy: nothing that
     # happens to the file from here on changes an answer.
     check_content(path, graph)
     _check_tensors(path, "input", inference.get_inputs(), graph.inputs)
     _check_tensors(path, "output", inference.get_outputs(), graph.outputs)
-    return Session(used, threads, tuple(spec.name for spec in graph.inputs), inference)
+    cuda_graphs = used == "cuda" and cuda.get("enable_cuda_graph") == "1"
+    return Session(used, threads, tuple(spec.name for spec in graph.inputs), inference, cuda_graphs)
 
 
-def _load_on(device: Device, path: Path, threads: int) -> tuple[UsedDevice, onnxruntime.InferenceSession]:
+def _load_on(
+    device: Device, path: Path, threads: int, cuda: Mapping[str, str]
+) -> tuple[UsedDevice, onnxruntime.InferenceSession]:
     if device != "cpu":
         try:
-            return "cuda", _load_on_cuda(path, threads)
+            return "cuda", _load_on_cuda(path, threads, cuda)
         except DeviceError as error:
             if device == "cuda":
                 raise
@@ -156,7 +197,7 @@ def _load_on(device: Device, path: Path, threads: int) -> tuple[UsedDevice, onnx
     return "cpu", _load(path, threads, ["CPUExecutionProvider"])
 
 
-def _load_on_cuda(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def _load_on_cuda(path: Path, threads: int, cuda: Mapping[str, str]) -> onnxruntime.InferenceSession:
     available = onnxruntime.get_available_providers()
     if "CUDAExecutionProvider" not in available:
         raise DeviceError(
@@ -165,10 +206,9 @@ def _load_on_cuda(path: Path, threads: int) -> onnxruntime.InferenceSession:
         )
     # The CUDA and cuDNN libraries of the nvidia-* wheels lie where the loader does not look by itself.
     onnxruntime.preload_dlls()
-    # kSameAsRequested: the arena otherwise doubles with each new batch size.
-    cuda = ("CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})
     try:
-        inference = _load(path, threads, [cuda, "CPUExecutionProvider"])
+        providers = [("CUDAExecutionProvider", dict(cuda)), "CPUExecutionProvider"]
+        inference = _load(path, threads, providers)
     except ManifestError as error:
         raise DeviceError(f"CUDA cannot take the graph: {error}") from error
     in_use = inference.get_providers()
@@ -210,12 +250,15 @@ def _check_tensors(path: Path, kind: str, found: Iterable[Any], expected: Iterab
             )
 
 
-def warm_up(session: Session, graph: Graph, max_batch: int) -> None:
-    """Run the session once for each power of two up to `max_batch` rows, and for `max_batch` itself.
+def buckets(max_batch: int) -> list[int]:
+    """Powers of two up to `max_batch`, and `max_batch` itself."""
+    return sorted({max_batch, *(1 << power for power in range(max_batch.bit_length()))})
+
+
+def warm_up(session: Runs, graph: Graph, max_batch: int) -> None:
+    """Run the session once at each of the `buckets`.
 
     The first run of a shape allocates memory and, on CUDA, chooses algorithms.
     """
-    sizes = {max_batch, *(1 << power for power in range(max_batch.bit_length()))}
-    dtypes = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
-    for rows in sorted(sizes):
-        session.run(*(np.zeros((rows, *spec.shape[1:]), dtypes[spec.datatype]) for spec in graph.inputs))
+    for rows in buckets(max_batch):
+        session.run(*(np.zeros((rows, *spec.shape[1:]), DTYPES[spec.datatype]) for spec in graph.inputs))

@@ -64,6 +64,21 @@ class Settings(BaseSettings):
             "manifest's figures show to be as good as fp32."
         ),
     ] = "auto"
+    cuda_graphs: Annotated[
+        bool,
+        Field(
+            description="Capture what each batch size launches on CUDA once, and replay it; not measured yet."
+        ),
+    ] = False
+    cuda_memory: Annotated[
+        int | None,
+        Field(
+            ge=16 * MIB,
+            le=1 << 40,
+            description="Bytes of a GPU's memory that ONNX Runtime may take for each graph of a model; "
+            "unset: no limit.",
+        ),
+    ] = None
     workers: Annotated[
         int,
         Field(ge=1, le=64, description="Processes that serve, each with its own copy of the models."),
@@ -167,6 +182,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 "repository needs workers to be 1: a call reaches one process, and the others would serve "
                 "other versions"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_frees_while_capturing(self) -> Self:
+        if self.cuda_graphs and self.repository:
+            raise ValueError(
+                "cuda_graphs needs repository to be off: memory of a retired version may not be freed while "
+                "a graph is captured"
             )
         return self
 

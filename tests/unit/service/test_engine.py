@@ -1,5 +1,6 @@
-"""The engine answers in plain arrays what the tiny model's arithmetic gives by hand."""
+"""The engine answers in plain arrays what the tiny model's arithmetic gives by hand, on every path."""
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from service import engine as engine_module
+from service.binding import BoundSession
 from service.engine import Engine, Model, load_graphs, model_folders, open_engine
 from service.errors import ShuttingDown, StartError, UnknownModel
 from service.manifest import ManifestError, Variant, read_manifest, sha256, write_manifest
@@ -16,6 +19,14 @@ from service.settings import Settings
 from tests.support.tiny_model import CLASSES, DIMENSIONS, band, picture, write_tiny_model
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True, params=["plain", "bound"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Plain runs, as on a CPU, or bound buffers, as on CUDA, here in the process's own memory."""
+    if request.param == "bound":
+        monkeypatch.setattr(engine_module, "BOUND", frozenset({"cpu"}))
+    return str(request.param)
 
 
 def settings(models: Path, **changes: object) -> Settings:
@@ -169,6 +180,39 @@ async def test_models_can_be_put_together_by_hand(tiny_models: Path) -> None:
     assert [served.manifest.name for served in engine] == ["tiny"]
     assert (await engine.default.predict(picture(6)[np.newaxis])).index.tolist() == [6]
     await engine.close(1)
+
+
+async def test_every_path_is_the_one_it_is_called(tiny_models: Path, path: str) -> None:
+    """A CPU runs plain sessions, unless it stands in for CUDA."""
+    graphs = load_graphs(tiny_models / "tiny" / "1", settings(tiny_models), "cpu")
+    for runs in (graphs.encoder, graphs.drawer, graphs.decoder):
+        assert isinstance(runs, BoundSession) == (path == "bound")
+
+
+async def test_models_do_not_disturb_one_another(tiny_models: Path) -> None:
+    """Predictions and drawings of several models at once, in batches of all sizes, are everybody's own."""
+    async with open_engine(settings(tiny_models, max_batch=8, max_decoder_batch=8), Metrics()) as engine:
+
+        async def predict(name: str, index: int, rows: int) -> None:
+            channels = 3 if name == "colour" else 1
+            found = await engine.choose(name).predict(np.stack([picture(index, channels=channels)] * rows))
+            assert set(found.index.tolist()) == {index}
+            np.testing.assert_allclose(found.errors, 0, atol=1e-2)
+
+        async def draw(name: str, index: int, rows: int) -> None:
+            capsules = np.zeros((rows, CLASSES, DIMENSIONS), np.float32)
+            capsules[:, index, 0] = 0.5
+            drawn = await engine.choose(name).reconstruct(capsules, np.full(rows, index))
+            np.testing.assert_allclose(drawn[:, band(index), 4:24], 0.5)
+
+        await asyncio.gather(
+            *(
+                ask(name, (rows + offset) % CLASSES, rows)
+                for rows in range(1, 20)
+                for offset, name in enumerate(("tiny/1", "tiny/2", "colour"))
+                for ask in (predict, draw)
+            )
+        )
 
 
 async def test_the_chosen_precision_is_served(tiny_models: Path, tmp_path: Path) -> None:

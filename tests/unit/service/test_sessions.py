@@ -13,11 +13,13 @@ from service.manifest import Graph, Manifest, ManifestError, Measured, TensorSpe
 from service.sessions import (
     choose_precision,
     cpu_limit,
+    cuda_options,
     multiplies_bytes,
     open_session,
     resolve_device,
     warm_up,
 )
+from service.settings import Settings
 from tests.support.tiny_model import DIMENSIONS, picture
 
 
@@ -48,13 +50,14 @@ def test_warm_up_covers_the_batch_sizes(folder: Path, encoder: Graph) -> None:
         def __init__(self) -> None:
             self.rows: list[int] = []
 
-        def run(self, images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
+        def run(self, images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> tuple[()]:
             assert images.dtype == np.uint8
             assert images.shape[1:] == (28, 28)
             self.rows.append(len(images))
+            return ()
 
     recorder = Recorder()
-    warm_up(recorder, encoder, max_batch=24)  # type: ignore[arg-type] # all that it needs is run()
+    warm_up(recorder, encoder, max_batch=24)
     assert recorder.rows == [1, 2, 4, 8, 16, 24]
 
 
@@ -90,6 +93,36 @@ def test_a_cuda_provider_that_does_not_start_is_an_error(
     # The real loader, asked for a provider that this build lacks, warns and goes on with the CPU.
     with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(DeviceError, match="CPU"):
         open_session(folder / encoder.file, encoder, device="cuda", threads=1)
+
+
+def test_what_the_cuda_provider_is_told(
+    folder: Path, encoder: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 keeps all its bits, fp16 the tensor cores; the arena grows by what is asked for, up to a limit."""
+    usual = cuda_options(Settings(), "fp32")
+    assert usual == {
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": "0",
+        "enable_cuda_graph": "0",
+    }
+    assert cuda_options(Settings(), "fp16") == usual | {"use_tf32": "1"}
+    limited = cuda_options(Settings(cuda_memory=1 << 30, cuda_graphs=True), "fp32")
+    assert limited == usual | {"gpu_mem_limit": "1073741824", "enable_cuda_graph": "1"}
+
+    given: list[object] = []
+
+    class Started(RuntimeError):
+        pass
+
+    def start(path: Path, options: object, providers: list[object]) -> None:
+        given.extend(providers)
+        raise Started
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", start)
+    with pytest.raises(DeviceError):
+        open_session(folder / encoder.file, encoder, device="cuda", threads=1, cuda=limited)
+    assert given == [("CUDAExecutionProvider", limited), "CPUExecutionProvider"]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def test_options_override_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ("port", 65536),
         ("device", "tpu"),
         ("threads", 0),
+        ("cuda_memory", 0),
         ("max_batch", 0),
         ("max_body", 1023),
         ("max_pixels", 0),
@@ -59,3 +60,11 @@ def test_a_queue_shorter_than_a_batch_is_refused(value: dict[str, int]) -> None:
     """A queue that no full batch fits into would refuse large items for ever."""
     with pytest.raises(ValidationError, match="full batch"):
         Settings.model_validate(value)
+
+
+def test_cuda_graphs_and_retiring_versions_exclude_one_another() -> None:
+    """Each alone is taken; together they would free memory under a capture."""
+    Settings(cuda_graphs=True)
+    Settings(repository=True)
+    with pytest.raises(ValidationError, match="cuda_graphs needs repository to be off"):
+        Settings(cuda_graphs=True, repository=True)
