@@ -3,9 +3,8 @@
 They run on the CPU here; the code is the one that runs on CUDA.
 """
 
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,11 +100,12 @@ def test_only_the_buckets_reach_the_device(tmp_path: Path) -> None:
 
 
 def test_padding_holds_nothing_of_anybody(bound: tuple[BoundSession, BoundSession]) -> None:
-    """Behind three rows the fourth is an empty picture, whatever was there before."""
-    bound[0].run(np.stack([picture(7)] * 4))
-    _, lengths = bound[0].run(np.stack([picture(2)] * 3))
-    np.testing.assert_allclose(fetched(lengths), np.eye(CLASSES)[[2, 2, 2]], atol=1e-3)
-    np.testing.assert_array_equal(fetched(replace(lengths, rows=4))[3], 0)
+    """Behind five rows are three empty pictures, whatever was there before."""
+    for rows in (8, 7):
+        bound[0].run(np.stack([picture(7)] * rows))
+    _, lengths = bound[0].run(np.stack([picture(2)] * 5))
+    np.testing.assert_allclose(fetched(lengths), np.eye(CLASSES)[[2] * 5], atol=1e-3)
+    np.testing.assert_array_equal(fetched(replace(lengths, rows=8))[5:], 0)
 
 
 def test_buffers_are_allocated_once(
@@ -242,18 +242,13 @@ def test_cuda_graphs_have_an_id_for_each_bucket(
 def test_cuda_graphs_leave_the_device_to_one_thread(
     plain: tuple[Session, Session], graphs: tuple[Graph, Graph]
 ) -> None:
-    """While somebody calls the device, a run waits; CUDA would fail what a capture is disturbed by."""
+    """While somebody calls the device, runs and fetches of any session wait: a capture bears nobody beside it."""
     runs = BoundSession(replace(plain[0], cuda_graphs=True), graphs[0], 1)
-    done = threading.Event()
-
-    def run() -> None:
-        assert fetched(runs.run(picture(4)[np.newaxis])[1]).argmax() == 4
-        done.set()
-
-    thread = threading.Thread(target=run)
-    with replace(plain[1], cuda_graphs=True).turn():
-        thread.start()
-        assert not done.wait(0.1)
-    thread.join(10)
-    assert done.is_set()
+    _, lengths = runs.run(picture(4)[np.newaxis])
+    with ThreadPoolExecutor(2) as threads:
+        with replace(plain[1], cuda_graphs=True).turn():
+            waiting = [threads.submit(lengths.fetch), threads.submit(runs.run, picture(4)[np.newaxis])]
+            assert not wait(waiting, timeout=0.1).done
+        assert len(wait(waiting, timeout=10).done) == 2
+    assert fetched(lengths).argmax() == 4
     assert not sessions._alone.locked()
