@@ -7,25 +7,34 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import offline, report, training_step
+from benchmarks import cuda, offline, report, training_step
+from service.errors import DeviceError
 from service.sessions import cpu_limit
 
 PARTS = ("offline", "profile", "training")
+ASKED_FOR = ("cuda",)
+"""Parts that only run when they are named: not every machine can."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="make bench ARGS=…", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"what to measure: {', '.join(PARTS)} (all)")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="part",
+        help=f"what to measure: {', '.join(PARTS)} (all of these), {', '.join(ASKED_FOR)}",
+    )
     parser.add_argument("--model", type=Path, help="model folder whose weights to take (the newest mnist)")
     parser.add_argument("--seconds", type=float, default=8, help="for each table row (%(default)s)")
     parser.add_argument("--threads", type=int, default=cpu_limit(), help="CPU threads (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args(arguments)
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"unknown parts {sorted(unknown)}, expected some of {list(PARTS)}")
+    if unknown := set(options.parts) - {*PARTS, *ASKED_FOR}:
+        parser.error(f"unknown parts {sorted(unknown)}, expected some of {[*PARTS, *ASKED_FOR]}")
     model = options.model or newest(Path("models/mnist"))
     # Bytes of no meaning do: no operator's time depends on the values.
     pictures = np.random.default_rng(0).integers(0, 256, (max(offline.BATCHES), 28, 28), np.uint8)
+    wrong: list[str] = []
     for part in options.parts or PARTS:
         print(f"measuring: {part}")
         measured: dict[str, Any]
@@ -33,10 +42,18 @@ def main(arguments: list[str] | None = None) -> None:
             measured = offline.run(model, pictures, options.seconds, options.threads)
         elif part == "profile":
             measured = offline.profile(model, pictures, batch=8)
+        elif part == "cuda":
+            try:
+                measured = cuda.run(model, options.seconds)
+            except DeviceError as error:
+                parser.exit(1, f"CUDA was not measured: {error}\n")
+            wrong = cuda.failures(measured)
         else:
             measured = training_step.run(options.seconds, options.threads)
         report.write({part: {"machine": _machine(), **measured}}, options.output)
     print((options.output / "benchmarks.md").read_text(encoding="utf-8"))
+    if wrong:
+        parser.exit(1, "\n".join(wrong) + "\n")
 
 
 def newest(models: Path) -> Path:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from torch.nn import functional as F
 
+from benchmarks import through_openvino
 from benchmarks.plain import write_plain_encoder
 from benchmarks.timing import take_turns
 from training.export import RANGE_IMAGES, round_to_half, write_encoder
@@ -35,16 +37,23 @@ def run(model: Path, pictures: np.ndarray[Any, Any], seconds: float, threads: in
     network = read_exported(model)
     round_to_half(network)
     with tempfile.TemporaryDirectory() as folder:
-        sessions = {
-            name: open_session(path, threads)
-            for name, path in write_graphs(network, pictures, Path(folder)).items()
-        }
+        return _measure(network, pictures, Path(folder), seconds, threads)
+
+
+def _measure(
+    network: CapsNet, pictures: np.ndarray[Any, Any], folder: Path, seconds: float, threads: int
+) -> dict[str, Any]:
+    paths = write_graphs(network, pictures, folder)
+    sessions = {name: open_session(path, threads) for name, path in paths.items()}
+    openvino = through_openvino.version()
     rows = []
     for batch in [size for size in BATCHES if size <= len(pictures)]:
         images = np.ascontiguousarray(pictures[:batch])
         tasks: dict[str, Callable[[], object]] = {
             name: partial(session.run, None, {"images": images}) for name, session in sessions.items()
         }
+        if openvino != through_openvino.ABSENT:
+            tasks |= _openvino(paths, images, threads)
         tasks["the two convolutions alone"] = _convolutions(network, images)
         tasks["sgemm"] = _sgemm()
         medians = take_turns(tasks, seconds)
@@ -56,7 +65,18 @@ def run(model: Path, pictures: np.ndarray[Any, Any], seconds: float, threads: in
                 "sgemm_gflops": flop / 1e9,
             }
         )
-    return {"threads": threads, "rows": rows}
+    return {"threads": threads, "openvino": openvino, "rows": rows}
+
+
+def _openvino(
+    paths: dict[str, Path], images: np.ndarray[Any, Any], threads: int
+) -> dict[str, Callable[[], object]]:
+    pairs = paths["int8"].with_name("pairs.onnx")
+    onnx.save(through_openvino.as_pairs(onnx.load(paths["int8"])), pairs)
+    return {
+        f"OpenVINO {name}": through_openvino.compiled(path, images, threads)
+        for name, path in (("fp32", paths["fp32"]), ("int8", pairs))
+    }
 
 
 def write_graphs(network: CapsNet, pictures: np.ndarray[Any, Any], folder: Path) -> dict[str, Path]:

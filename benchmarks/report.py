@@ -1,10 +1,15 @@
 """`docs/results/benchmarks.{json,md,png}` from what was measured."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from benchmarks import cuda
+from benchmarks.through_openvino import ABSENT
 
 PLAIN, CONVOLUTIONS = "plain einsum", "the two convolutions alone"
 
@@ -22,7 +27,12 @@ def write(measured: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(measured: dict[str, Any]) -> str:
-    parts = {"offline": _offline, "profile": _profile, "training": _training}
+    parts: dict[str, Callable[[dict[str, Any]], str]] = {
+        "offline": _offline,
+        "profile": _profile,
+        "training": _training,
+        "cuda": partial(cuda.markdown, table=_table),
+    }
     texts = [make(measured[name]) for name, make in parts.items() if name in measured]
     return (
         "\n\n".join(
@@ -58,7 +68,8 @@ def _offline(part: dict[str, Any]) -> str:
             "",
             _table(["batch", *names, "sgemm, GFLOP/s"], rows),
             "",
-            f"Each at its best batch size, over the plain export at its: {ratios}.",
+            f"Each at its best batch size, over the plain export at its: {ratios}. "
+            f"OpenVINO: {part.get('openvino', ABSENT)}.",
         ]
     )
 

@@ -6,8 +6,9 @@ Plain Python over numpy arrays; HTTP stops above this module.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -115,24 +116,45 @@ def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
     precision = choose_precision(folder, manifest, settings.precision, decoder.device)
     chosen = manifest.encoder_in(precision) or manifest.encoder
     encoder = opened(chosen, precision)
-    max_batch, max_decoder_batch = settings.max_batch, settings.max_decoder_batch
-    encodes: Runs = encoder
-    draws: Runs = decoder
-    decodes: Runs = decoder
-    if BOUND.issuperset((encoder.device, decoder.device)):
-        encodes = bound = BoundSession(encoder, chosen, max_batch)
-        draws = BoundSession(decoder, manifest.decoder, max_batch, upstream=bound)
-        decodes = BoundSession(decoder, manifest.decoder, max_decoder_batch)
+    graphs = bring_together(
+        manifest, precision, encoder, decoder, (settings.max_batch, settings.max_decoder_batch), BOUND
+    )
     for runs, graph, rows in (
-        (encodes, chosen, max_batch),
-        (draws, manifest.decoder, max_batch),
-        (decodes, manifest.decoder, max_decoder_batch),
+        (graphs.encoder, chosen, settings.max_batch),
+        (graphs.drawer, manifest.decoder, settings.max_batch),
+        (graphs.decoder, manifest.decoder, settings.max_decoder_batch),
     ):
         try:
             warm_up(runs, graph, rows)
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise ManifestError(f"{folder / graph.file}: ONNX Runtime cannot run it: {error}") from error
-    return Graphs(manifest, precision, encoder.device, encoder.threads, encodes, draws, decodes)
+    return graphs
+
+
+def bring_together(
+    manifest: Manifest,
+    precision: Precision,
+    encoder: Session,
+    decoder: Session,
+    max_batches: tuple[int, int],
+    bound: AbstractSet[UsedDevice],
+) -> Graphs:
+    """The graphs of a model, on buffers where both are on a device of `bound`.
+
+    Args:
+        max_batches: most rows of the encoder and of the decoder.
+    """
+    graphs = Graphs(manifest, precision, encoder.device, encoder.threads, encoder, decoder, decoder)
+    if not {encoder.device, decoder.device} <= bound:
+        return graphs
+    chosen = manifest.encoder_in(precision) or manifest.encoder
+    upstream = BoundSession(encoder, chosen, max_batches[0])
+    return replace(
+        graphs,
+        encoder=upstream,
+        drawer=BoundSession(decoder, manifest.decoder, max_batches[0], upstream=upstream),
+        decoder=BoundSession(decoder, manifest.decoder, max_batches[1]),
+    )
 
 
 class Model:

@@ -5,12 +5,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import offline, report, timing, training_step
+from benchmarks import offline, report, through_openvino, timing, training_step
 from tests.support.mnist import ROOT
 from training.config import ModelConfig
 from training.trained import read_exported
@@ -41,6 +42,7 @@ def test_the_forms_agree(tmp_path: Path) -> None:
 def test_offline_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every form has a figure for every batch size, next to its ceilings, in table, JSON and plot."""
     monkeypatch.setattr(offline, "GEMM", 64)
+    monkeypatch.setattr(through_openvino, "version", lambda: through_openvino.ABSENT)
     threads = torch.get_num_threads()
     measured = {
         "offline": offline.run(MODEL, PICTURES, 0, threads=1),
@@ -50,6 +52,7 @@ def test_offline_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [row["batch"] for row in measured["offline"]["rows"]] == [1]
     speeds = measured["offline"]["rows"][0]["images_per_second"]
     assert set(speeds) == {"plain einsum", "fp32", "int8", "the two convolutions alone"}
+    assert measured["offline"]["openvino"] == "not installed"
     assert all(speed > 0 for speed in speeds.values())
     assert "Einsum" in measured["profile"]["microseconds"]["plain einsum"]
     assert "Einsum" not in measured["profile"]["microseconds"]["fp32"]
@@ -58,7 +61,38 @@ def test_offline_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     text = (tmp_path / "benchmarks.md").read_text()
     assert "## Offline inference (1 threads, a test)" in text
     assert "(1.00x)" in text
+    assert "OpenVINO: not installed." in text
     assert (tmp_path / "benchmarks.png").stat().st_size > 1000
+
+
+def test_pairs_are_the_same_numbers(tmp_path: Path) -> None:
+    """What OpenVINO gets in place of QLinearConv computes the 8-bit encoder to the bit."""
+    int8 = offline.write_graphs(read_exported(MODEL), PICTURES, tmp_path)["int8"]
+    pairs = through_openvino.as_pairs(onnx.load(int8))
+    kinds = [node.op_type for node in pairs.graph.node]
+    assert "QLinearConv" not in kinds
+    assert kinds.count("Conv") == 2
+    onnx.checker.check_model(pairs)
+    onnx.save(pairs, tmp_path / "pairs.onnx")
+    found, expected = (
+        ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": PICTURES})[0]
+        for path in (tmp_path / "pairs.onnx", int8)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.skipif(
+    through_openvino.version() == through_openvino.ABSENT, reason="OpenVINO is not installed: an option"
+)
+def test_openvino_agrees(tmp_path: Path) -> None:
+    """Its fp32 and 8-bit encoders give what ONNX Runtime's give."""
+    paths = offline.write_graphs(read_exported(MODEL), PICTURES, tmp_path)
+    onnx.save(through_openvino.as_pairs(onnx.load(paths["int8"])), tmp_path / "pairs.onnx")
+    for path, name, tolerance in ((paths["fp32"], "fp32", 1e-5), (tmp_path / "pairs.onnx", "int8", 1e-3)):
+        session = ort.InferenceSession(paths[name], providers=["CPUExecutionProvider"])
+        expected = session.run(None, {"images": PICTURES})[0]
+        found = through_openvino.compiled(path, PICTURES, 1)()
+        np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
 def test_training_step(tmp_path: Path) -> None:
@@ -94,6 +128,6 @@ def test_an_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["gpu"])
     assert (
-        "unknown parts ['gpu'], expected some of ['offline', 'profile', 'training']"
+        "unknown parts ['gpu'], expected some of ['offline', 'profile', 'training', 'cuda']"
         in capsys.readouterr().err
     )

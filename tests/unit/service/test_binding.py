@@ -4,7 +4,7 @@ They run on the CPU here; the code is the one that runs on CUDA.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -242,12 +242,15 @@ def test_cuda_graphs_have_an_id_for_each_bucket(
 def test_cuda_graphs_leave_the_device_to_one_thread(
     plain: tuple[Session, Session], graphs: tuple[Graph, Graph]
 ) -> None:
-    """While somebody calls the device, runs and fetches of any session wait: a capture bears nobody beside it."""
+    """While somebody calls the device, runs and fetches of any session wait: captures bear no other."""
     runs = BoundSession(replace(plain[0], cuda_graphs=True), graphs[0], 1)
     _, lengths = runs.run(picture(4)[np.newaxis])
     with ThreadPoolExecutor(2) as threads:
         with replace(plain[1], cuda_graphs=True).turn():
-            waiting = [threads.submit(lengths.fetch), threads.submit(runs.run, picture(4)[np.newaxis])]
+            waiting: list[Future[Any]] = [
+                threads.submit(lengths.fetch),
+                threads.submit(runs.run, picture(4)[np.newaxis]),
+            ]
             assert not wait(waiting, timeout=0.1).done
         assert len(wait(waiting, timeout=10).done) == 2
     assert fetched(lengths).argmax() == 4

@@ -1,0 +1,221 @@
+"""CUDA, checked and measured as the service runs it.
+
+The provider of every node, the answers beside the CPU's, images per second by batch size, and the device's
+memory before and after every shape.
+"""
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.timing import take_turns
+from service.engine import BOUND, Graphs, bring_together
+from service.manifest import Graph, Manifest, Precision, read_manifest
+from service.sessions import Session, UsedDevice, buckets, cuda_options, open_session, warm_up
+from service.settings import Settings
+
+Options = Mapping[str, str]
+
+GRAPHS: Options = {"enable_cuda_graph": "1"}
+FORMS: dict[str, tuple[Precision, Options, float]] = {
+    "fp32": ("fp32", {}, 1e-4),
+    "fp32, CUDA graphs": ("fp32", GRAPHS, 1e-4),
+    "fp32, NHWC": ("fp32", {"prefer_nhwc": "1"}, 1e-4),
+    "fp32, TF32": ("fp32", {"use_tf32": "1"}, 2e-3),
+    "fp16": ("fp16", {}, 2e-3),
+    "fp16, CUDA graphs": ("fp16", GRAPHS, 2e-3),
+    "fp16, NHWC": ("fp16", {"prefer_nhwc": "1"}, 2e-3),
+    "fp16, heuristic search": ("fp16", {"cudnn_conv_algo_search": "HEURISTIC"}, 2e-3),
+}
+"""What differs from the service's options, and how far any output may be from fp32 on the CPU."""
+
+
+def run(
+    model: Path, seconds: float, max_batch: int = 256, device: UsedDevice = "cuda", threads: int = 1
+) -> dict[str, Any]:
+    """Every form of `FORMS` that the model has.
+
+    Args:
+        seconds: for each batch size.
+        device: `cpu` takes the same path without a GPU, to try it out.
+
+    Raises:
+        DeviceError: CUDA is not in use.
+    """
+    manifest = read_manifest(model)
+    pictures = sevens(max_batch, manifest.image_shape)
+    drawn = np.ones(max_batch, np.bool_)
+    expected = _open(model, manifest, "fp32", {}, max_batch, "cpu", threads, bound=False).predict(
+        (pictures, drawn)
+    )
+    forms: dict[str, Any] = {}
+    opened: dict[str, Graphs] = {}
+    for name, (precision, changes, tolerance) in FORMS.items():
+        if manifest.encoder_in(precision) is None:
+            continue
+        memory = {"before": _used_mib()}
+        graphs = _open(model, manifest, precision, changes, max_batch, device, threads)
+        warm_up(graphs.encoder, manifest.encoder, max_batch)
+        warm_up(graphs.drawer, manifest.decoder, max_batch)
+        memory["warmed up"] = _used_mib()
+        difference = 0.0
+        for rows in range(1, max_batch + 1):
+            difference = max(difference, _difference(graphs, pictures[:rows], expected))
+        memory["after every size"] = _used_mib()
+        opened[name] = graphs
+        forms[name] = {
+            "difference": difference,
+            "tolerance": tolerance,
+            "memory_mib": memory,
+            "nodes": _nodes(model, manifest, precision, changes, device, pictures[:1]),
+            "memory_stays": memory["after every size"] == memory["warmed up"],
+        }
+    speeds = []
+    for rows in buckets(max_batch):
+        tasks: dict[str, Callable[[], object]] = {
+            name: partial(graphs.predict, (pictures[:rows], drawn[:rows])) for name, graphs in opened.items()
+        }
+        medians = take_turns(tasks, seconds)
+        speeds.append(
+            {"batch": rows, "images_per_second": {name: rows / median for name, median in medians.items()}}
+        )
+    return {"device": _smi("name") or device, "forms": forms, "rows": speeds}
+
+
+def failures(part: Mapping[str, Any]) -> list[str]:
+    """What a run found wrong, a sentence each."""
+    found = []
+    for name, form in part["forms"].items():
+        if not form["difference"] <= form["tolerance"]:
+            found.append(
+                f"{name} differs from fp32 on the CPU by {form['difference']:.2g}, "
+                f"expected at most {form['tolerance']:g}"
+            )
+        on_cpu = form["nodes"].get("CPUExecutionProvider", 0)
+        if on_cpu and len(form["nodes"]) > 1:
+            found.append(f"{name} runs {on_cpu} nodes of the encoder on the CPU")
+        if not form["memory_stays"]:
+            found.append(f"{name} took more memory after the warm-up: {form['memory_mib']} MiB")
+    return found
+
+
+def markdown(part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> str:
+    forms = part["forms"]
+    speeds = [
+        [row["batch"], *(f"{row['images_per_second'][name]:.0f}" for name in forms)] for row in part["rows"]
+    ]
+    checks = [
+        [
+            name,
+            ", ".join(f"{count} {provider}" for provider, count in form["nodes"].items()),
+            f"{form['difference']:.1e}",
+            f"{form['tolerance']:g}",
+            *form["memory_mib"].values(),
+        ]
+        for name, form in forms.items()
+    ]
+    memory = list(next(iter(forms.values()))["memory_mib"])
+    return "\n".join(
+        [
+            f"## CUDA ({part['device']})",
+            "",
+            "Predictions with reconstruction from bound buffers, images per second by bucket.",
+            "",
+            table(["batch", *forms], speeds),
+            "",
+            "Where the encoder's nodes ran; the largest difference of any output from fp32 on the CPU, over "
+            "every batch size up to the largest; and the device's memory in MiB.",
+            "",
+            table(["form", "nodes", "difference", "allowed", *memory], checks),
+        ]
+    )
+
+
+def sevens(count: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The example's digit, moved and dimmed, (count, *shape); noise for a model of another picture size."""
+    seven = np.asarray(Image.open("docs/examples/seven.png").convert("L"))
+    if seven.shape != shape:
+        return np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
+    moved = [np.roll(seven, (i % 5 - 2, i // 5 % 5 - 2), (0, 1)) // (1 + i // 25 % 3) for i in range(count)]
+    return np.stack(moved)
+
+
+def _open(
+    model: Path,
+    manifest: Manifest,
+    precision: Precision,
+    changes: Options,
+    max_batch: int,
+    device: UsedDevice,
+    threads: int,
+    *,
+    bound: bool = True,
+) -> Graphs:
+    """As the engine opens it, with other options of the provider."""
+
+    def opened(graph: Graph, arithmetic: Precision) -> Session:
+        options = {**cuda_options(Settings(), arithmetic), **changes}
+        return open_session(model / graph.file, graph, device=device, threads=threads, cuda=options)
+
+    encoder = opened(manifest.encoder_in(precision) or manifest.encoder, precision)
+    decoder = opened(manifest.decoder, "fp32")
+    devices = BOUND | {device} if bound else frozenset[UsedDevice]()
+    return bring_together(manifest, precision, encoder, decoder, (max_batch, max_batch), devices)
+
+
+def _nodes(
+    model: Path,
+    manifest: Manifest,
+    precision: Precision,
+    changes: Options,
+    device: UsedDevice,
+    picture: NDArray[np.uint8],
+) -> dict[str, int]:
+    """How many of the encoder's nodes each provider ran, by ONNX Runtime's profiler."""
+    cuda = {**cuda_options(Settings(), precision), **changes, "enable_cuda_graph": "0"}
+    providers = ["CPUExecutionProvider"] if device == "cpu" else [("CUDAExecutionProvider", cuda)]
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        encoder = manifest.encoder_in(precision) or manifest.encoder
+        session = ort.InferenceSession(model / encoder.file, options, providers=providers)
+        session.run(None, {encoder.inputs[0].name: picture})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    return dict(Counter(event["args"]["provider"] for event in events if "provider" in event.get("args", {})))
+
+
+def _difference(graphs: Graphs, pictures: NDArray[np.uint8], expected: tuple[NDArray[Any], ...]) -> float:
+    """Of capsules, lengths and reconstructions."""
+    capsules, lengths, _, reconstructions, _ = graphs.predict((pictures, np.ones(len(pictures), np.bool_)))
+    return max(
+        float(np.abs(found - wanted[: len(found)]).max())
+        for found, wanted in zip(
+            (capsules, lengths, reconstructions), (expected[0], expected[1], expected[3]), strict=True
+        )
+    )
+
+
+def _used_mib() -> int | None:
+    used = _smi("memory.used")
+    return int(used) if used else None
+
+
+def _smi(field: str) -> str | None:
+    """What nvidia-smi says of the first GPU; None where there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
