@@ -8,7 +8,9 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from service.manifest import Manifest, read_manifest
+from service.binding import BoundSession, fetched
+from service.manifest import Manifest, Precision, read_manifest
+from service.sessions import open_session
 from tests.support.mnist import ROOT, mnist_test_images
 from training.config import ModelConfig
 from training.data import Dataset
@@ -52,6 +54,31 @@ def test_onnx_runtime_agrees_with_pytorch(folder: Path, mnist: Dataset) -> None:
         assert size == 1 or len(set(longest.tolist())) > 1
         np.testing.assert_allclose(
             exported.decode(capsules, longest), reference.decode(expected_capsules, longest), atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+def test_bound_buffers_change_no_answer(folder: Path, precision: Precision, mnist: Dataset) -> None:
+    """In every batch size, padded or not, an image is answered as by a plain run of its own batch."""
+    most = 9
+    manifest = read_manifest(folder)
+    encoder, decoder = (manifest.encoder_in(precision), manifest.decoder)
+    assert encoder is not None
+    plain, draws = (
+        open_session(folder / graph.file, graph, device="cpu", threads=1) for graph in (encoder, decoder)
+    )
+    bound = BoundSession(plain, encoder, most)
+    drawer = BoundSession(draws, decoder, most, upstream=bound)
+    for size in range(1, most + 1):
+        images = mnist.images[most : most + size].numpy()
+        capsules, lengths = plain.run(images)
+        held, found = bound.run(images)
+        index = fetched(found).argmax(axis=1)
+        np.testing.assert_allclose(fetched(held), capsules, atol=1e-5)
+        np.testing.assert_allclose(fetched(found), lengths, atol=1e-5)
+        np.testing.assert_allclose(
+            fetched(*drawer.run(held, index)), draws.run(capsules, index)[0], atol=1e-5
         )
 
 
