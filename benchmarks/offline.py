@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from benchmarks import through_openvino
 from benchmarks.plain import write_plain_encoder
 from benchmarks.timing import take_turns
+from benchmarks.winograd import winograd_encoder
 from training.export import RANGE_IMAGES, round_to_half, write_encoder
 from training.model import CapsNet
 from training.trained import read_exported
@@ -84,6 +85,8 @@ def write_graphs(network: CapsNet, pictures: np.ndarray[Any, Any], folder: Path)
     paths = {"plain einsum": folder / "plain.onnx", "fp32": folder / "encoder.onnx"}
     write_plain_encoder(network, paths["plain einsum"])
     write_encoder(network, paths["fp32"])
+    paths["fp32, Winograd"] = folder / "winograd.onnx"
+    onnx.save(winograd_encoder(network), paths["fp32, Winograd"])
     # Speed does not depend on the ranges, so any pictures will do for them.
     paths["int8"] = write_variants(network, torch.from_numpy(pictures[:RANGE_IMAGES]), paths["fp32"])["int8"]
     return paths

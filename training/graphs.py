@@ -9,7 +9,9 @@ PyTorch's names, shapes and half precision; what changes them is folded when a r
 The letters are those of `model.py`.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,8 @@ from training.model import EPSILON, CapsNet, as_channels
 OPSET = 20
 Arithmetic = Literal["fp32", "fp16", "int8"]
 """Of the convolutions; capsules and routing are always computed in single precision."""
+FEW = 4
+"""Pictures up to which storing u_hat is faster on a CPU; measured, see docs/decisions/0020."""
 LARGE = 1024
 """Weights of at least so many numbers are stored in half precision."""
 PRIMARY = "encoder.primary_capsules.conv"
@@ -66,18 +70,21 @@ def encoder_graph(
     Args:
         ranges: for int8, what its eight bits have to span.
     """
-    graph = _Graph(network)
+    graph = EncoderGraph(network)
     if arithmetic == "int8":
         if ranges is None:
             raise ValueError("int8 takes the ranges that the convolutions' values have")
-        channels = graph.int8_convolutions(ranges)
+        u = graph.primary_capsules(graph.int8_convolutions(ranges))
+        # CUDA, which the others are for as well, cannot capture a branch.
+        v = graph.route(u) if network.config.shared_weights else graph.route_by_size(u)
     else:
-        channels = graph.convolutions(TensorProto.FLOAT if arithmetic == "fp32" else TensorProto.FLOAT16)
-    graph.finish(graph.route(graph.primary_capsules(channels)))
+        element = TensorProto.FLOAT if arithmetic == "fp32" else TensorProto.FLOAT16
+        v = graph.route(graph.primary_capsules(graph.convolutions(element)))
+    graph.finish(v)
     return graph.model()
 
 
-class _Graph:
+class EncoderGraph:
     """Nodes in the order in which they run. Methods take and give the names of values."""
 
     def __init__(self, network: CapsNet) -> None:
@@ -89,10 +96,12 @@ class _Graph:
         # What `scaled_votes` divides by, all but the bias: the weights then, which are folded.
         self.votes = np.float32(1 / self.config.primary_groups if self.config.scaled_votes else 1)
         self.nodes: list[onnx.NodeProto] = []
+        self.numbers = count()
         self.initializers: dict[str, onnx.TensorProto] = {}
 
     def op(self, kind: str, *inputs: str, out: str = "", **attributes: Any) -> str:
-        name = out or f"{kind}_{len(self.nodes)}"
+        number = next(self.numbers)
+        name = out or f"{kind}_{number}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
@@ -226,13 +235,23 @@ class _Graph:
         The logits of an iteration are the agreement with the sum of all v so far, so nothing but that sum
         is carried along.
         """
+        return self.route_without_u_hat(u, *self.matrices())
+
+    def matrices(self) -> tuple[str, str]:
+        """The transformation matrices class by class, (K, I * G, D), and the same transposed."""
+        config = self.config
+        groups = config.primary_groups if config.shared_weights else config.primary_count
+        weight = self.op("Transpose", self.weight("encoder.digit_capsules.weight"), perm=[0, 2, 1, 3])
+        shape = len(config.classes), config.primary_dimensions * groups, config.digit_dimensions
+        weight = self.op("Reshape", weight, self.axes(*shape))
+        return weight, self.op("Transpose", weight, perm=[0, 2, 1])
+
+    def route_without_u_hat(self, u: str, weight: str, weight_t: str) -> str:
+        """The routing on `matrices`, which every iteration reads twice."""
         config = self.config
         classes, dimensions = len(config.classes), config.primary_dimensions
         groups = config.primary_groups if config.shared_weights else config.primary_count
         inner = dimensions * groups
-        weight = self.op("Transpose", self.weight("encoder.digit_capsules.weight"), perm=[0, 2, 1, 3])
-        weight = self.op("Reshape", weight, self.axes(classes, inner, config.digit_dimensions))  # (K, I*G, D)
-        weight_t = self.op("Transpose", weight, perm=[0, 2, 1])
 
         def pool(values: str, first: int) -> str:
             """(first, B, I, N) -> (first, B, I * G), summed over the positions that share a matrix."""
@@ -277,6 +296,64 @@ class _Graph:
             total = self.op("Add", total, v)
         return v
 
+    def route_by_size(self, u: str) -> str:
+        """`route`, which for few pictures stores u_hat, instead of reading all matrices again."""
+        config = self.config
+        # Outside of the branches, where a runtime folds what is done to weights.
+        by_class = self.matrices()
+        by_capsule = self.op("Transpose", self.weight("encoder.digit_capsules.weight"), perm=[1, 2, 0, 3])
+        width = len(config.classes) * config.digit_dimensions
+        shape = config.primary_count, config.primary_dimensions, width
+        by_capsule = self.op("Reshape", by_capsule, self.axes(*shape))
+        size = self.op("Shape", u, start=0, end=1)
+        few = self.op("LessOrEqual", self.op("Squeeze", size), self.constant(np.int64(FEW), "few"))
+        return self.op(
+            "If",
+            few,
+            then_branch=self.branch("few", lambda: self.route_with_u_hat(u, by_capsule)),
+            else_branch=self.branch("many", lambda: self.route_without_u_hat(u, *by_class)),
+        )
+
+    def branch(self, name: str, make: Callable[[], str]) -> onnx.GraphProto:
+        """The nodes that `make` adds, as a graph of their own that gives v (K, B, D)."""
+        outside, self.nodes = self.nodes, []
+        result = make()
+        inside, self.nodes = self.nodes, outside
+        shape = [len(self.config.classes), "batch", self.config.digit_dimensions]
+        return helper.make_graph(
+            inside, name, [], [helper.make_tensor_value_info(result, TensorProto.FLOAT, shape)]
+        )
+
+    def route_with_u_hat(self, u: str, weight: str) -> str:
+        """The routing by procedure 1, on u_hat (K, B, N, D); `weight` is (N, I, K * D)."""
+        config = self.config
+        classes, dimensions, capsules = len(config.classes), config.digit_dimensions, config.primary_count
+        u_hat = self.op("MatMul", self.op("Transpose", u, perm=[2, 0, 1]), weight)  # (N, B, K * D)
+        u_hat = self.op("Reshape", u_hat, self.axes(capsules, -1, classes, dimensions))
+        u_hat = self.op("Transpose", u_hat, perm=[2, 1, 0, 3])
+
+        def output(s: str) -> str:
+            """v (K, B, 1, D)."""
+            if config.capsule_biases:
+                bias = self.op("Unsqueeze", self.weight("encoder.digit_capsules.bias"), self.axes(1))
+                s = self.op("Add", s, bias)
+            return self.squash(s, axis=3)
+
+        whole = self.op("ReduceSum", u_hat, self.axes(2), keepdims=1)
+        v = output(self.op("Mul", whole, self.constant(np.float32(1 / classes))))
+        total = v
+        for _ in range(config.routing_iterations - 1):
+            logits = self.op(
+                "MatMul", u_hat, self.op("Reshape", total, self.axes(classes, -1, dimensions, 1))
+            )
+            logits = self.op("Reshape", logits, self.axes(classes, -1, 1, capsules))
+            logits = self.op("Sub", logits, self.op("ReduceMax", logits, self.axes(0), keepdims=1))
+            raised = self.op("Exp", logits)  # ONNX Runtime's Softmax over the first axis takes thrice as long
+            coupling = self.op("Div", raised, self.op("ReduceSum", raised, self.axes(0), keepdims=1))
+            v = output(self.op("MatMul", coupling, u_hat))
+            total = self.op("Add", total, v)
+        return self.op("Reshape", v, self.axes(classes, -1, dimensions))
+
     def finish(self, v: str) -> None:
         """v (K, B, D) to the two outputs."""
         capsules = self.op("Transpose", v, out="digit_capsules", perm=[1, 0, 2])
@@ -289,7 +366,7 @@ class _Graph:
 
     def model(self) -> onnx.ModelProto:
         classes = len(self.config.classes)
-        read = {name for node in self.nodes for name in node.input}
+        read = set(_read(self.nodes))
 
         def value(name: str, element: int, *shape: int) -> onnx.ValueInfoProto:
             return helper.make_tensor_value_info(name, element, ["batch", *shape])
@@ -309,6 +386,14 @@ class _Graph:
             [tensor for name, tensor in self.initializers.items() if name in read],
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+
+
+def _read(nodes: Iterable[onnx.NodeProto]) -> Iterable[str]:
+    """The names of all values that nodes read, those in their branches included."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from _read(attribute.g.node)
 
 
 def save_sharing(model: onnx.ModelProto, path: Path, holder: Path) -> None:

@@ -36,6 +36,7 @@ def test_the_forms_agree(tmp_path: Path) -> None:
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         outputs[name] = session.run(["digit_capsules"], {"images": PICTURES})[0]
     np.testing.assert_allclose(outputs["fp32"], outputs["plain einsum"], atol=1e-5)
+    np.testing.assert_allclose(outputs["fp32, Winograd"], outputs["plain einsum"], atol=1e-5)
     np.testing.assert_allclose(outputs["int8"], outputs["plain einsum"], atol=5e-2)
 
 
@@ -51,7 +52,7 @@ def test_offline_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     torch.set_num_threads(threads)
     assert [row["batch"] for row in measured["offline"]["rows"]] == [1]
     speeds = measured["offline"]["rows"][0]["images_per_second"]
-    assert set(speeds) == {"plain einsum", "fp32", "int8", "the two convolutions alone"}
+    assert set(speeds) == {"plain einsum", "fp32", "fp32, Winograd", "int8", "the two convolutions alone"}
     assert measured["offline"]["openvino"] == "not installed"
     assert all(speed > 0 for speed in speeds.values())
     assert "Einsum" in measured["profile"]["microseconds"]["plain einsum"]

@@ -6,10 +6,18 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto
 
 from training.config import ModelConfig
 from training.export import round_to_half
-from training.graphs import Arithmetic, encoder_graph, measure_ranges, save_sharing
+from training.graphs import (
+    FEW,
+    Arithmetic,
+    EncoderGraph,
+    encoder_graph,
+    measure_ranges,
+    save_sharing,
+)
 from training.model import CapsNet, length
 
 NUMBER_OF_IMAGES = 5
@@ -55,6 +63,45 @@ def test_the_graph_is_the_network(
         expected = network.encoder(images[:size]).detach()
         np.testing.assert_allclose(capsules, expected.numpy(), atol=2e-6)
         np.testing.assert_allclose(lengths, length(expected).numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+@pytest.mark.parametrize("biases", [False, True])
+def test_both_routings_are_the_networks(
+    model_config: ModelConfig, images: torch.Tensor, tmp_path: Path, iterations: int, biases: bool
+) -> None:
+    """Up to `FEW` pictures u_hat is stored, beyond it is not, and nobody could tell."""
+    torch.manual_seed(1)
+    network = CapsNet(replace(model_config, routing_iterations=iterations, capsule_biases=biases))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2)
+    round_to_half(network)
+    graph = EncoderGraph(network)
+    graph.finish(graph.route_by_size(graph.primary_capsules(graph.convolutions(TensorProto.FLOAT))))
+    onnx.checker.check_model(graph.model(), full_check=True)
+    onnx.save(graph.model(), tmp_path / "encoder.onnx")
+    assert FEW < NUMBER_OF_IMAGES, "one branch would never run"
+    for size in range(1, NUMBER_OF_IMAGES + 1):
+        expected = network.encoder(images[:size]).detach()
+        np.testing.assert_allclose(run(tmp_path / "encoder.onnx", images[:size])[0], expected, atol=2e-6)
+
+
+def test_each_branch_runs_on_its_side(model_config: ModelConfig) -> None:
+    """The 8-bit graph stores u_hat for few pictures only, and where matrices are shared never."""
+    network = CapsNet(model_config)
+    ranges = measure_ranges(network, torch.zeros(1, *model_config.image_shape, dtype=torch.uint8))
+    (branch,) = (n for n in encoder_graph(network, ranges, "int8").graph.node if n.op_type == "If")
+    branches = {attribute.name: attribute.g for attribute in branch.attribute}
+    assert {name: graph.name for name, graph in branches.items()} == {
+        "then_branch": "few",
+        "else_branch": "many",
+    }
+    shared = CapsNet(replace(model_config, shared_weights=True))
+    assert "If" not in {node.op_type for node in encoder_graph(shared, ranges, "int8").graph.node}
+    for arithmetic in ("fp32", "fp16"):
+        graph = encoder_graph(network, arithmetic=arithmetic).graph  # type: ignore[arg-type] # one of its own
+        assert "If" not in {node.op_type for node in graph.node}, "CUDA cannot capture a branch"
 
 
 @pytest.mark.parametrize("arithmetic", ["fp32", "fp16", "int8"])
