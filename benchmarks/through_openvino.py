@@ -15,6 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from training.graphs import names_read
+
 ABSENT = "not installed"
 
 
@@ -67,7 +69,7 @@ def as_pairs(model: onnx.ModelProto) -> onnx.ModelProto:
         ]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    read = {name for node in nodes for name in node.input}
+    read = set(names_read(nodes))
     kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)

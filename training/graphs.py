@@ -366,7 +366,7 @@ class EncoderGraph:
 
     def model(self) -> onnx.ModelProto:
         classes = len(self.config.classes)
-        read = set(_read(self.nodes))
+        read = set(names_read(self.nodes))
 
         def value(name: str, element: int, *shape: int) -> onnx.ValueInfoProto:
             return helper.make_tensor_value_info(name, element, ["batch", *shape])
@@ -388,12 +388,12 @@ class EncoderGraph:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
 
 
-def _read(nodes: Iterable[onnx.NodeProto]) -> Iterable[str]:
+def names_read(nodes: Iterable[onnx.NodeProto]) -> Iterable[str]:
     """The names of all values that nodes read, those in their branches included."""
     for node in nodes:
         yield from node.input
         for attribute in node.attribute:
-            yield from _read(attribute.g.node)
+            yield from names_read(attribute.g.node)
 
 
 def save_sharing(model: onnx.ModelProto, path: Path, holder: Path) -> None:
