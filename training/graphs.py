@@ -319,7 +319,7 @@ class EncoderGraph:
         outside, self.nodes = self.nodes, []
         result = make()
         inside, self.nodes = self.nodes, outside
-        shape = [len(self.config.classes), "batch", self.config.digit_dimensions]
+        shape: list[str | int | None] = [len(self.config.classes), "batch", self.config.digit_dimensions]
         return helper.make_graph(
             inside, name, [], [helper.make_tensor_value_info(result, TensorProto.FLOAT, shape)]
         )

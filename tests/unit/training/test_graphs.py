@@ -100,7 +100,7 @@ def test_each_branch_runs_on_its_side(model_config: ModelConfig) -> None:
     shared = CapsNet(replace(model_config, shared_weights=True))
     assert "If" not in {node.op_type for node in encoder_graph(shared, ranges, "int8").graph.node}
     for arithmetic in ("fp32", "fp16"):
-        graph = encoder_graph(network, arithmetic=arithmetic).graph  # type: ignore[arg-type] # one of its own
+        graph = encoder_graph(network, arithmetic=arithmetic).graph
         assert "If" not in {node.op_type for node in graph.node}, "CUDA cannot capture a branch"
 
 
