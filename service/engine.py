@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from service.batching import Arrays, Batcher
 from service.binding import BoundSession, fetched
 from service.context import measured
-from service.errors import StartError, UnknownModel
+from service.errors import DeviceError, StartError, UnknownModel
 from service.manifest import MANIFEST_FILE, Graph, Manifest, ManifestError, Precision, read_manifest
 from service.metrics import Metrics
 from service.sessions import (
@@ -116,16 +116,18 @@ def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
     precision = choose_precision(folder, manifest, settings.precision, decoder.device)
     chosen = manifest.encoder_in(precision) or manifest.encoder
     encoder = opened(chosen, precision)
-    graphs = bring_together(
-        manifest, precision, encoder, decoder, (settings.max_batch, settings.max_decoder_batch), BOUND
-    )
-    for runs, graph, rows in (
+    try:
+        rows = settings.max_batch, settings.max_decoder_batch
+        graphs = bring_together(manifest, precision, encoder, decoder, rows, BOUND)
+    except Exception as error:  # the same exceptions as below
+        raise DeviceError(f"{folder}: {encoder.device} has no room for its batches: {error}") from error
+    for runs, graph, most in (
         (graphs.encoder, chosen, settings.max_batch),
         (graphs.drawer, manifest.decoder, settings.max_batch),
         (graphs.decoder, manifest.decoder, settings.max_decoder_batch),
     ):
         try:
-            warm_up(runs, graph, rows)
+            warm_up(runs, graph, most)
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise ManifestError(f"{folder / graph.file}: ONNX Runtime cannot run it: {error}") from error
     return graphs

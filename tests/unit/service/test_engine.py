@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 
 from service import engine as engine_module
 from service.binding import BoundSession
 from service.engine import Engine, Model, load_graphs, model_folders, open_engine
-from service.errors import ShuttingDown, StartError, UnknownModel
+from service.errors import DeviceError, ShuttingDown, StartError, UnknownModel
 from service.manifest import ManifestError, Variant, read_manifest, sha256, write_manifest
 from service.metrics import Metrics
 from service.settings import Settings
@@ -187,6 +188,23 @@ async def test_every_path_is_the_one_it_is_called(tiny_models: Path, path: str) 
     graphs = load_graphs(tiny_models / "tiny" / "1", settings(tiny_models), "cpu")
     for runs in (graphs.encoder, graphs.drawer, graphs.decoder):
         assert isinstance(runs, BoundSession) == (path == "bound")
+
+
+async def test_buffers_that_do_not_fit_stop_the_start(
+    tiny_models: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the model and the device, and has ONNX Runtime's reason."""
+
+    def full(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", full)
+    folder = tiny_models / "tiny" / "1"
+    if path == "plain":
+        load_graphs(folder, settings(tiny_models), "cpu")
+    else:
+        with pytest.raises(DeviceError, match=r"tiny.1: cpu has no room for its batches: out of memory"):
+            load_graphs(folder, settings(tiny_models), "cpu")
 
 
 async def test_models_do_not_disturb_one_another(tiny_models: Path) -> None:
