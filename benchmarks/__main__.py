@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import cuda, offline, report, training_step
+from benchmarks import cuda, offline, report, served, training_step
 from service.errors import DeviceError
 from service.sessions import cpu_limit
 
-PARTS = ("offline", "profile", "training")
+PARTS = ("offline", "profile", "training", "served")
 ASKED_FOR = ("cuda",)
 """Parts that only run when they are named: not every machine can."""
 
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="model folder whose weights to take (the newest mnist)")
     parser.add_argument("--seconds", type=float, default=8, help="for each table row (%(default)s)")
     parser.add_argument("--threads", type=int, default=cpu_limit(), help="CPU threads (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the served part (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - {*PARTS, *ASKED_FOR}:
@@ -42,6 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
             measured = offline.run(model, pictures, options.seconds, options.threads)
         elif part == "profile":
             measured = offline.profile(model, pictures, batch=8)
+        elif part == "served":
+            try:
+                measured = served.run(model, pictures, options.seconds, options.threads, options.rounds)
+            except served.Missing as error:
+                parser.exit(1, f"{part} was not measured: {error}\n")
         elif part == "cuda":
             try:
                 measured = cuda.run(model, options.seconds)

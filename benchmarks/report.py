@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import cuda
+from benchmarks import cuda, served
 from benchmarks.through_openvino import ABSENT
 
 PLAIN, CONVOLUTIONS = "plain einsum", "the two convolutions alone"
@@ -24,6 +24,8 @@ def write(measured: dict[str, Any], folder: Path) -> None:
     (folder / "benchmarks.md").write_text(markdown(known), encoding="utf-8")
     if "offline" in known:
         plot(known["offline"], folder / "benchmarks.png")
+    if "served" in known:
+        served.plot(known["served"], folder / "served.png")
 
 
 def markdown(measured: dict[str, Any]) -> str:
@@ -31,6 +33,7 @@ def markdown(measured: dict[str, Any]) -> str:
         "offline": _offline,
         "profile": _profile,
         "training": _training,
+        "served": partial(served.markdown, table=_table),
         "cuda": partial(cuda.markdown, table=_table),
     }
     texts = [make(measured[name]) for name, make in parts.items() if name in measured]

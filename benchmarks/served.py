@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.offline import open_session
@@ -303,3 +304,22 @@ def _beside(row: dict[str, float]) -> list[str]:
         f"ready after {row['start_seconds']:.2f} s",
         f"{row['memory_mib']:.0f} MiB",
     ]
+
+
+def plot(part: dict[str, Any], path: Path) -> None:
+    """Share of raw, and the times of the median and the slowest hundredth, over the number of callers."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    shares, times = figure.subplots(1, 2)
+    for precision, row in part["precisions"].items():
+        for name, axes, style in (("share", shares, "-"), ("p50", times, "-"), ("p99", times, "--")):
+            values = [row[f"{name}_{callers}"] for callers in CONCURRENCIES]
+            label = precision if name == "share" else f"{precision}, {name}"
+            axes.plot(CONCURRENCIES, values, style, marker="o", label=label)
+    shares.set(ylabel="images/s, share of raw session.run", ylim=(0, 1))
+    times.set(ylabel="ms", yscale="log")
+    for axes in (shares, times):
+        axes.set(xlabel="callers", xscale="log")
+        axes.set_xticks(CONCURRENCIES, [str(callers) for callers in CONCURRENCIES])
+        axes.minorticks_off()
+        axes.legend()
+    figure.savefig(path, dpi=110)

@@ -1,6 +1,7 @@
 """The benchmarks run, compare like with like, and write down what they found; never how long it took."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import offline, report, through_openvino, timing, training_step
+from benchmarks import offline, report, served, through_openvino, timing, training_step
 from tests.support.mnist import ROOT
 from training.config import ModelConfig
 from training.trained import read_exported
@@ -132,3 +133,41 @@ def test_an_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
         "unknown parts ['gpu'], expected some of ['offline', 'profile', 'training', 'cuda']"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
+def test_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each load has its rate, its share of raw and its times, and each aim is judged by its figure."""
+    monkeypatch.setattr(served, "CONCURRENCIES", (1, 8, 32, 64, 512))
+    monkeypatch.setattr(served, "BULK", 8)
+    monkeypatch.setattr(served, "STARTS", 1)
+    monkeypatch.setattr(served, "PRECISIONS", ("int8",))
+    measured = served.run(MODEL, PICTURES, 1, threads=1, rounds=1)
+    row = measured["precisions"]["int8"]
+    assert row["rate_32"] > row["refused_32"] == 0
+    assert row["p50_1"] <= row["p99_1"]
+    report.write({"served": {"machine": "a test", **measured}}, tmp_path)
+    assert "## Served over HTTP (1 threads, a test)" in (tmp_path / "benchmarks.md").read_text()
+    assert (tmp_path / "served.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("value", "met"), [(0.91, "no"), (0.92, "yes")])
+def test_an_aim_is_met_at_its_bound(value: float, met: str) -> None:
+    """A figure at its bound counts, one short of it does not; what the table says is what was measured."""
+    row = {
+        f"{name}_{callers}": 1.0
+        for name in ("rate", "share", "p50", "p99", "refused", "spread")
+        for callers in served.CONCURRENCIES
+    }
+    others = ("raw_rate", "goodput", "bulk_share", "added_ms", "sweep_ratio", "start_seconds", "memory_mib")
+    row |= dict.fromkeys(others, 1.0) | {"share_32": value}
+    part = {"machine": "a test", "threads": 1, "rounds": 1, "seconds": 1, "precisions": {"fp32": row}}
+    text = report.markdown({"served": part})
+    assert f"| 32 callers, share of raw at its best batch (fp32) | ≥ 0.92 | {value} | {met} |" in text
+
+
+def test_a_missing_load_generator_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without h2load the served part says in one line what is missing, and where it comes from."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(served.Missing, match="nghttp2-client"):
+        served.run(MODEL, PICTURES, 1, threads=1, rounds=1)

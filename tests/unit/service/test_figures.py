@@ -52,6 +52,6 @@ def test_no_label_is_cut() -> None:
     """The lowest letters end above the label's edge, where the next picture may begin."""
     pictures = np.ones((1, 1, 28, 28), np.float32)
     figure = sweep_figure(pictures, "gjpqy", [0], [0])
-    ink = (figure[:30] < 128).any(axis=1)
+    ink = np.asarray((figure[:30] < 128).any(axis=1))
     assert ink.any()
     assert not ink[2 + 20 - 2 :].any()
