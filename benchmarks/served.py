@@ -2,6 +2,7 @@
 
 import http.client
 import io
+import os
 import shutil
 import statistics
 import subprocess
@@ -129,6 +130,7 @@ def _round(
             f"spread_{callers}": load.percentile(0.99) / load.percentile(0.5),
             f"refused_{callers}": load.statuses.get(503, 0) / load.seconds,
         }
+    figures |= _processor_ms(service, raw, pictures, bodies["png"], seconds)
     figures["added_ms"] = figures["p50_1"] - figures["raw_alone_ms"]
     figures["goodput"] = figures["rate_512"] / figures["rate_32"]
     bulk = h2load(
@@ -150,10 +152,60 @@ def _raw(session: ort.InferenceSession, pictures: Pictures, seconds: float) -> t
     return max(int(batch) / median for batch, median in medians.items()), medians["1"]
 
 
+def _processor_ms(
+    service: Served, raw: ort.InferenceSession, pictures: Pictures, body: Path, seconds: float
+) -> dict[str, float]:
+    """Milliseconds of processor time for a request of 32 callers, by who spends them, and for a raw image.
+
+    What the event loop and the load generator take, the graph's threads do not get.
+    """
+    own, children = _thread_seconds(service.process.pid), _children_seconds()
+    load = h2load(service.port, "/predict", body, "image/png", 32, seconds, warm_up=0)
+    answered = load.statuses[200]
+    loop, others = (
+        1000 * (after - before) / answered
+        for before, after in zip(own, _thread_seconds(service.process.pid), strict=True)
+    )
+    images = np.ascontiguousarray(np.resize(pictures, (16, *pictures.shape[1:])))
+    began, runs = time.process_time(), 20
+    for _ in range(runs):
+        raw.run(None, {"images": images})
+    return {
+        "loop_cpu_ms": loop,
+        "graph_cpu_ms": others,
+        "client_cpu_ms": 1000 * (_children_seconds() - children) / answered,
+        "raw_cpu_ms": 1000 * (time.process_time() - began) / runs / len(images),
+    }
+
+
+def _thread_seconds(pid: int) -> tuple[float, float]:
+    """Processor time of a process's main thread, and of all its other threads (Linux)."""
+    spent = {
+        task.name: int((task / "schedstat").read_text().split()[0]) / 1e9
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    }
+    main = spent.pop(str(pid))
+    return main, sum(spent.values())
+
+
+def _children_seconds() -> float:
+    """Processor time of the processes that this one has started and seen end."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def h2load(
-    port: int, path: str, body: Path, media_type: str, callers: int, seconds: float, *, whole: bool = False
+    port: int,
+    path: str,
+    body: Path,
+    media_type: str,
+    callers: int,
+    seconds: float,
+    *,
+    whole: bool = False,
+    warm_up: int = 1,
 ) -> Load:
-    """Let `callers` ask again and again, one request at a time each, for `seconds` after a warm-up.
+    """Let `callers` ask again and again, one request at a time each, for `seconds` after a warm-up's.
 
     Args:
         whole: count from the first request's start to the last one's end, since few long requests fit into
@@ -161,7 +213,13 @@ def h2load(
     """
     seconds = max(1, round(seconds))  # it takes whole ones
     with tempfile.NamedTemporaryFile("r") as file:
-        command = ["h2load", "--h1", f"--clients={callers}", f"--duration={seconds}", "--warm-up-time=1"]
+        command = [
+            "h2load",
+            "--h1",
+            f"--clients={callers}",
+            f"--duration={seconds}",
+            f"--warm-up-time={warm_up}",
+        ]
         command += [f"--data={body}", f"--header=content-type: {media_type}", f"--log-file={file.name}"]
         command += ["--header=accept: application/x-npz"] if whole else []
         subprocess.run([*command, f"http://127.0.0.1:{port}{path}"], check=True, capture_output=True)  # noqa: S603 - fixed words
@@ -305,6 +363,9 @@ def _beside(row: dict[str, float]) -> list[str]:
         f"a sweep {row['sweep_ratio']:.1f} predictions",
         f"ready after {row['start_seconds']:.2f} s",
         f"{row['memory_mib']:.0f} MiB",
+        "processor time for one of 32 callers' requests "
+        f"{row['graph_cpu_ms']:.2f} ms in the graphs (raw {row['raw_cpu_ms']:.2f}), "
+        f"{row['loop_cpu_ms']:.2f} in the event loop, {row['client_cpu_ms']:.2f} in h2load",
     ]
 
 
