@@ -130,7 +130,7 @@ def test_an_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["gpu"])
     assert (
-        "unknown parts ['gpu'], expected some of ['offline', 'profile', 'training', 'cuda']"
+        "unknown parts ['gpu'], expected some of ['offline', 'profile', 'training', 'served', 'cuda']"
         in capsys.readouterr().err
     )
 
