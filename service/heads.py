@@ -10,8 +10,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.context import REFUSED
 
 # After a refusal for overload a connection is read again this much later. A client that waits as it was told
-# notices nothing; one that tries again at once costs no more than two refusals a second.
-REST = 0.5  # seconds
+# notices nothing; one that tries again at once costs one refusal a second at most.
+REST = 1.0  # seconds, the least that Retry-After says
 
 
 class TimedHeads(HttpToolsProtocol):
