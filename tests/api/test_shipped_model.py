@@ -18,7 +18,7 @@ from tests.support.mnist import ROOT, mnist_test_images
 from training.data import Dataset
 
 MODELS = ROOT / "models"
-VERSIONS = sorted(path.parent for path in MODELS.glob("mnist/*/manifest.json"))
+VERSIONS = sorted(path.parent for path in MODELS.glob("*/*/manifest.json"))
 NPY = {"content-type": "application/x-npy"}
 
 
@@ -40,18 +40,19 @@ def test_there_is_a_model_and_it_is_small() -> None:
     assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 25 * 2**20
 
 
-@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_error_is_what_the_manifest_states(folder: Path, client: TestClient, mnist: Dataset) -> None:
     """All 10,000 test images, sent to /predict, give exactly the mistakes of the precision that is served."""
     manifest = read_manifest(folder)
     expected = {"fp32": manifest.measured.test_mistakes}
     expected.update({variant.precision: variant.test_mistakes for variant in manifest.variants})
-    served = {model["version"]: model["precision"] for model in client.get("/readyz").json()["models"]}
+    ready = client.get("/readyz").json()["models"]
+    served = {(model["name"], model["version"]): model["precision"] for model in ready}
     mistakes = flagged = 0
     images, labels = mnist.images.numpy(), mnist.labels.numpy()
     for start in range(0, len(images), 1000):
         answer = client.post(
-            f"/predict?model=mnist/{folder.name}",
+            f"/predict?model={manifest.name}/{manifest.version}",
             content=npy(images[start : start + 1000]),
             headers={**NPY, "accept": "application/x-npz"},
         )
@@ -59,7 +60,10 @@ def test_error_is_what_the_manifest_states(folder: Path, client: TestClient, mni
         found = np.load(io.BytesIO(answer.content))
         mistakes += int((found["index"] != labels[start : start + 1000]).sum())
         flagged += int((~found["in_distribution"]).sum())
-    assert (len(images), mistakes) == (manifest.measured.test_images, expected[served[folder.name]])
+    assert (len(images), mistakes) == (
+        manifest.measured.test_images,
+        expected[served[manifest.name, manifest.version]],
+    )
     assert 0 < flagged < 0.1 * len(images), "about one test image in twenty lies beyond the threshold"
 
 

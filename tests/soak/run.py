@@ -26,7 +26,7 @@ import uvloop
 from service.manifest import read_manifest
 from tests.soak.traffic import Honest, Hostile, honest, hostile, pictures, png
 from tests.soak.wire import Answer, Connection, request
-from tests.support.process import Served, served
+from tests.support.process import Served, default_folder, served
 from tests.support.tiny_model import write_tiny_model
 
 MAX_BATCH = 32
@@ -271,7 +271,9 @@ async def _asks(port: int, data: bytes, statuses: Counter[int], end: float, *, p
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, help="folder with one model; a made one if absent")
+    parser.add_argument(
+        "--models", type=Path, help="models, of which the default is asked; a made one if absent"
+    )
     parser.add_argument("--duration", type=float, default=900, help="seconds of a soak")
     parser.add_argument("--goodput", action="store_true", help="measure goodput instead")
     parser.add_argument("--rounds", type=int, default=3, help="of goodput, 32 and 512 callers in each")
@@ -280,7 +282,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         models = arguments.models or write_tiny_model(Path(made)).parents[1]
-        (folder,) = models.glob("*/*/")
+        folder = default_folder(models)
         name = folder.parent.name
         if arguments.goodput:
             with served(models, default_model=name) as service:

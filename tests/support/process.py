@@ -65,6 +65,12 @@ def environment(models: Path, **settings: str) -> dict[str, str]:
     return {**kept, "CAPSNET_MODELS": str(models), "CAPSNET_DEFAULT_MODEL": "tiny", **names}
 
 
+def default_folder(models: Path) -> Path:
+    """The model that answers when a request names none: the first name's newest version."""
+    versions = min(path for path in models.iterdir() if path.is_dir()).iterdir()
+    return max(versions, key=lambda path: int(path.name))
+
+
 @contextmanager
 def served(models: Path, **settings: str) -> Iterator[Served]:
     process = subprocess.Popen(
