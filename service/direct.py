@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.problems import answer
+from service.problems import EXPECTED, answer
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -42,7 +42,7 @@ class Direct:
         except Exception as error:
             response = await answer(request, error)
             await response(scope, receive, send)
-            if response.status_code == 500:  # a fault of ours: the server logs the stack
+            if not isinstance(error, EXPECTED):  # the server logs the stack, and hangs up
                 raise
             return
         await response(scope, receive, send)

@@ -32,6 +32,7 @@ class TimedHeads(HttpToolsProtocol):
         self._head_timeout = head_timeout
         self._closed = closed
         self._limit: TimerHandle | None = None
+        self._rest: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         super().connection_made(transport)
@@ -51,15 +52,16 @@ class TimedHeads(HttpToolsProtocol):
         super().on_response_complete()
         if refused and not self.transport.is_closing():
             self.transport.pause_reading()
-            self.loop.call_later(REST, self.read_on)
+            self._rest = self.loop.call_later(REST, self.read_on)
 
     def read_on(self) -> None:
-        """End the connection's rest."""
-        if not self.transport.is_closing():
+        """End the connection's rest, if it has one."""
+        if self._stop_resting() and not self.transport.is_closing():
             self.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_resting()
         super().connection_lost(exc)
         self._closed()
 
@@ -71,3 +73,9 @@ class TimedHeads(HttpToolsProtocol):
         if self._limit is not None:
             self._limit.cancel()
             self._limit = None
+
+    def _stop_resting(self) -> bool:
+        rest, self._rest = self._rest, None
+        if rest is not None:
+            rest.cancel()
+        return rest is not None

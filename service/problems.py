@@ -23,9 +23,13 @@ class ClientGone(Exception):
     """The client left before its answer was ready."""
 
 
+EXPECTED = (RequestError, HTTPException, ClientGone, ClientDisconnect)
+"""What ends a request without being a fault in our code."""
+
+
 def install(app: FastAPI) -> None:
     """Answer every error with a problem document."""
-    for kind in (RequestError, HTTPException, ClientGone, ClientDisconnect, Exception):
+    for kind in (*EXPECTED, Exception):
         app.exception_handler(kind)(answer)
 
 
@@ -76,14 +80,14 @@ def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 def _unexpected(request: Request) -> Response:
-    """A fault of ours. The server logs the stack; the caller sees neither it nor any path."""
+    """A fault of ours. The server logs the stack and hangs up; the caller sees neither stack nor any path."""
     problem = Problem(
         type=_urn("internal-error"),
         title="Internal error",
         status=500,
         detail="The service failed; its log says why.",
     )
-    return _respond(request, problem, {})
+    return _respond(request, problem, {"Connection": "close"})
 
 
 def _urn(slug: str) -> str:

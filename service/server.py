@@ -117,9 +117,8 @@ class _Server(uvicorn.Server):
         """Accept what has connected, and begin to answer what has been asked: the rest will be closed."""
         began = time.monotonic()
         for connection in self.server_state.connections:
-            cast(
-                "TimedHeads", connection
-            ).read_on()  # what a resting client has sent must not be closed unread
+            # What a resting client has sent must not be closed unread.
+            cast("TimedHeads", connection).read_on()
         while (waited := time.monotonic() - began) < _SETTLE or (
             waited < _FIRST_REQUEST
             and any(

@@ -41,8 +41,16 @@ class Running:
         self.rows: list[int] = []
         self._run: Callable[[Arrays], Arrays] = self.encoder._run
         self.encoder._run = self._wait_and_run
-        transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
+        self.raised: list[Exception] = []  # what reached the server, which closes the connection then
+        transport = httpx2.ASGITransport(app=self._serve, raise_app_exceptions=False)
         self.client = httpx2.AsyncClient(transport=transport, base_url="http://test")
+
+    async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except Exception as error:
+            self.raised.append(error)
+            raise
 
     def _wait_and_run(self, inputs: Arrays) -> Arrays:
         self.rows.append(len(inputs[0]))
@@ -130,7 +138,7 @@ async def test_an_answer_that_takes_too_long_is_a_503(tiny_models: Path) -> None
 
 
 async def test_a_failing_model_is_a_500_without_its_insides(tiny_models: Path) -> None:
-    """What the runtime complains of is logged and not told, and the next request is served."""
+    """What the runtime complains of is logged and not told, and the connection serves the next request."""
     async with running(tiny_models) as service:
         healthy = service._run
 
@@ -141,6 +149,8 @@ async def test_a_failing_model_is_a_500_without_its_insides(tiny_models: Path) -
         answer = await service.predict()
         assert "secret" not in answer.text
         problem(answer, 500)
+        assert service.raised == []
+        assert "connection" not in answer.headers
         service._run = healthy
         assert (await service.predict()).status_code == 200
 
@@ -148,16 +158,19 @@ async def test_a_failing_model_is_a_500_without_its_insides(tiny_models: Path) -
 async def test_an_unforeseen_error_is_a_500_without_its_insides(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault in our own code is a problem document too."""
+    """A fault in our own code is a problem document too, and says that the server then hangs up."""
 
     def broken(*_: object) -> None:
         raise RuntimeError("/secret/path is broken")
 
     async with running(tiny_models) as service:
         monkeypatch.setattr(service.engine, "choose", broken)
-        answer = await service.predict()
-        assert "secret" not in answer.text
-        problem(answer, 500)
+        monkeypatch.setattr(type(service.engine), "default", property(broken))
+        for answer in (await service.predict(), await service.client.get("/models")):
+            assert "secret" not in answer.text
+            problem(answer, 500)
+            assert "close" in answer.headers["connection"]
+        assert [type(error) for error in service.raised] == [RuntimeError, RuntimeError]
 
 
 async def ask(

@@ -26,11 +26,14 @@ class App:
     def __init__(self) -> None:
         self.refusing = True
         self.requests = 0
+        self.go_on = asyncio.Event()
+        self.go_on.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.requests += 1
         if self.refusing:
             scope["state"][REFUSED] = True
+        await self.go_on.wait()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
@@ -88,3 +91,20 @@ async def test_a_rest_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
             writer.write(REQUEST)
             assert await answer(reader) == b"ok"
     assert app.requests == 3
+
+
+async def test_a_connection_that_does_not_rest_is_not_read_on() -> None:
+    """What uvicorn stopped reading, since its application is behind, stays unread at a stop."""
+    app = App()
+    app.refusing = False
+    app.go_on.clear()
+    async with served(app) as (server, _, writer):
+        writer.write(2 * REQUEST)  # the second waits in the pipeline, and reading stops
+        await writer.drain()
+        while not app.requests:
+            await asyncio.sleep(0.01)
+        (connection,) = cast("set[TimedHeads]", server.server_state.connections)
+        assert not connection.transport.is_reading()
+        connection.read_on()
+        assert not connection.transport.is_reading()
+        app.go_on.set()
