@@ -64,7 +64,7 @@ class _ModelQuery(_Request):
         Preprocess,
         Field(
             description="`auto` lays out any picture as the training pictures were, and leaves one of the "
-            "model's size and polarity alone; `none` takes only the model's own size; `centre` lays out all"
+            "model's size and ground alone; `none` takes only the model's own size; `centre` lays out all"
         ),
     ] = "auto"
 

@@ -13,6 +13,7 @@ from service.errors import InvalidInput, TooLarge
 from service.images import Pixels, Preprocess, decode_base64, encode_png, open_image, prepare, read_npy
 from service.manifest import ImageSpec
 from tests.support.encoded import base64_text, encode, npy, npy_with_header, png_bomb
+from tests.support.mnist import mnist_test_images
 
 MNIST = ImageSpec(
     height=28, width=28, channels=1, polarity="light_on_dark", centring="centre_of_mass", box=20
@@ -55,6 +56,26 @@ def test_the_models_own_form_passes_untouched(preprocess: Preprocess) -> None:
     image = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
     image[0] = image[-1] = image[:, 0] = image[:, -1] = 0
     np.testing.assert_array_equal(prepared(encode(image), preprocess=preprocess), image)
+
+
+@pytest.mark.parametrize("spec", [MNIST, DARK], ids=["light on dark", "dark on light"])
+def test_the_models_own_size_on_a_grey_ground_is_laid_out(spec: ImageSpec) -> None:
+    """A ground one level off the training pictures' passes untouched; one of two is levelled away."""
+    for level in range(12):
+        grey = np.maximum(glyph(), level).astype(np.uint8)
+        image = grey if spec is MNIST else 255 - grey
+        got = prepared(encode(image), spec)
+        if level <= 1:
+            np.testing.assert_array_equal(got, image)
+        else:
+            np.testing.assert_array_equal(got, prepared(encode(image), spec, "centre"))
+            assert got[0, 0] == (0 if spec is MNIST else 255)
+
+
+def test_every_mnist_test_image_passes_untouched() -> None:
+    """The network sees what it was measured on, bit for bit."""
+    for image in mnist_test_images().images.numpy():
+        np.testing.assert_array_equal(prepare(Image.fromarray(image), MNIST, "auto"), image)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "BMP", "GIF"])
