@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ import httpx2
 import pytest
 
 from tests.container.conftest import DIGIT, ROOT
-from tests.container.docker import Container, docker, run
+from tests.container.docker import Container, docker, run, start, wait_until_ready
 
 pytestmark = pytest.mark.container
 
@@ -106,6 +108,25 @@ def test_idle_stop_takes_no_time(container: Container) -> None:
 
     assert time.monotonic() - began < STOP_LIMIT / 2
     assert container.inspect("{{.State.ExitCode}}") == "0", container.logs()
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [("0.5", 1), ("1", 1), ("1.5", 2)])
+def test_threads_follow_the_containers_cpu_limit(image: str, models: Path, cpus: str, threads: int) -> None:
+    """Each session gets as many threads as the limit has processors, however many the machine has."""
+    if (os.cpu_count() or 1) < threads:
+        pytest.skip(f"needs {threads} processors")
+    started = start(image, models, "--cpus", cpus)
+    try:
+        wait_until_ready(started.url, log=("docker", "logs", started.name))
+        served = httpx2.get(f"{started.url}/models").json()["models"]
+        metrics = httpx2.get(f"{started.url}/metrics").text
+        log = started.logs()
+    finally:
+        docker("rm", "--force", started.name)
+
+    assert {model["threads"] for model in served} == {threads}
+    assert re.findall(r'capsnet_model_info{.*threads="(\d+)"', metrics) == [str(threads)]
+    assert f"{threads} CPU threads" in log
 
 
 def test_says_what_is_wrong_with_the_models(image: str, tmp_path: Path) -> None:
