@@ -36,9 +36,8 @@ _WORKING_SIZE = 256
 # Below this many grey levels over the background's noise nothing counts as ink.
 _LEAST_CONTRAST = 16.0
 
-# So many grey levels the border may be off the training pictures' ground where nothing is laid out. mnist/2 in int8
-# errs on every second MNIST test image by 13 of 5,000 at 0, 14 at 1, 17 at 2, 19 at 3, 24 at 4, and by 13 at any
-# once they are laid out.
+# Grey levels by which a border may differ from the training pictures' ground where nothing is laid out: as
+# far as passing errs no more than laying out. See docs/decisions/0045.
 _NEAR_GROUND = 1
 
 # Median absolute deviation to standard deviation, for normally distributed noise.
