@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.support.process import default_folder, served
+from tests.support.process import alone, served
 from tests.support.tiny_model import write_tiny_model
 
 HERE = Path(__file__).parent
@@ -17,7 +17,7 @@ LIMITS = {"max_images": "16", "max_tweaks": "8", "max_deltas": "8"}
 
 
 def fuzz(models: Path, examples: int, seed: int, *options: str) -> int:
-    """Serve `models/<name>/<version>` and let schemathesis loose on it.
+    """Serve `models/<name>/<version>`, the only model there, and let schemathesis loose on it.
 
     Args:
         examples: cases for each operation in each phase that makes them up.
@@ -26,7 +26,7 @@ def fuzz(models: Path, examples: int, seed: int, *options: str) -> int:
     Returns:
         schemathesis' exit status: 0 where every check held.
     """
-    folder = default_folder(models)
+    (folder,) = models.glob("*/*/")
     with served(models, default_model=folder.parent.name, api_keys=KEY, **LIMITS) as service:
         ended = subprocess.run(  # noqa: S603 # our own interpreter and module
             [
@@ -51,8 +51,9 @@ def main() -> int:
     parser.add_argument("--max-examples", type=int, default=300, help="cases for each operation and phase")
     parser.add_argument("--seed", type=int, default=0)
     arguments, options = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        models = arguments.models or write_tiny_model(Path(folder)).parents[1]
+    with tempfile.TemporaryDirectory() as made:
+        models = arguments.models or write_tiny_model(Path(made)).parents[1]
+        models = alone(models, Path(made) / "alone").parents[1]
         return fuzz(models, arguments.max_examples, arguments.seed, *options)
 
 

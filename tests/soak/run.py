@@ -26,7 +26,7 @@ import uvloop
 from service.manifest import read_manifest
 from tests.soak.traffic import Honest, Hostile, honest, hostile, pictures, png
 from tests.soak.wire import Answer, Connection, request
-from tests.support.process import Served, default_folder, served
+from tests.support.process import Served, alone, served
 from tests.support.tiny_model import write_tiny_model
 
 MAX_BATCH = 32
@@ -282,8 +282,8 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         models = arguments.models or write_tiny_model(Path(made)).parents[1]
-        folder = default_folder(models)
-        name = folder.parent.name
+        folder = alone(models, Path(made) / "alone")
+        models, name = folder.parents[1], folder.parent.name
         if arguments.goodput:
             with served(models, default_model=name) as service:
                 for patient in (True, False):

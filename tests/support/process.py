@@ -65,10 +65,14 @@ def environment(models: Path, **settings: str) -> dict[str, str]:
     return {**kept, "CAPSNET_MODELS": str(models), "CAPSNET_DEFAULT_MODEL": "tiny", **names}
 
 
-def default_folder(models: Path) -> Path:
-    """The model that answers when a request names none: the first name's newest version."""
+def alone(models: Path, place: Path) -> Path:
+    """The model in `models` that answers when a request names none, linked into `place` by itself."""
     versions = min(path for path in models.iterdir() if path.is_dir()).iterdir()
-    return max(versions, key=lambda path: int(path.name))
+    newest = max(versions, key=lambda path: int(path.name))
+    link = place / newest.parent.name / newest.name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(newest.resolve())
+    return link
 
 
 @contextmanager
