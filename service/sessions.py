@@ -104,10 +104,11 @@ def choose_precision(
 ) -> Precision:
     """The precision to serve a model in: on a CPU int8 is the fastest, on CUDA fp16.
 
-    `auto` takes that one if the model has it and its figures are as good as fp32's, and fp32 otherwise.
+    `auto` takes that one if the model has it and its figures are as good as fp32's, and fp32 otherwise. A
+    model without variants is served in fp32, whatever is asked for, since it may stand beside one with some.
 
     Raises:
-        ManifestError: the model has nothing in the precision that was asked for.
+        ManifestError: the model has variants, but none in the precision that was asked for.
         DeviceError: the device cannot run it.
     """
     if wanted == "auto":
@@ -117,6 +118,11 @@ def choose_precision(
             return "fp32"
         good = (found.precision for found in manifest.variants if manifest.as_good(found))
         return next((precision for precision in good if precision == fastest), "fp32")
+    if not manifest.variants:  # a smaller model beside a larger one, which has some
+        if wanted != "fp32":
+            served = f"{manifest.name}/{manifest.version}"
+            logger.info("%s is served in fp32, not in %s: it has nothing else", served, wanted)
+        return "fp32"
     if manifest.encoder_in(wanted) is None:
         has = ", ".join(["fp32", *(variant.precision for variant in manifest.variants)])
         raise ManifestError(

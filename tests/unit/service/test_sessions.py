@@ -247,8 +247,20 @@ def test_processors_that_multiply_bytes(tmp_path: Path) -> None:
 
 
 def test_a_precision_that_is_not_there(folder: Path) -> None:
-    """A precision that the model lacks is an error that says what it has; int8 never goes to CUDA."""
-    with pytest.raises(ManifestError, match="CAPSNET_PRECISION is 'fp16', but this model has fp32;"):
-        choose_precision(folder, read_manifest(folder), "fp16", "cuda")
+    """A precision that a model with variants lacks is an error that says which; int8 never goes to CUDA."""
+    manifest = with_variants(folder)
+    manifest = manifest.model_copy(update={"variants": manifest.variants[1:]})
+    with pytest.raises(ManifestError, match="CAPSNET_PRECISION is 'fp16', but this model has fp32, int8;"):
+        choose_precision(folder, manifest, "fp16", "cuda")
     with pytest.raises(DeviceError, match="no 8-bit convolution for CUDA"):
         choose_precision(folder, with_variants(folder), "int8", "cuda")
+
+
+def test_a_model_without_variants_is_served_in_fp32(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model in fp32 alone does not keep those beside it from their precision, and the log says so."""
+    caplog.set_level("INFO")
+    for wanted in ("fp32", "auto"):
+        assert choose_precision(folder, read_manifest(folder), wanted, "cpu") == "fp32"
+    assert "nothing else" not in caplog.text
+    assert choose_precision(folder, read_manifest(folder), "int8", "cpu") == "fp32"
+    assert "is served in fp32, not in int8: it has nothing else" in caplog.text
