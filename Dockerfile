@@ -18,11 +18,12 @@ RUN case "$RUNTIME" in cpu | gpu) ;; *) echo "RUNTIME is '$RUNTIME', expected cp
     pip --python /opt/capsnet/bin/python install --no-cache-dir --no-compile --constraint constraints.txt ".[$RUNTIME]"
 # More than a quarter of what was installed is never opened here: the packages' own tests and type stubs, what others
 # compile against NumPy with, the tools with which ONNX Runtime edits models, its second copy of itself, for C
-# programs, and our commands, since the code runs from /app. The rest is compiled now, since the running container
-# cannot write; unchecked, since nobody edits it any more.
+# programs, Pillow's decoder for AVIF, which the service does not take, and our commands, since the code runs from /app.
+# The rest is compiled now, since the running container cannot write; unchecked, since nobody edits it any more.
 RUN rm /opt/capsnet/bin/capsnet* && cd /opt/capsnet/lib/python3*/site-packages \
     && rm -rf onnxruntime/backend onnxruntime/datasets onnxruntime/quantization onnxruntime/tools \
         onnxruntime/transformers onnxruntime/capi/libonnxruntime.so* numpy/f2py numpy/_core/include \
+        PIL/_avif.* pillow.libs/libavif-* \
     && find . -depth \( -type d -name tests -o -name '*.py[ix]' -o -name '*.pxd' -o -name '*.a' \) -exec rm -rf {} + \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash .
 
