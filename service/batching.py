@@ -191,9 +191,9 @@ class Batcher:
                 self._changed.wait()
             ended = _rows(self._running)
             room = self._max_batch
-            left = room - math.ceil((self._depth + ended) / 2)
+            spare = max(0, room - math.ceil((self._depth + ended) / 2))
             now = time.perf_counter()
-            while self._waiting and room > max(0, left):
+            while self._waiting and room > spare:
                 item = self._waiting.popleft()
                 item.started = item.started or now
                 self._depth -= self._weight(item)
