@@ -176,7 +176,6 @@ class Batcher:
                 self._metrics.failures.inc()
                 outputs = None
             self._call_loop(self._deliver, batch, outputs, stages, time.perf_counter() - started)
-            self._observe(batch, stages)
         self._call_loop(self._stopped.set)
 
     def _take(self) -> list[_Slice]:
@@ -211,12 +210,6 @@ class Batcher:
             self._metrics.depth.set(self._depth)
         return batch
 
-    def _observe(self, batch: list[_Slice], stages: list[Stage]) -> None:
-        for item, start, _ in batch:
-            if start == 0:
-                self._metrics.seconds.observe(item.started - item.submitted)
-        self._metrics.batch(_rows(batch), stages)
-
     def _call_loop(self, function: Callable[..., None], *arguments: object) -> None:
         # Closed only after `close()` gave up on this run: nobody is left to hear of it.
         with contextlib.suppress(RuntimeError):
@@ -240,6 +233,13 @@ class Batcher:
             item.parts.append(tuple(output[first:offset] for output in outputs))
             if stop == item.rows:
                 item.answer.set_result(_join(item.parts))
+        self._loop.call_soon(self._observe, batch, stages)  # behind those who have their answers now
+
+    def _observe(self, batch: list[_Slice], stages: list[Stage]) -> None:
+        for item, start, _ in batch:
+            if start == 0:
+                self._metrics.seconds.observe(item.started - item.submitted)
+        self._metrics.batch(_rows(batch), stages)
 
 
 def _rows(parts: Iterable[_Slice]) -> int:

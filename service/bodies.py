@@ -3,7 +3,8 @@
 import asyncio
 import zlib
 from collections.abc import AsyncGenerator, Sequence
-from typing import TypeVar
+from functools import cache
+from typing import TypeVar, cast
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -103,13 +104,9 @@ async def read_body(request: Request, settings: Settings, *, may_be_empty: bool 
         MalformedBody: empty, where it may not be.
     """
     limit = settings.max_body
-    too_large = TooLarge(
-        "The body is too large.", received=f"more than {limit} bytes", expected=f"at most {limit} bytes"
-    )
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length[:20]) > limit:
-        too_large.received = f"{length[:20]} bytes"
-        raise too_large
+        raise _body_too_large(f"{length[:20]} bytes", limit)
     body = bytearray()
     try:
         async with asyncio.timeout(settings.body_timeout):
@@ -120,7 +117,7 @@ async def read_body(request: Request, settings: Settings, *, may_be_empty: bool 
                     raise ClientDisconnect
                 chunk = message.get("body", b"")
                 if len(body) + len(chunk) > limit:
-                    raise too_large
+                    raise _body_too_large(f"more than {limit} bytes", limit)
                 body += chunk
                 more = message.get("more_body", False)
     except TimeoutError as error:
@@ -132,6 +129,10 @@ async def read_body(request: Request, settings: Settings, *, may_be_empty: bool 
     if not body and not may_be_empty:
         raise MalformedBody("The body is empty.", received="0 bytes", expected="a body as /docs describes it")
     return bytes(body)
+
+
+def _body_too_large(received: str, limit: int) -> TooLarge:
+    return TooLarge("The body is too large.", received=received, expected=f"at most {limit} bytes")
 
 
 # By the window size zlib tells the two forms apart; HTTP's `deflate` is zlib's form (RFC 9110, 8.4.1.2).
@@ -201,7 +202,7 @@ def parse_query(form: type[Form], request: Request) -> Form:
         InvalidInput: an unknown name, one given twice, or a value out of range.
     """
     if not request.scope["query_string"]:
-        return form()
+        return cast("Form", _defaults(form))
     items = request.query_params.multi_items()
     values = dict(items)
     if len(values) != len(items):
@@ -213,6 +214,11 @@ def parse_query(form: type[Form], request: Request) -> Form:
         return form.model_validate(values)
     except ValidationError as error:
         raise _explain(error, "query") from error
+
+
+@cache
+def _defaults(form: type[BaseModel]) -> BaseModel:
+    return form()
 
 
 def _explain(error: ValidationError, where: str) -> MalformedBody | InvalidInput:

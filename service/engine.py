@@ -52,6 +52,7 @@ class Predictions:
     index: NDArray[np.int64]  # (N,) the longest capsule
     reconstructions: Float  # (N, H, W[, 3]) in [0, 1], from that capsule alone
     errors: Float  # (N,) summed squared difference between reconstruction and image, scaled to [0, 1]
+    in_distribution: NDArray[np.bool_]  # (N,) whether it is such an image as the classes' own are
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,14 @@ class Graphs:
         index = lengths.argmax(axis=1)
         if not drawn.any():
             nothing = np.zeros(images.shape, np.float32)
-            return capsules, lengths, index, nothing, np.zeros(len(images), np.float32)
+            none = np.zeros(len(images), np.float32)
+            return capsules, lengths, index, nothing, none, none.astype(np.bool_)
         with measured("decoder"):
             reconstructions = fetched(*self.drawer.run(encoded, index))
         differences = (reconstructions - images / np.float32(255)).reshape(len(images), -1)
-        return capsules, lengths, index, reconstructions, np.einsum("bp,bp->b", differences, differences)
+        errors = np.einsum("bp,bp->b", differences, differences)
+        usual = self.manifest.calibration.usual(errors, lengths)
+        return capsules, lengths, index, reconstructions, errors, usual
 
     def decode(self, inputs: Arrays) -> Arrays:
         """Capsules (B, classes, dimensions) and targets (B,) to reconstructions (B, H, W[, 3])."""
@@ -236,10 +240,6 @@ class Model:
         swept = sweep_capsules(capsules, index, dimensions, deltas)
         drawn = await self.reconstruct(swept, np.full(len(swept), index, np.int64))
         return drawn.reshape(len(dimensions), len(deltas), *drawn.shape[1:])
-
-    def in_distribution(self, errors: Float, lengths: Float) -> NDArray[np.bool_]:
-        """Whether errors (N,) and lengths (N, classes) are such as the classes' own images have."""
-        return self.manifest.calibration.usual(errors, lengths)
 
     async def close(self, limit: float) -> None:
         """Finish what waits within `limit` seconds, then fail the rest."""

@@ -3,11 +3,12 @@
 import asyncio
 from asyncio.events import TimerHandle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.context import REFUSED
+from service.one_write import OneWrite
 
 # After a refusal for overload a connection is read again this much later. A client that waits as it was told
 # notices nothing; one that tries again at once costs one refusal a second at most.
@@ -36,6 +37,7 @@ class TimedHeads(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         super().connection_made(transport)
+        self.transport = OneWrite(transport, self)  # type: ignore[assignment] # it does all that uvicorn asks of it
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -48,6 +50,7 @@ class TimedHeads(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
+        cast("OneWrite", self.transport).flush()
         refused = REFUSED in self.cycle.scope["state"]
         super().on_response_complete()
         if refused and not self.transport.is_closing():

@@ -123,7 +123,6 @@ async def _predict_images(request: Request, kind: str, body: bytes, settings: Se
 def _predict_answer(
     answer: str, model: Model, query: PredictQuery, images: Pixels, found: Predictions
 ) -> Response:
-    in_distribution = model.in_distribution(found.errors, found.lengths)
     if answer == NPY:
         return _npy(found.lengths)
     if answer == NPZ:
@@ -132,7 +131,7 @@ def _predict_answer(
             "capsule_lengths": found.lengths,
             "index": found.index,
             "reconstruction_error": found.errors,
-            "in_distribution": in_distribution,
+            "in_distribution": found.in_distribution,
         }
         if query.reconstruction:
             arrays["reconstructions"] = found.reconstructions
@@ -151,7 +150,7 @@ def _predict_answer(
             "lengths": lengths[row],
             "top": [{"label": classes[i], "index": i, "length": lengths[row][i]} for i in ranking[row]],
             "reconstruction_error": found.errors[row],
-            "in_distribution": in_distribution[row],
+            "in_distribution": found.in_distribution[row],
         }
         if query.capsules:
             prediction["capsules"] = found.capsules[row]

@@ -52,17 +52,8 @@ async def test_the_reconstruction_error_is_a_sum_over_the_scaled_image(tiny_mode
     image[26, 4:16] = 255  # below every band
     async with open_engine(settings(tiny_models), Metrics()) as engine:
         found = await engine.default.predict(image[np.newaxis])
-        inside = engine.default.in_distribution(found.errors, found.lengths)
     assert found.errors[0] == pytest.approx(12, abs=1e-2)
-    assert inside.tolist() == [False]
-
-
-async def test_in_distribution_is_decided_by_the_calibrated_threshold(tiny_models: Path) -> None:
-    """An error up to the manifest's threshold, 4 here, is an ordinary one."""
-    lengths = np.tile(np.array([0.1, 0.9, 0.2], np.float32), (3, 1))
-    async with open_engine(settings(tiny_models), Metrics()) as engine:
-        inside = engine.default.in_distribution(np.array([0, 4, 4.001], np.float32), lengths)
-    assert inside.tolist() == [True, True, False]
+    assert found.in_distribution.tolist() == [False]
 
 
 async def test_reconstruct_draws_the_target_and_masks_the_others(tiny_models: Path) -> None:

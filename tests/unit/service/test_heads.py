@@ -35,7 +35,11 @@ class App:
             scope["state"][REFUSED] = True
         await self.go_on.wait()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await self.between()
         await send({"type": "http.response.body", "body": b"ok"})
+
+    async def between(self) -> None:
+        """Between an answer's head and its body."""
 
 
 @asynccontextmanager
@@ -108,3 +112,52 @@ async def test_a_connection_that_does_not_rest_is_not_read_on() -> None:
         connection.read_on()
         assert not connection.transport.is_reading()
         app.go_on.set()
+
+
+async def test_an_answer_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client sees nothing of an answer before it sees its head and its body."""
+    app = App()
+    app.refusing = False
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def between() -> None:
+        begun.set()
+        await go_on.wait()
+
+    monkeypatch.setattr(app, "between", between)
+    async with served(app) as (_, reader, writer):
+        writer.write(REQUEST)
+        await begun.wait()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.1)
+        go_on.set()
+        assert await answer(reader) == b"ok"
+
+
+@pytest.mark.parametrize("connection", [b"keep-alive", b"close"])
+async def test_the_head_of_an_answer_without_a_body_arrives(connection: bytes) -> None:
+    """HEAD is answered, on a connection that is kept and on one that is closed."""
+    app = App()
+    app.refusing = False
+    async with served(app) as (_, reader, writer):
+        writer.write(b"HEAD / HTTP/1.1\r\nHost: x\r\nConnection: " + connection + b"\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+async def test_a_client_is_told_to_go_on_with_its_body() -> None:
+    """ "100 Continue" arrives before there is anything of the answer."""
+
+    class Reading(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            while (await receive()).get("more_body"):
+                pass
+            await super().__call__(scope, receive, send)
+
+    app = Reading()
+    app.refusing = False
+    async with served(app) as (_, reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"hi")
+        assert await answer(reader) == b"ok"
