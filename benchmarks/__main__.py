@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import cuda, offline, report, served, training_step
+from benchmarks import cuda, loop, offline, report, served, training_step
 from service.errors import DeviceError
 from service.sessions import cpu_limit
 
-PARTS = ("offline", "profile", "training", "served")
+PARTS = ("offline", "profile", "training", "served", "loop")
 ASKED_FOR = ("cuda",)
 """Parts that only run when they are named: not every machine can."""
 
@@ -43,9 +43,13 @@ def main(arguments: list[str] | None = None) -> None:
             measured = offline.run(model, pictures, options.seconds, options.threads)
         elif part == "profile":
             measured = offline.profile(model, pictures, batch=8)
-        elif part == "served":
+        elif part in ("served", "loop"):
             try:
-                measured = served.run(model, pictures, options.seconds, options.threads, options.rounds)
+                measured = (
+                    loop.run(model, options.seconds)
+                    if part == "loop"
+                    else served.run(model, pictures, options.seconds, options.threads, options.rounds)
+                )
             except served.Missing as error:
                 parser.exit(1, f"{part} was not measured: {error}\n")
         elif part == "cuda":

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import cuda, served
+from benchmarks import cuda, loop, served
 from benchmarks.through_openvino import ABSENT
 
 PLAIN, CONVOLUTIONS = "plain einsum", "the two convolutions alone"
@@ -34,6 +34,7 @@ def markdown(measured: dict[str, Any]) -> str:
         "profile": _profile,
         "training": _training,
         "served": partial(served.markdown, table=_table),
+        "loop": partial(loop.markdown, table=_table),
         "cuda": partial(cuda.markdown, table=_table),
     }
     texts = [make(measured[name]) for name, make in parts.items() if name in measured]

@@ -68,8 +68,7 @@ def run(model: Path, pictures: Pictures, seconds: float, threads: int, rounds: i
     Raises:
         Missing: h2load is not installed.
     """
-    if shutil.which("h2load") is None:
-        raise Missing("the served rows need h2load (Debian: apt-get install nghttp2-client)")
+    require_h2load()
     manifest = read_manifest(model)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -80,6 +79,16 @@ def run(model: Path, pictures: Pictures, seconds: float, threads: int, rounds: i
             for precision in precisions
         }
     return {"threads": threads, "rounds": rounds, "seconds": seconds, "precisions": found}
+
+
+def require_h2load() -> None:
+    """Say at once what is missing.
+
+    Raises:
+        Missing: h2load is not installed.
+    """
+    if shutil.which("h2load") is None:
+        raise Missing("a served load needs h2load (Debian: apt-get install nghttp2-client)")
 
 
 def _write_bodies(pictures: Pictures, folder: Path) -> dict[str, Path]:

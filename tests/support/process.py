@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,9 +76,11 @@ def alone(models: Path, place: Path) -> Path:
 
 
 @contextmanager
-def served(models: Path, **settings: str) -> Iterator[Served]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service.main", "--port", "0"],
+def served(
+    models: Path, *, program: Sequence[str] = ("-m", "service.main"), **settings: str
+) -> Iterator[Served]:
+    process = subprocess.Popen(  # noqa: S603 - fixed words
+        [sys.executable, *program, "--port", "0"],
         env=environment(models, **settings),
         stderr=subprocess.PIPE,
         text=True,

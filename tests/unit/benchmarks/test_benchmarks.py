@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import offline, report, served, through_openvino, timing, training_step
+from benchmarks import loop, offline, report, served, through_openvino, timing, training_step
 from tests.support.mnist import ROOT
 from training.config import ModelConfig
 from training.trained import read_exported
@@ -130,8 +130,8 @@ def test_an_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["gpu"])
     assert (
-        "unknown parts ['gpu'], expected some of ['offline', 'profile', 'training', 'served', 'cuda']"
-        in capsys.readouterr().err
+        "unknown parts ['gpu'], expected some of "
+        "['offline', 'profile', 'training', 'served', 'loop', 'cuda']" in capsys.readouterr().err
     )
 
 
@@ -150,6 +150,29 @@ def test_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.write({"served": {"machine": "a test", **measured}}, tmp_path)
     assert "## Served over HTTP (1 threads, a test)" in (tmp_path / "benchmarks.md").read_text()
     assert (tmp_path / "served.png").stat().st_size > 0
+
+
+@pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
+def test_the_loops_profile(tmp_path: Path) -> None:
+    """The profile has the packages that a request passes through, with what each costs."""
+    measured = loop.run(MODEL, 1)
+    packages = measured["packages"]
+    assert {"PIL", "uvicorn", "service/routes.py"} <= packages.keys()
+    assert all(row["microseconds"] > 0 for row in packages.values() if row["calls"] >= 1)
+    report.write({"loop": {"machine": "a test", **measured}}, tmp_path)
+    assert "| PIL |" in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_time_of_what_is_not_python_is_its_callers() -> None:
+    """A built-in function counts with the file that called it, and waiting for events with nobody."""
+    a, b = ("/x/site-packages/PIL/Image.py", 1, "open"), ("/x/service/images.py", 2, "prepare")
+    profile = {
+        a: (2, 2, 0.5, 9.0, {}),
+        b: (1, 1, 0.25, 9.0, {}),
+        ("~", 0, "<len>"): (5, 5, 3.0, 3.0, {a: (4, 4, 1.0, 1.0), b: (1, 1, 2.0, 2.0)}),
+        ("/x/asyncio/runners.py", 3, "run"): (1, 1, 60.0, 60.0, {}),
+    }
+    assert loop.by_package(profile) == {"service/images.py": (2, 2.25), "PIL": (6, 1.5)}
 
 
 @pytest.mark.parametrize(("value", "met"), [(0.91, "no"), (0.92, "yes")])
