@@ -34,21 +34,21 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown parts {sorted(unknown)}, expected some of {[*PARTS, *ASKED_FOR]}")
     model = options.model or newest(Path("models/mnist"))
     # Bytes of no meaning do: no operator's time depends on the values.
-    pictures = np.random.default_rng(0).integers(0, 256, (max(offline.BATCHES), 28, 28), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (max(offline.BATCHES), 28, 28), np.uint8)
     wrong: list[str] = []
     for part in options.parts or PARTS:
         print(f"measuring: {part}")
         measured: dict[str, Any]
         if part == "offline":
-            measured = offline.run(model, pictures, options.seconds, options.threads)
+            measured = offline.run(model, images, options.seconds, options.threads)
         elif part == "profile":
-            measured = offline.profile(model, pictures, batch=8)
+            measured = offline.profile(model, images, batch=8)
         elif part in ("served", "loop"):
             try:
                 measured = (
                     loop.run(model, options.seconds)
                     if part == "loop"
-                    else served.run(model, pictures, options.seconds, options.threads, options.rounds)
+                    else served.run(model, images, options.seconds, options.threads, options.rounds)
                 )
             except served.Missing as error:
                 parser.exit(1, f"{part} was not measured: {error}\n")

@@ -54,10 +54,10 @@ def run(
         DeviceError: CUDA is not in use.
     """
     manifest = read_manifest(model)
-    pictures = sevens(max_batch, manifest.image_shape)
+    images = sevens(max_batch, manifest.image_shape)
     drawn = np.ones(max_batch, np.bool_)
     expected = _open(model, manifest, "fp32", {}, max_batch, "cpu", threads, bound=False).predict(
-        (pictures, drawn)
+        (images, drawn)
     )
     forms: dict[str, Any] = {}
     opened: dict[str, Graphs] = {}
@@ -71,20 +71,20 @@ def run(
         memory["warmed up"] = _used_mib()
         difference = 0.0
         for rows in range(1, max_batch + 1):
-            difference = max(difference, _difference(graphs, pictures[:rows], expected))
+            difference = max(difference, _difference(graphs, images[:rows], expected))
         memory["after every size"] = _used_mib()
         opened[name] = graphs
         forms[name] = {
             "difference": difference,
             "tolerance": tolerance,
             "memory_mib": memory,
-            "nodes": _nodes(model, manifest, precision, changes, device, pictures[:1]),
+            "nodes": _nodes(model, manifest, precision, changes, device, images[:1]),
             "memory_stays": memory["after every size"] == memory["warmed up"],
         }
     speeds = []
     for rows in buckets(max_batch):
         tasks: dict[str, Callable[[], object]] = {
-            name: partial(graphs.predict, (pictures[:rows], drawn[:rows])) for name, graphs in opened.items()
+            name: partial(graphs.predict, (images[:rows], drawn[:rows])) for name, graphs in opened.items()
         }
         medians = take_turns(tasks, seconds)
         speeds.append(
@@ -143,7 +143,7 @@ def markdown(part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]
 
 
 def sevens(count: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The example's digit, moved and dimmed, (count, *shape); noise for a model of another picture size."""
+    """The example's digit, moved and dimmed, (count, *shape); noise for a model of another image size."""
     seven = np.asarray(Image.open("docs/examples/seven.png").convert("L"))
     if seven.shape != shape:
         return np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
@@ -180,7 +180,7 @@ def _nodes(
     precision: Precision,
     changes: Options,
     device: UsedDevice,
-    picture: NDArray[np.uint8],
+    image: NDArray[np.uint8],
 ) -> dict[str, int]:
     """How many of the encoder's nodes each provider ran, by ONNX Runtime's profiler."""
     cuda = {**cuda_options(Settings(), precision), **changes, "enable_cuda_graph": "0"}
@@ -191,14 +191,14 @@ def _nodes(
         options.profile_file_prefix = str(Path(folder) / "profile")
         encoder = manifest.encoder_in(precision) or manifest.encoder
         session = ort.InferenceSession(model / encoder.file, options, providers=providers)
-        session.run(None, {encoder.inputs[0].name: picture})
+        session.run(None, {encoder.inputs[0].name: image})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return dict(Counter(event["args"]["provider"] for event in events if "provider" in event.get("args", {})))
 
 
-def _difference(graphs: Graphs, pictures: NDArray[np.uint8], expected: tuple[NDArray[Any], ...]) -> float:
+def _difference(graphs: Graphs, images: NDArray[np.uint8], expected: tuple[NDArray[Any], ...]) -> float:
     """Of capsules, lengths and reconstructions."""
-    capsules, lengths, _, reconstructions, _ = graphs.predict((pictures, np.ones(len(pictures), np.bool_)))
+    capsules, lengths, _, reconstructions, _ = graphs.predict((images, np.ones(len(images), np.bool_)))
     return max(
         float(np.abs(found - wanted[: len(found)]).max())
         for found, wanted in zip(

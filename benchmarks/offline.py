@@ -27,35 +27,35 @@ GEMM = 2048
 """Side of the matrices whose product gives the peak."""
 
 
-def run(model: Path, pictures: np.ndarray[Any, Any], seconds: float, threads: int) -> dict[str, Any]:
+def run(model: Path, images: np.ndarray[Any, Any], seconds: float, threads: int) -> dict[str, Any]:
     """Images per second of each graph at each batch size.
 
     Args:
-        pictures: (M, H, W) bytes, as many as the largest batch.
+        images: (M, H, W) bytes, as many as the largest batch.
         seconds: for each batch size.
     """
     torch.set_num_threads(threads)
     network = read_exported(model)
     round_to_half(network)
     with tempfile.TemporaryDirectory() as folder:
-        return _measure(network, pictures, Path(folder), seconds, threads)
+        return _measure(network, images, Path(folder), seconds, threads)
 
 
 def _measure(
-    network: CapsNet, pictures: np.ndarray[Any, Any], folder: Path, seconds: float, threads: int
+    network: CapsNet, images: np.ndarray[Any, Any], folder: Path, seconds: float, threads: int
 ) -> dict[str, Any]:
-    paths = write_graphs(network, pictures, folder)
+    paths = write_graphs(network, images, folder)
     sessions = {name: open_session(path, threads) for name, path in paths.items()}
     openvino = through_openvino.version()
     rows = []
-    for batch in [size for size in BATCHES if size <= len(pictures)]:
-        images = np.ascontiguousarray(pictures[:batch])
+    for batch in [size for size in BATCHES if size <= len(images)]:
+        first = np.ascontiguousarray(images[:batch])
         tasks: dict[str, Callable[[], object]] = {
-            name: partial(session.run, None, {"images": images}) for name, session in sessions.items()
+            name: partial(session.run, None, {"images": first}) for name, session in sessions.items()
         }
         if openvino != through_openvino.ABSENT:
-            tasks |= _openvino(paths, images, threads)
-        tasks["the two convolutions alone"] = _convolutions(network, images)
+            tasks |= _openvino(paths, first, threads)
+        tasks["the two convolutions alone"] = _convolutions(network, first)
         tasks["sgemm"] = _sgemm()
         medians = take_turns(tasks, seconds)
         flop = 2 * GEMM**3 / medians.pop("sgemm")
@@ -80,15 +80,15 @@ def _openvino(
     }
 
 
-def write_graphs(network: CapsNet, pictures: np.ndarray[Any, Any], folder: Path) -> dict[str, Path]:
+def write_graphs(network: CapsNet, images: np.ndarray[Any, Any], folder: Path) -> dict[str, Path]:
     """The encoder in every form, in `folder`; the first is what the others are compared with."""
     paths = {"plain einsum": folder / "plain.onnx", "fp32": folder / "encoder.onnx"}
     write_plain_encoder(network, paths["plain einsum"])
     write_encoder(network, paths["fp32"])
     paths["fp32, Winograd"] = folder / "winograd.onnx"
     onnx.save(winograd_encoder(network), paths["fp32, Winograd"])
-    # Speed does not depend on the ranges, so any pictures will do for them.
-    paths["int8"] = write_variants(network, torch.from_numpy(pictures[:RANGE_IMAGES]), paths["fp32"])["int8"]
+    # Speed does not depend on the ranges, so any images will do for them.
+    paths["int8"] = write_variants(network, torch.from_numpy(images[:RANGE_IMAGES]), paths["fp32"])["int8"]
     return paths
 
 
@@ -114,7 +114,7 @@ def _sgemm() -> Callable[[], object]:
     return lambda: a @ a
 
 
-def profile(model: Path, pictures: np.ndarray[Any, Any], batch: int, runs: int = 30) -> dict[str, Any]:
+def profile(model: Path, images: np.ndarray[Any, Any], batch: int, runs: int = 30) -> dict[str, Any]:
     """Least microseconds of each operator type of each form, one thread, from ONNX Runtime's profiler.
 
     The least of several runs of a node is the one that nothing interrupted.
@@ -123,14 +123,14 @@ def profile(model: Path, pictures: np.ndarray[Any, Any], batch: int, runs: int =
     round_to_half(network)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, path in write_graphs(network, pictures, Path(folder)).items():
+        for name, path in write_graphs(network, images, Path(folder)).items():
             options = ort.SessionOptions()
             options.intra_op_num_threads = 1
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             for _ in range(runs):
-                session.run(None, {"images": np.ascontiguousarray(pictures[:batch])})
+                session.run(None, {"images": np.ascontiguousarray(images[:batch])})
             events = json.loads(Path(session.end_profiling()).read_text())
             found[name] = by_operator(events)
     return {"batch": batch, "microseconds": found}

@@ -33,7 +33,7 @@ STARTS = 5
 DIGIT = Path(__file__).parents[1] / "docs" / "examples" / "seven.png"
 """What single requests send: an image that the service takes as it is."""
 
-Pictures = np.ndarray[Any, Any]
+Images = np.ndarray[Any, Any]
 
 
 class Missing(Exception):
@@ -57,12 +57,12 @@ class Load:
         return self.milliseconds[min(len(self.milliseconds) - 1, int(share * len(self.milliseconds)))]
 
 
-def run(model: Path, pictures: Pictures, seconds: float, threads: int, rounds: int) -> dict[str, Any]:
+def run(model: Path, images: Images, seconds: float, threads: int, rounds: int) -> dict[str, Any]:
     """Rates, times and shares, each the median of `rounds` in which everything has a turn.
 
     Args:
         model: a folder `<models>/<name>/<version>`.
-        pictures: (M, H, W) bytes, for raw runs and the bulk.
+        images: (M, H, W) bytes, for raw runs and the bulk.
         seconds: of each load.
 
     Raises:
@@ -72,10 +72,10 @@ def run(model: Path, pictures: Pictures, seconds: float, threads: int, rounds: i
     manifest = read_manifest(model)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        bodies = _write_bodies(pictures, folder)
+        bodies = _write_bodies(images, folder)
         precisions = [precision for precision in PRECISIONS if manifest.encoder_in(precision)]
         found = {
-            precision: _of_precision(model, manifest, precision, pictures, bodies, seconds, threads, rounds)
+            precision: _of_precision(model, manifest, precision, images, bodies, seconds, threads, rounds)
             for precision in precisions
         }
     return {"threads": threads, "rounds": rounds, "seconds": seconds, "precisions": found}
@@ -91,10 +91,10 @@ def require_h2load() -> None:
         raise Missing("a served load needs h2load (Debian: apt-get install nghttp2-client)")
 
 
-def _write_bodies(pictures: Pictures, folder: Path) -> dict[str, Path]:
+def _write_bodies(images: Images, folder: Path) -> dict[str, Path]:
     bodies = {"png": DIGIT, "npy": folder / "npy"}
     bulk = io.BytesIO()
-    np.save(bulk, np.resize(pictures, (BULK, *pictures.shape[1:])))
+    np.save(bulk, np.resize(images, (BULK, *images.shape[1:])))
     bodies["npy"].write_bytes(bulk.getvalue())
     return bodies
 
@@ -103,7 +103,7 @@ def _of_precision(
     model: Path,
     manifest: Manifest,
     precision: Precision,
-    pictures: Pictures,
+    images: Images,
     bodies: dict[str, Path],
     seconds: float,
     threads: int,
@@ -116,7 +116,7 @@ def _of_precision(
     rows: list[dict[str, float]] = []
     with _serving(model, precision) as service:
         for _ in range(rounds):
-            rows.append(_round(service, raw, pictures, bodies, seconds))
+            rows.append(_round(service, raw, images, bodies, seconds))
             print(f"  {precision}: " + ", ".join(f"{name} {value:.2f}" for name, value in rows[-1].items()))
         memory = service.memory()
     starts = [_start_seconds(model, precision) for _ in range(STARTS)]
@@ -125,9 +125,9 @@ def _of_precision(
 
 
 def _round(
-    service: Served, raw: ort.InferenceSession, pictures: Pictures, bodies: dict[str, Path], seconds: float
+    service: Served, raw: ort.InferenceSession, images: Images, bodies: dict[str, Path], seconds: float
 ) -> dict[str, float]:
-    best, alone = _raw(raw, pictures, seconds)
+    best, alone = _raw(raw, images, seconds)
     figures = {"raw_rate": best, "raw_alone_ms": 1000 * alone}
     for callers in CONCURRENCIES:
         load = h2load(service.port, "/predict", bodies["png"], "image/png", callers, seconds)
@@ -139,7 +139,7 @@ def _round(
             f"spread_{callers}": load.percentile(0.99) / load.percentile(0.5),
             f"refused_{callers}": load.statuses.get(503, 0) / load.seconds,
         }
-    figures |= _processor_ms(service, raw, pictures, bodies["png"], seconds)
+    figures |= _processor_ms(service, raw, images, bodies["png"], seconds)
     figures["added_ms"] = figures["p50_1"] - figures["raw_alone_ms"]
     figures["goodput"] = figures["rate_512"] / figures["rate_32"]
     bulk = h2load(
@@ -151,18 +151,18 @@ def _round(
     return figures
 
 
-def _raw(session: ort.InferenceSession, pictures: Pictures, seconds: float) -> tuple[float, float]:
+def _raw(session: ort.InferenceSession, images: Images, seconds: float) -> tuple[float, float]:
     """Images a second at the best batch size, and the seconds of a lone one."""
     tasks: dict[str, Callable[[], object]] = {}
     for batch in RAW_BATCHES:
-        images = np.ascontiguousarray(np.resize(pictures, (batch, *pictures.shape[1:])))
-        tasks[str(batch)] = lambda images=images: session.run(None, {"images": images})  # type: ignore[misc] # bound now
+        rows = np.ascontiguousarray(np.resize(images, (batch, *images.shape[1:])))
+        tasks[str(batch)] = lambda rows=rows: session.run(None, {"images": rows})  # type: ignore[misc] # bound now
     medians = take_turns(tasks, seconds)
     return max(int(batch) / median for batch, median in medians.items()), medians["1"]
 
 
 def _processor_ms(
-    service: Served, raw: ort.InferenceSession, pictures: Pictures, body: Path, seconds: float
+    service: Served, raw: ort.InferenceSession, images: Images, body: Path, seconds: float
 ) -> dict[str, float]:
     """Milliseconds of processor time for a request of 32 callers, by who spends them, and for a raw image.
 
@@ -175,15 +175,15 @@ def _processor_ms(
         1000 * (after - before) / answered
         for before, after in zip(own, _thread_seconds(service.process.pid), strict=True)
     )
-    images = np.ascontiguousarray(np.resize(pictures, (16, *pictures.shape[1:])))
+    rows = np.ascontiguousarray(np.resize(images, (16, *images.shape[1:])))
     began, runs = time.process_time(), 20
     for _ in range(runs):
-        raw.run(None, {"images": images})
+        raw.run(None, {"images": rows})
     return {
         "loop_cpu_ms": loop,
         "graph_cpu_ms": others,
         "client_cpu_ms": 1000 * (_children_seconds() - children) / answered,
-        "raw_cpu_ms": 1000 * (time.process_time() - began) / runs / len(images),
+        "raw_cpu_ms": 1000 * (time.process_time() - began) / runs / len(rows),
     }
 
 

@@ -9,7 +9,7 @@ dimensions that is 49 matrix products over channels and phases at once. Source: 
 Algorithms for Convolutional Neural Networks", 2015; the matrices are Toom and Cook's, from the points below
 and infinity.
 
-The letters: B pictures, C channels in, O out, P phases of an axis (2), T tiles of an axis, S points (7).
+The letters: B images, C channels in, O out, P phases of an axis (2), T tiles of an axis, S points (7).
 """
 
 import numpy as np

@@ -24,7 +24,7 @@ from pathlib import Path
 import uvloop
 
 from service.manifest import read_manifest
-from tests.soak.traffic import Honest, Hostile, honest, hostile, pictures, png
+from tests.soak.traffic import Honest, Hostile, honest, hostile, noise, png
 from tests.soak.wire import Answer, Connection, request
 from tests.support.process import Served, alone, served
 from tests.support.tiny_model import write_tiny_model
@@ -56,7 +56,7 @@ class Seen:
 
     statuses: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of accepted single pictures, by Server-Timing
+    seconds: list[float] = field(default_factory=list)  # of accepted single images, by Server-Timing
     waited: list[float] = field(default_factory=list)  # in the queue, of the same
     batches: list[float] = field(default_factory=list)  # the graphs' runs, of the same
     vitals: list["Vitals"] = field(default_factory=list)
@@ -78,7 +78,7 @@ def vitals(pid: int) -> Vitals:
 async def soak(service: Served, folder: Path, duration: float, *, seed: int = 0) -> Seen:
     """Load `service`, which serves the model in `folder`, for `duration` seconds."""
     kinds = await honest(service.port, folder)
-    enemies = hostile(png(pictures(read_manifest(folder), 1)[0]), BODY_TIMEOUT)
+    enemies = hostile(png(noise(read_manifest(folder), 1)[0]), BODY_TIMEOUT)
     seen = Seen()
     end = time.monotonic() + duration
     chance = random.Random(seed)  # noqa: S311 # no secret
@@ -193,7 +193,7 @@ def verdict(seen: Seen, *, steady: bool) -> list[str]:
     if max(moment.threads for moment in last) > max(moment.threads for moment in middle):
         wrong.append("threads became more after the warm-up")
     if (slowest := percentile(seen.seconds, 0.99)) > (limit := bound(seen)):
-        wrong.append(f"p99 of accepted pictures is {slowest:.3f} s, over {limit:.3f} s")
+        wrong.append(f"p99 of accepted images is {slowest:.3f} s, over {limit:.3f} s")
     return wrong
 
 
@@ -210,7 +210,7 @@ def report(seen: Seen) -> dict[str, object]:
         "memory_mib": memory[:: max(1, len(memory) // 30)],
         "threads": [seen.vitals[0].threads, seen.vitals[-1].threads],
         "descriptors_at_most": max(moment.descriptors for moment in seen.vitals),
-        "accepted_pictures": len(seen.seconds),
+        "accepted_images": len(seen.seconds),
         "p50_ms": round(1000 * percentile(seen.seconds, 0.5), 1),
         "p99_ms": round(1000 * percentile(seen.seconds, 0.99), 1),
         "p99_queue_ms": round(1000 * percentile(seen.waited, 0.99), 1),
@@ -225,12 +225,12 @@ def report(seen: Seen) -> dict[str, object]:
 async def goodput(
     port: int, folder: Path, *, rounds: int, seconds: float, patient: bool
 ) -> dict[str, object]:
-    """Answers a second to 32 and to 512 callers, in turns, each with one picture at a time.
+    """Answers a second to 32 and to 512 callers, in turns, each with one image at a time.
 
     Args:
         patient: whether who is refused waits as Retry-After says, or tries again at once.
     """
-    data = request("POST", "/predict", png(pictures(read_manifest(folder), 1)[0]), content_type="image/png")
+    data = request("POST", "/predict", png(noise(read_manifest(folder), 1)[0]), content_type="image/png")
     figures: dict[int, list[tuple[float, float]]] = {32: [], 512: []}
     for _ in range(rounds):
         for callers, measured in figures.items():

@@ -41,21 +41,21 @@ class Honest:
         elif kind in ("application/x-npy", "application/octet-stream"):
             assert _close(_numbers(answer), _numbers(self.expected)), self.name
         elif kind == "image/png":
-            _same_picture(answer.body, self.expected.body, self.name)
+            _same_image(answer.body, self.expected.body, self.name)
 
 
 Hostile = Callable[[int], Awaitable[int | None]]
 """Misbehaves on the given port; the status that came of it, None where nobody stayed to see."""
 
 
-def pictures(manifest: Manifest, count: int) -> NDArray[np.uint8]:
+def noise(manifest: Manifest, count: int) -> NDArray[np.uint8]:
     return np.random.default_rng(7).integers(0, 256, (count, *manifest.image_shape), np.uint8)
 
 
 async def honest(port: int, folder: Path) -> list[Honest]:
     """Every kind of request, with its answer by an idle service; lengths are proved by the graph itself."""
     manifest = read_manifest(folder)
-    images = pictures(manifest, 32)
+    images = noise(manifest, 32)
     one = png(images[0])
     url = "data:image/png;base64," + base64.b64encode(one).decode()
     graph = f"/v2/models/{manifest.name}"
@@ -120,22 +120,22 @@ def _prove_lengths(folder: Path, precision: Precision, images: NDArray[np.uint8]
     assert _close(lengths, np.load(io.BytesIO(bulk.body)))
 
 
-def hostile(picture: bytes, body_timeout: float) -> list[Hostile]:
-    """Every kind of misbehaviour, with a picture that would be taken."""
-    whole = request("POST", "/predict", picture, content_type="image/png")
-    head = len(whole) - len(picture)
+def hostile(image: bytes, body_timeout: float) -> list[Hostile]:
+    """Every kind of misbehaviour, with an image that would be taken."""
+    whole = request("POST", "/predict", image, content_type="image/png")
+    head = len(whole) - len(image)
     return [
-        _bad(b"no picture", "image/png", 422),
-        _bad(picture[: len(picture) // 2], "image/png", 422),
+        _bad(b"no image", "image/png", 422),
+        _bad(image[: len(image) // 2], "image/png", 422),
         _bad(b'{"images": [', "application/json", 400),
         _bad(b'{"images": [1]}', "application/json", 422),
         _bad(_npy(np.zeros((1, 5, 5), np.uint8)), "application/x-npy", 422),
         _bad(b"--x\r\n\r\n", "multipart/form-data; boundary=x", 400, 422),
         _bad(b"x", "text/plain", 415),
         _bad(bytes(2 << 20), "image/png", 413),
-        _gone_after(whole[: head + len(picture) // 2]),
+        _gone_after(whole[: head + len(image) // 2]),
         _gone_after(whole),
-        _slow(whole[:head], picture, body_timeout),
+        _slow(whole[:head], image, body_timeout),
         _no_http,
     ]
 
@@ -235,7 +235,7 @@ def _same(found: Any, expected: Any, where: str) -> None:
     elif isinstance(expected, float):
         assert math.isclose(found, expected, rel_tol=TOLERANCE, abs_tol=TOLERANCE), (where, found, expected)
     elif isinstance(expected, str) and expected.startswith("data:"):
-        _same_picture(_content(found), _content(expected), where)
+        _same_image(_content(found), _content(expected), where)
     else:
         assert found == expected, (where, found, expected)
 
@@ -244,7 +244,7 @@ def _content(url: str) -> bytes:
     return base64.b64decode(url.partition(",")[2])
 
 
-def _same_picture(found: bytes, expected: bytes, where: str) -> None:
+def _same_image(found: bytes, expected: bytes, where: str) -> None:
     one, other = (np.asarray(Image.open(io.BytesIO(data)), np.int16) for data in (found, expected))
     assert one.shape == other.shape, where
     assert np.abs(one - other).max() <= SHADE, where

@@ -18,7 +18,7 @@ from training.config import ModelConfig
 from training.trained import read_exported
 
 MODEL = command.newest(ROOT / "models" / "mnist")
-PICTURES = np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8)
 
 
 def test_everybody_has_a_turn_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,9 +33,9 @@ def test_everybody_has_a_turn_in_every_round(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_forms_agree(tmp_path: Path) -> None:
     """What is compared in speed computes the same: fp32 to six digits, int8 to two."""
     outputs = {}
-    for name, path in offline.write_graphs(read_exported(MODEL), PICTURES, tmp_path).items():
+    for name, path in offline.write_graphs(read_exported(MODEL), IMAGES, tmp_path).items():
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-        outputs[name] = session.run(["digit_capsules"], {"images": PICTURES})[0]
+        outputs[name] = session.run(["digit_capsules"], {"images": IMAGES})[0]
     np.testing.assert_allclose(outputs["fp32"], outputs["plain einsum"], atol=1e-5)
     np.testing.assert_allclose(outputs["fp32, Winograd"], outputs["plain einsum"], atol=1e-5)
     np.testing.assert_allclose(outputs["int8"], outputs["plain einsum"], atol=5e-2)
@@ -47,8 +47,8 @@ def test_offline_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(through_openvino, "version", lambda: through_openvino.ABSENT)
     threads = torch.get_num_threads()
     measured = {
-        "offline": offline.run(MODEL, PICTURES, 0, threads=1),
-        "profile": offline.profile(MODEL, PICTURES, batch=2, runs=2),
+        "offline": offline.run(MODEL, IMAGES, 0, threads=1),
+        "profile": offline.profile(MODEL, IMAGES, batch=2, runs=2),
     }
     torch.set_num_threads(threads)
     assert [row["batch"] for row in measured["offline"]["rows"]] == [1]
@@ -69,7 +69,7 @@ def test_offline_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_pairs_are_the_same_numbers(tmp_path: Path) -> None:
     """What OpenVINO gets in place of QLinearConv computes the 8-bit encoder to the bit."""
-    int8 = offline.write_graphs(read_exported(MODEL), PICTURES, tmp_path)["int8"]
+    int8 = offline.write_graphs(read_exported(MODEL), IMAGES, tmp_path)["int8"]
     pairs = through_openvino.as_pairs(onnx.load(int8))
     kinds = [node.op_type for node in pairs.graph.node]
     assert "QLinearConv" not in kinds
@@ -77,7 +77,7 @@ def test_pairs_are_the_same_numbers(tmp_path: Path) -> None:
     onnx.checker.check_model(pairs)
     onnx.save(pairs, tmp_path / "pairs.onnx")
     found, expected = (
-        ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": PICTURES})[0]
+        ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": IMAGES})[0]
         for path in (tmp_path / "pairs.onnx", int8)
     )
     np.testing.assert_array_equal(found, expected)
@@ -88,12 +88,12 @@ def test_pairs_are_the_same_numbers(tmp_path: Path) -> None:
 )
 def test_openvino_agrees(tmp_path: Path) -> None:
     """Its fp32 and 8-bit encoders give what ONNX Runtime's give."""
-    paths = offline.write_graphs(read_exported(MODEL), PICTURES, tmp_path)
+    paths = offline.write_graphs(read_exported(MODEL), IMAGES, tmp_path)
     onnx.save(through_openvino.as_pairs(onnx.load(paths["int8"])), tmp_path / "pairs.onnx")
     for path, name, tolerance in ((paths["fp32"], "fp32", 1e-5), (tmp_path / "pairs.onnx", "int8", 1e-3)):
         session = ort.InferenceSession(paths[name], providers=["CPUExecutionProvider"])
-        expected = session.run(None, {"images": PICTURES})[0]
-        found = through_openvino.compiled(path, PICTURES, 1)()
+        expected = session.run(None, {"images": IMAGES})[0]
+        found = through_openvino.compiled(path, IMAGES, 1)()
         np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
@@ -142,7 +142,7 @@ def test_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "BULK", 8)
     monkeypatch.setattr(served, "STARTS", 1)
     monkeypatch.setattr(served, "PRECISIONS", ("int8",))
-    measured = served.run(MODEL, PICTURES, 1, threads=1, rounds=1)
+    measured = served.run(MODEL, IMAGES, 1, threads=1, rounds=1)
     row = measured["precisions"]["int8"]
     assert row["rate_32"] > row["refused_32"] == 0
     assert row["p50_1"] <= row["p99_1"]
@@ -195,4 +195,4 @@ def test_a_missing_load_generator_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     """Without h2load the served part says in one line what is missing, and where it comes from."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(served.Missing, match="nghttp2-client"):
-        served.run(MODEL, PICTURES, 1, threads=1, rounds=1)
+        served.run(MODEL, IMAGES, 1, threads=1, rounds=1)
