@@ -235,7 +235,7 @@ class Model:
     ) -> Float:
         """Move each dimension of capsule `index` through `deltas`: (dimensions, deltas, H, W[, 3]).
 
-        `capsules` is one image's (classes, dimensions); all pictures are drawn in one batch.
+        `capsules` is one image's (classes, dimensions); all reconstructions are drawn in one batch.
         """
         swept = sweep_capsules(capsules, index, dimensions, deltas)
         drawn = await self.reconstruct(swept, np.full(len(swept), index, np.int64))

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from service.images import to_uint8
 
-_TILE = 56  # pixels: a 28x28 picture at twice its size
+_TILE = 56  # pixels: a 28x28 image at twice its size
 _GAP = 2
 _MARGIN = 48  # above the columns and, at least, left of the rows, for labels
 _FONT_SIZE = 14
@@ -29,7 +29,7 @@ def sweep_figure(
     deltas: Sequence[float],
     names: Sequence[str] = (),
 ) -> NDArray[np.uint8]:
-    """Draw (dimensions, deltas, H, W[, 3]) pictures in [0, 1] as one labelled picture (h, w[, 3]).
+    """Draw (dimensions, deltas, H, W[, 3]) reconstructions in [0, 1] as one labelled figure (h, w[, 3]).
 
     `names`, one for each dimension, stand before their numbers.
     """

@@ -36,7 +36,7 @@ _WORKING_SIZE = 256
 # Below this many grey levels over the background's noise nothing counts as ink.
 _LEAST_CONTRAST = 16.0
 
-# Grey levels by which a border may differ from the training pictures' ground where nothing is laid out: as
+# Grey levels by which a border may differ from the training images' ground where nothing is laid out: as
 # far as passing errs no more than laying out. See docs/decisions/0045.
 _NEAR_GROUND = 1
 
@@ -71,7 +71,7 @@ def prepare(image: Image.Image, spec: ImageSpec, preprocess: Preprocess) -> Pixe
     """Decode an opened image and bring it to the network's form: (H, W), or (H, W, 3) for colour.
 
     `none` takes only the network's own size. `auto` passes an image of that size, on the ground of the
-    training pictures, through untouched and lays out any other as those were; `centre` lays out every image.
+    training images, through untouched and lays out any other as those were; `centre` lays out every image.
 
     Raises:
         InvalidInput: the pixels cannot be decoded, or `preprocess` does not fit the image or the model.
@@ -85,7 +85,7 @@ def prepare(image: Image.Image, spec: ImageSpec, preprocess: Preprocess) -> Pixe
         )
     if preprocess == "centre" and spec.centring == "none":
         raise InvalidInput(
-            "This model was trained on pictures that are not centred.",
+            "This model was trained on images that are not centred.",
             received="preprocess=centre",
             expected="preprocess=auto or preprocess=none",
         )
@@ -139,7 +139,7 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _fits(pixels: Pixels, spec: ImageSpec) -> bool:
-    """Whether the picture has the network's size, on the ground of the pictures that it was trained on."""
+    """Whether the image has the network's size, on the ground of the images that it was trained on."""
     if pixels.shape[:2] != (spec.height, spec.width):
         return False
     ground = 0 if spec.polarity == "light_on_dark" else 255
@@ -161,7 +161,7 @@ def _ground(grey: Pixels) -> int:
 
 
 def _lay_out(pixels: Pixels, spec: ImageSpec) -> Pixels:
-    """Lay a grey picture out as MNIST was made: ink in a box, placed by its centre of mass."""
+    """Lay a grey image out as MNIST was made: ink in a box, placed by its centre of mass."""
     working = Image.fromarray(pixels)
     working.thumbnail((_WORKING_SIZE, _WORKING_SIZE), reducing_gap=2.0)
     ink = _level(np.asarray(working))
@@ -169,7 +169,7 @@ def _lay_out(pixels: Pixels, spec: ImageSpec) -> Pixels:
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     if rows.size:
         ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        # The manifest has a box wherever pictures are centred.
+        # The manifest has a box wherever images are centred.
         ink = _scale(ink, spec.box or min(spec.height, spec.width))
         height, width = ink.shape
         top = _offset(ink.sum(axis=1), spec.height)
@@ -302,7 +302,7 @@ def encode_png(pixels: Pixels, *, large: bool = False) -> bytes:
     """A PNG of (h, w) grey or (h, w, 3) colour.
 
     Args:
-        large: leave out PNG's search for the best filter of each row, half of the time for a large picture.
+        large: leave out PNG's search for the best filter of each row, half of the time for a large image.
             Grey ones are then written with a palette of greys, since files with one have no filters.
     """
     file = io.BytesIO()

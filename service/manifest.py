@@ -61,11 +61,11 @@ class Graph(_Record):
 
 
 class ImageSpec(_Record):
-    """How the network expects a picture.
+    """How the network expects an image.
 
-    `polarity` is the ink's side of the grey scale. `centring` says how the training pictures were
+    `polarity` is the ink's side of the grey scale. `centring` says how the training images were
     laid out: `centre_of_mass` is MNIST's way (ink in a `box` pixels square, placed by its centre of
-    mass), `none` leaves pictures as they are.
+    mass), `none` leaves images as they are.
     """
 
     height: Annotated[int, Field(ge=1)]
@@ -126,8 +126,8 @@ class Measured(_Record):
     parity_error: Annotated[float, Field(ge=0)]
     """Largest absolute difference between ONNX Runtime and PyTorch over all outputs."""
     beyond_threshold: dict[str, Annotated[float, Field(ge=0, le=100)]] = {}
-    """Share of pictures, in per cent, beyond either calibrated bound: of `test` images, wrongly; of
-    pictures that are of no class, by their kind, rightly."""
+    """Share of images, in per cent, beyond either calibrated bound: of `test` images, wrongly; of
+    images that are of no class, by their kind, rightly."""
 
     @property
     def test_error(self) -> float:
@@ -190,7 +190,7 @@ class Dimension(_Record):
     """Those that go the same way in nearly all images."""
     shares: dict[str, Annotated[float, Field(ge=0, le=1)]]
     """Share of the squared change that a pure change of each kind would account for, alone, largest first;
-    of a part of the picture, what falls there of the rest that all such changes together leave."""
+    of a part of the drawing, what falls there of the rest that all such changes together leave."""
 
 
 Dimensions = dict[str, tuple[Dimension, ...]]
@@ -206,7 +206,7 @@ class Manifest(_Record):
     """`efficient-capsnet` routes by self-attention, in a single pass."""
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
     labels_per_image: Annotated[int, Field(ge=1)] = 1
-    """How many classes the pictures that it learned from show; the prediction is as many longest capsules."""
+    """How many classes the images that it learned from show; the prediction is as many longest capsules."""
     image: ImageSpec
     capsules: CapsuleSpec
     encoder: Graph
@@ -267,7 +267,7 @@ class Manifest(_Record):
 
     @property
     def capsule_shape(self) -> tuple[int, int]:
-        """(classes, dimensions) of one picture's digit capsules."""
+        """(classes, dimensions) of one image's digit capsules."""
         return len(self.classes), self.capsules.digit_dimensions
 
     def encoder_tensors(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -64,7 +64,7 @@ Result = TypeVar("Result")
 PREDICT_BODIES = (*FORMATS, MULTIPART, JSON, NPY)
 PREDICT_ANSWERS = (JSON, NPY, NPZ)
 
-_PICTURES = ", ".join(FORMATS)  # of a form's file part, as OpenAPI lists them
+_IMAGE_TYPES = ", ".join(FORMATS)  # of a form's file part, as OpenAPI lists them
 
 
 @router.post(
@@ -75,7 +75,7 @@ _PICTURES = ", ".join(FORMATS)  # of a form's file part, as OpenAPI lists them
         PredictQuery,
         bodies={
             **dict.fromkeys(FORMATS, openapi.body(openapi.BINARY)),
-            MULTIPART: openapi.form({"images": openapi.files()}, encoding={"images": _PICTURES}),
+            MULTIPART: openapi.form({"images": openapi.files()}, encoding={"images": _IMAGE_TYPES}),
             JSON: openapi.body(openapi.reference(PredictRequest)),
             NPY: openapi.body(openapi.BINARY),
         },
@@ -155,7 +155,7 @@ def _predict_answer(
         if query.capsules:
             prediction["capsules"] = found.capsules[row]
         if query.reconstruction:
-            prediction["reconstruction"] = _picture(found.reconstructions[row])
+            prediction["reconstruction"] = _drawing(found.reconstructions[row])
         if query.image:
             prediction["image"] = data_url(encode_png(images[row]))
         predictions.append(prediction)
@@ -177,7 +177,7 @@ RECONSTRUCT_ANSWERS = (JSON, PNG)
             MULTIPART: openapi.form(
                 {"image": openapi.BINARY},
                 {"request": openapi.reference(ReconstructChoice)},
-                encoding={"image": _PICTURES, "request": JSON},
+                encoding={"image": _IMAGE_TYPES, "request": JSON},
             ),
         },
         answers={PNG: openapi.BINARY},
@@ -186,7 +186,7 @@ RECONSTRUCT_ANSWERS = (JSON, PNG)
 async def reconstruct(request: Request) -> Response:
     """The reconstruction of an image, or from capsules that /predict returned, with tweaks done in order.
 
-    `Accept: image/png` answers with the picture itself.
+    `Accept: image/png` answers with the reconstruction itself.
     """
     service = service_of(request)
     query = parse_query(ReconstructQuery, request)
@@ -211,7 +211,7 @@ async def reconstruct(request: Request) -> Response:
                 "label": model.manifest.classes[index],
                 "index": index,
                 "capsule": capsules[index],
-                "reconstruction": _picture(drawn[0]),
+                "reconstruction": _drawing(drawn[0]),
             }
             if query.pixels:
                 document["pixels"] = drawn[0]
@@ -234,14 +234,14 @@ SWEEP_ANSWERS = (JSON, NPZ, PNG)
             MULTIPART: openapi.form(
                 {"image": openapi.BINARY},
                 {"request": openapi.reference(SweepChoice)},
-                encoding={"image": _PICTURES, "request": JSON},
+                encoding={"image": _IMAGE_TYPES, "request": JSON},
             ),
         },
         answers={NPZ: openapi.BINARY, PNG: openapi.BINARY},
     ),
 )
 async def sweep(request: Request) -> Response:
-    """The paper's figure 4: one row for each dimension, one picture for each delta.
+    """The paper's figure 4: one row for each dimension, one reconstruction for each delta.
 
     `Accept: image/png` answers with the labelled grid; `application/x-npz` with `reconstructions`,
     float32 (dimensions, deltas, H, W[, 3]), `dimensions`, `deltas` and `capsule`.
@@ -307,7 +307,7 @@ def _sweep_answer(answer: str, model: Model, swept: _Sweep) -> Response:
             "dimensions": swept.dimensions,
             "names": names,
             "deltas": swept.deltas,
-            "reconstructions": [[_picture(picture) for picture in row] for row in swept.drawn],
+            "reconstructions": [[_drawing(values) for values in row] for row in swept.drawn],
         }
     )
 
@@ -473,9 +473,9 @@ async def metrics(request: Request) -> Response:
 # Answers -------------------------------------------------------------------------------------------
 
 
-async def _encode(pictures: int, encode: Callable[..., Response], *arguments: object) -> Response:
+async def _encode(count: int, encode: Callable[..., Response], *arguments: object) -> Response:
     """Build an answer, on a thread where it is large enough to hold up the event loop."""
-    if pictures <= 8:
+    if count <= 8:
         return encode(*arguments)
     return await asyncio.to_thread(encode, *arguments)
 
@@ -484,7 +484,7 @@ def _name(model: Model) -> dict[str, str]:
     return {"name": model.manifest.name, "version": model.manifest.version}
 
 
-def _picture(values: Float) -> str:
+def _drawing(values: Float) -> str:
     return data_url(encode_png(to_uint8(values)))
 
 

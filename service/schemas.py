@@ -63,7 +63,7 @@ class _ModelQuery(_Request):
     preprocess: Annotated[
         Preprocess,
         Field(
-            description="`auto` lays out any picture as the training pictures were, and leaves one of the "
+            description="`auto` lays out any image as the training images were, and leaves one of the "
             "model's size and ground alone; `none` takes only the model's own size; `centre` lays out all"
         ),
     ] = "auto"
@@ -74,7 +74,7 @@ class PredictQuery(_ModelQuery):
     reconstruction: Annotated[Flag, Field(description="Add the reconstruction from the longest capsule")] = (
         False
     )
-    image: Annotated[Flag, Field(description="Add the picture as the network saw it")] = False
+    image: Annotated[Flag, Field(description="Add the image as the network saw it")] = False
     top_k: Annotated[
         int,
         Field(ge=1, le=1000, description="How many of the longest capsules `top` lists"),
@@ -83,7 +83,7 @@ class PredictQuery(_ModelQuery):
 
 
 class ReconstructQuery(_ModelQuery):
-    pixels: Annotated[Flag, Field(description="Add the picture as numbers in [0, 1]")] = False
+    pixels: Annotated[Flag, Field(description="Add the reconstruction as numbers in [0, 1]")] = False
 
 
 class SweepQuery(_ModelQuery):
@@ -262,7 +262,7 @@ class SweepAnswer(BaseModel):
     ]
     deltas: list[float]
     reconstructions: Annotated[
-        list[list[DataUrl]], Field(description="A row for each dimension, a picture for each delta")
+        list[list[DataUrl]], Field(description="A row for each dimension, a reconstruction for each delta")
     ]
 
 

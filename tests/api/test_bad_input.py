@@ -12,9 +12,9 @@ from starlette.testclient import TestClient
 
 from tests.api.conftest import problem
 from tests.support.encoded import base64_text, encode, npy, npy_with_header, png_bomb
-from tests.support.tiny_model import CLASSES, DIMENSIONS, picture
+from tests.support.tiny_model import CLASSES, DIMENSIONS, image_of
 
-PNG = encode(picture(3))
+PNG = encode(image_of(3))
 ENCODED = base64_text(PNG)
 NOISE = np.random.default_rng(0).integers(0, 256, (100, 100), np.uint8)
 JSON = "application/json"
@@ -100,7 +100,7 @@ TEXT = 'Content-Disposition: form-data; name="{}"'
 @pytest.mark.parametrize(
     ("path", "parts", "status", "says"),
     [
-        ("/predict", [(FILE.format("pictures"), PNG)], 422, "not taken here"),
+        ("/predict", [(FILE.format("photos"), PNG)], 422, "not taken here"),
         ("/predict", [(TEXT.format("images"), b"text")], 422, "not a file"),
         ("/predict", [(FILE.format("images"), PNG), (FILE.format("images"), b"no")], 422, "Image 1: "),
         ("/predict", [(FILE.format("images"), b"")], 422, "decoded"),

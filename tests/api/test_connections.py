@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.support.process import LIMIT, PNG, Served, connected, served, until_closed
-from tests.support.tiny_model import picture
+from tests.support.tiny_model import image_of
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
 REQUEST = HEAD + b"Content-Length: %d\r\n\r\n" % len(PNG) + PNG
@@ -193,7 +193,7 @@ def test_no_request_is_lost_at_sigterm_under_load(tiny_models: Path, workers: st
 def test_a_resting_client_is_heard_at_a_stop(tiny_models: Path) -> None:
     """What a client sends after a refusal, while its connection rests, is answered when the service stops."""
     file = io.BytesIO()
-    np.save(file, np.stack([picture(3)] * 50_000))
+    np.save(file, np.stack([image_of(3)] * 50_000))
     bulk = file.getvalue()  # always one row of it waits: nobody else is admitted
     with served(
         tiny_models, max_batch="1", queue_length="1", max_images="100000", max_body="100000000"

@@ -8,9 +8,9 @@ from starlette.testclient import TestClient
 
 from service import app
 from tests.support.encoded import base64_text, encode, npy
-from tests.support.tiny_model import picture
+from tests.support.tiny_model import image_of
 
-PNG = encode(picture(3))
+PNG = encode(image_of(3))
 KEY = "a key of sixteen characters"
 ORIGIN = "https://page.example"
 IMAGE = {"content-type": "image/png"}
@@ -25,7 +25,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "POST",
         "/predict",
-        {"content": npy(picture(3)[None]), "headers": {"content-type": "application/x-npy"}},
+        {"content": npy(image_of(3)[None]), "headers": {"content-type": "application/x-npy"}},
     ),
     ("POST", "/predict", {"files": [("images", ("a.png", PNG, "image/png"))] * 2}),
     ("POST", "/predict", {"files": [("other", ("a.png", PNG, "image/png"))]}),

@@ -18,11 +18,11 @@ from service.handling import Service
 from service.settings import Settings
 from tests.api.conftest import problem
 from tests.support.encoded import base64_text, encode, npy
-from tests.support.tiny_model import picture
+from tests.support.tiny_model import image_of
 
 pytestmark = pytest.mark.anyio
 
-PNG = encode(picture(3))
+PNG = encode(image_of(3))
 IMAGE = {"content-type": "image/png"}
 LIMIT = 10.0  # seconds after which a test that hangs has failed
 
@@ -301,7 +301,7 @@ async def test_the_number_of_images_has_a_limit_in_every_form(tiny_models: Path)
         for count, status in ((3, 200), (4, 413)):
             bodies: list[dict[str, Any]] = [
                 {
-                    "content": npy(picture(0)[None].repeat(count, 0)),
+                    "content": npy(image_of(0)[None].repeat(count, 0)),
                     "headers": {"content-type": "application/x-npy"},
                 },
                 {"files": [("images", ("a.png", PNG, "image/png"))] * count},
@@ -314,6 +314,6 @@ async def test_the_number_of_images_has_a_limit_in_every_form(tiny_models: Path)
 def test_the_models_own_deltas_are_never_too_many(serve: Callable[..., TestClient]) -> None:
     """Who sends no deltas has not sent too many of them, however few the settings allow."""
     client = serve(max_deltas=3)
-    image = base64_text(encode(picture(1)))
+    image = base64_text(encode(image_of(1)))
     assert len(client.post("/reconstruct/sweep", json={"image": image}).json()["deltas"]) == 11
     problem(client.post("/reconstruct/sweep", json={"image": image, "deltas": [0, 0, 0, 0]}), 422)

@@ -10,9 +10,9 @@ from starlette.testclient import TestClient
 from tests.api.conftest import Serve
 from tests.support.encoded import encode, npy
 from tests.support.process import served
-from tests.support.tiny_model import picture
+from tests.support.tiny_model import image_of
 
-PNG = encode(picture(3))
+PNG = encode(image_of(3))
 IMAGE = {"content-type": "image/png"}
 NPY = {"content-type": "application/x-npy"}
 ENCODER = {"model": "tiny", "version": "2", "queue": "encoder"}
@@ -79,7 +79,7 @@ def test_stages_are_measured(serve: Serve) -> None:
     """A batch counts once with its rows, each item once in the queue, each image decoding once."""
     client = serve(max_batch=4)
     client.post("/predict", content=PNG, headers=IMAGE)
-    client.post("/predict", content=npy(picture(0)[None].repeat(6, 0)), headers=NPY)  # batches of 4 and 2
+    client.post("/predict", content=npy(image_of(0)[None].repeat(6, 0)), headers=NPY)  # batches of 4 and 2
     found = scrape(client)
     assert value(found, "capsnet_batch_size_count", **ENCODER) == 3
     assert value(found, "capsnet_batch_size_sum", **ENCODER) == 7

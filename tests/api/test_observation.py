@@ -8,9 +8,9 @@ from starlette.testclient import TestClient
 
 from tests.api.conftest import Serve, problem
 from tests.support.encoded import base64_text, encode
-from tests.support.tiny_model import picture
+from tests.support.tiny_model import image_of
 
-PNG = encode(picture(3))
+PNG = encode(image_of(3))
 IMAGE = {"content-type": "image/png"}
 
 

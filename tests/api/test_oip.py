@@ -15,14 +15,14 @@ from starlette.testclient import TestClient
 
 from service.batching import Arrays
 from tests.api.conftest import Serve
-from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, picture
+from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, image_of
 
 ENCODER = "/v2/models/tiny-encoder/infer"
 DECODER = "/v2/models/tiny-decoder/infer"
 IMAGES = {"name": "images", "datatype": "UINT8", "shape": [1, SIDE, SIDE]}
-RAW = picture(6).tobytes()
+RAW = image_of(6).tobytes()
 BINARY = {**IMAGES, "parameters": {"binary_data_size": len(RAW)}}
-NUMBERS = {**IMAGES, "data": picture(6).ravel().tolist()}
+NUMBERS = {**IMAGES, "data": image_of(6).ravel().tolist()}
 LENGTHS = {"name": "capsule_lengths"}
 
 
@@ -121,7 +121,7 @@ def test_a_request_at_fault_is_told_why(client: TestClient, body: bytes, words: 
     "value", ["NaN", "Infinity", "-Infinity", "1e39", "11", "-11", "null", '"1"', "true"]
 )
 def test_the_decoder_takes_only_values_that_it_can_draw(client: TestClient, value: str) -> None:
-    """Numbers that would draw a picture of NaN, and what is no number, are refused."""
+    """Numbers that would draw a reconstruction of NaN, and what is no number, are refused."""
     numbers = ",".join([value, *["0"] * (CLASSES * DIMENSIONS - 1)])
     text = (
         f'{{"inputs": [{{"name": "target", "datatype": "INT64", "shape": [1], "data": [0]}},'

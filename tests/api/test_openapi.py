@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 from service.images import FORMATS
 from service.schemas import PredictAnswer, ReconstructAnswer, SweepAnswer
 from tests.support.encoded import base64_text, encode
-from tests.support.tiny_model import picture
+from tests.support.tiny_model import image_of
 
 POSTS = ["/predict", "/reconstruct", "/reconstruct/sweep"]
 
@@ -165,7 +165,7 @@ def test_a_version_in_the_query_changes_nothing(client: TestClient) -> None:
 
 def test_the_answers_are_of_the_documented_form(client: TestClient) -> None:
     """Routes build their answers by hand; each still is what the document says, field by field."""
-    encoded = base64_text(encode(picture(1)))
+    encoded = base64_text(encode(image_of(1)))
     options = "?capsules=true&reconstruction=true&image=true"
     for model, answer in (
         (PredictAnswer, client.post(f"/predict{options}", json={"images": [encoded]})),

@@ -9,9 +9,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.support.encoded import base64_text, decode_data_url, encode, npy
-from tests.support.tiny_model import CLASSES, DIMENSIONS, picture
+from tests.support.tiny_model import CLASSES, DIMENSIONS, image_of
 
-PNG = encode(picture(3))
+PNG = encode(image_of(3))
 
 
 def labels(answer: Any) -> list[str]:
@@ -25,7 +25,7 @@ def labels(answer: Any) -> list[str]:
 )
 def test_an_image_is_the_body(client: TestClient, media: str, image_format: str) -> None:
     """One image of each format, with its own media type, is classified."""
-    body = encode(picture(3), image_format)
+    body = encode(image_of(3), image_format)
     answer = client.post("/predict", content=body, headers={"content-type": f"image/{media}"})
     assert labels(answer) == ["3"]
 
@@ -57,26 +57,26 @@ def test_the_answer_has_the_contracts_fields(client: TestClient) -> None:
 
 def test_several_parts_are_several_predictions_in_order(client: TestClient) -> None:
     """A form with parts `images` gives one prediction for each, in order."""
-    files = [("images", (f"{index}.png", encode(picture(index)), "image/png")) for index in (5, 1, 9)]
+    files = [("images", (f"{index}.png", encode(image_of(index)), "image/png")) for index in (5, 1, 9)]
     assert labels(client.post("/predict", files=files)) == ["5", "1", "9"]
 
 
 def test_json_holds_base64_and_data_urls(client: TestClient) -> None:
     """JSON may mix plain base64 and data URLs."""
-    images = [base64_text(PNG), "data:image/png;base64," + base64_text(encode(picture(8)))]
+    images = [base64_text(PNG), "data:image/png;base64," + base64_text(encode(image_of(8)))]
     assert labels(client.post("/predict", json={"images": images})) == ["3", "8"]
 
 
 def test_npy_is_taken_as_it_is(client: TestClient) -> None:
     """An npy array of many images, more than one batch, is answered image by image."""
-    images = np.stack([picture(index % CLASSES) for index in range(100)])
+    images = np.stack([image_of(index % CLASSES) for index in range(100)])
     answer = client.post("/predict", content=npy(images), headers={"content-type": "application/x-npy"})
     assert labels(answer) == [str(index % CLASSES) for index in range(100)]
 
 
 def test_what_is_asked_for_is_added(client: TestClient) -> None:
     """capsules, reconstruction and image add the vectors, the drawing and what the network saw."""
-    dark = encode(255 - picture(3))
+    dark = encode(255 - image_of(3))
     answer = client.post(
         "/predict?capsules=true&reconstruction=true&image=true&preprocess=none",
         content=dark,
@@ -85,12 +85,12 @@ def test_what_is_asked_for_is_added(client: TestClient) -> None:
     (prediction,) = answer.json()["predictions"]
     assert np.array(prediction["capsules"]).shape == (CLASSES, DIMENSIONS)
     np.testing.assert_allclose(np.array(prediction["capsules"])[:, 0], prediction["lengths"], atol=1e-6)
-    np.testing.assert_array_equal(decode_data_url(prediction["image"]), 255 - picture(3))
+    np.testing.assert_array_equal(decode_data_url(prediction["image"]), 255 - image_of(3))
     assert decode_data_url(prediction["reconstruction"]).shape == (28, 28)
 
 
 def test_preprocessing_is_on_by_default(client: TestClient) -> None:
-    """A large picture of dark ink is laid out for the network, and the answer shows how."""
+    """A large image of dark ink is laid out for the network, and the answer shows how."""
     paper = np.full((300, 200), 250, np.uint8)
     paper[140:160, 40:160] = 20
     answer = client.post("/predict?image=true", content=encode(paper), headers={"content-type": "image/png"})
@@ -104,8 +104,8 @@ def test_preprocessing_is_on_by_default(client: TestClient) -> None:
 @pytest.mark.parametrize(("top_k", "listed"), [(1, 1), (5, 5), (10, 10), (1000, 10)])
 def test_top_k_says_how_many(client: TestClient, top_k: int, listed: int) -> None:
     """`top` lists the longest capsules, longest first, at most all of them."""
-    mixed = picture(3)
-    mixed += picture(6, level=100)
+    mixed = image_of(3)
+    mixed += image_of(6, level=100)
     answer = client.post(
         f"/predict?top_k={top_k}", content=encode(mixed), headers={"content-type": "image/png"}
     )
@@ -131,7 +131,7 @@ def test_the_model_is_chosen_by_name_or_version(
 
 def test_bulk_callers_get_arrays(client: TestClient) -> None:
     """Accept: application/x-npy gives the lengths, x-npz all arrays by their names."""
-    images = np.stack([picture(2), picture(4)])
+    images = np.stack([image_of(2), image_of(4)])
     headers = {"content-type": "application/x-npy"}
     answer = client.post("/predict", content=npy(images), headers=headers | {"accept": "application/x-npy"})
     lengths = np.load(io.BytesIO(answer.content))
@@ -158,8 +158,8 @@ def test_bulk_callers_get_arrays(client: TestClient) -> None:
 
 
 def test_a_colour_model_takes_colour(client: TestClient) -> None:
-    """Pictures and arrays with three channels go to a model of three channels."""
-    images = np.stack([picture(6, channels=3)])
+    """Images and arrays with three channels go to a model of three channels."""
+    images = np.stack([image_of(6, channels=3)])
     answer = client.post(
         "/predict?model=colour&reconstruction=true",
         content=npy(images),
@@ -191,7 +191,7 @@ def test_concurrent_callers_get_their_own_answers(client: TestClient) -> None:
 
     def ask(index: int) -> list[str]:
         return labels(
-            client.post("/predict", content=encode(picture(index)), headers={"content-type": "image/png"})
+            client.post("/predict", content=encode(image_of(index)), headers={"content-type": "image/png"})
         )
 
     with ThreadPoolExecutor(16) as threads:

@@ -28,14 +28,14 @@ def address() -> Iterator[str]:
 
 @pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
 def test_line(line: str, address: str, tmp_path: Path) -> None:
-    """Each curl line of the README works as printed: JSON, or a picture in the file that it names."""
+    """Each curl line of the README works as printed: JSON, or an image in the file that it names."""
     shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
     command = line.replace(ADDRESS, address).replace("curl ", "curl --fail-with-body ", 1)
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S602 - the README's own words
     assert done.returncode == 0, done.stdout + done.stderr
     if output := re.search(r"-o (\S+)", line):
-        with Image.open(tmp_path / output[1]) as picture:
-            assert picture.format == "PNG"
+        with Image.open(tmp_path / output[1]) as opened:
+            assert opened.format == "PNG"
     else:
         assert json.loads(done.stdout)["predictions"][0]["label"] in ("7", "4")
 

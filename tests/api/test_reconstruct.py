@@ -9,9 +9,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.support.encoded import base64_text, decode, decode_data_url, encode
-from tests.support.tiny_model import CLASSES, DIMENSIONS, band, picture
+from tests.support.tiny_model import CLASSES, DIMENSIONS, band, image_of
 
-IMAGE = encode(picture(3, level=102))  # a capsule of length 0.4
+IMAGE = encode(image_of(3, level=102))  # a capsule of length 0.4
 ENCODED = base64_text(IMAGE)
 
 
@@ -23,7 +23,7 @@ def ask(client: TestClient, path: str = "/reconstruct", /, **body: Any) -> dict[
 
 
 def light(drawn: Any, index: int) -> float:
-    """The level of a class's band in a picture, in [0, 1]."""
+    """The level of a class's band in a reconstruction, in [0, 1]."""
     levels = np.asarray(drawn, float)
     inside = levels[band(index), 4:24]
     assert np.ptp(inside) == 0
@@ -37,13 +37,13 @@ def test_an_image_is_drawn_again(client: TestClient) -> None:
     assert document["model"] == {"name": "tiny", "version": "2"}
     assert document["capsule"] == pytest.approx([0.4] + [0] * 15, abs=1e-3)
     np.testing.assert_allclose(
-        decode_data_url(document["reconstruction"]).astype(int), picture(3, 102), atol=1
+        decode_data_url(document["reconstruction"]).astype(int), image_of(3, 102), atol=1
     )
     assert "pixels" not in document
 
 
-def test_tweaks_change_the_capsule_and_the_picture(client: TestClient) -> None:
-    """A delta adds to one dimension and a value sets one, and the picture follows."""
+def test_tweaks_change_the_capsule_and_the_reconstruction(client: TestClient) -> None:
+    """A delta adds to one dimension and a value sets one, and the reconstruction follows."""
     tweaks = [{"dimension": 15, "delta": 0.25}, {"dimension": 0, "value": 0.5}]
     document = ask(client, image=ENCODED, tweaks=tweaks)
     assert document["capsule"] == pytest.approx([0.5] + [0] * 14 + [0.25])
@@ -60,7 +60,7 @@ def test_another_class_is_drawn_from_its_own_capsule(client: TestClient) -> None
 
 
 def test_what_predict_returned_can_be_sent_back(client: TestClient) -> None:
-    """Capsules from /predict give the same picture as the image that they came from."""
+    """Capsules from /predict give the same reconstruction as the image that they came from."""
     predicted = client.post(
         "/predict?capsules=true", content=IMAGE, headers={"content-type": "image/png"}
     ).json()
@@ -79,18 +79,18 @@ def test_the_longest_of_given_capsules_is_the_predicted_class(client: TestClient
 
 
 def test_pixels_are_numbers(client: TestClient) -> None:
-    """pixels=true adds the picture as numbers in [0, 1], unrounded."""
+    """pixels=true adds the reconstruction as numbers in [0, 1], unrounded."""
     answer = client.post("/reconstruct?pixels=true", json={"image": ENCODED})
     pixels = np.array(answer.json()["pixels"])
     assert pixels.shape == (28, 28)
     assert light(pixels, 3) == pytest.approx(0.4, abs=1e-3)
 
 
-def test_the_picture_itself(client: TestClient) -> None:
+def test_the_reconstruction_itself(client: TestClient) -> None:
     """Accept: image/png answers with the PNG."""
     answer = client.post("/reconstruct", json={"image": ENCODED}, headers={"accept": "image/png"})
     assert answer.headers["content-type"] == "image/png"
-    np.testing.assert_allclose(decode(answer.content).astype(int), picture(3, 102), atol=1)
+    np.testing.assert_allclose(decode(answer.content).astype(int), image_of(3, 102), atol=1)
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -110,9 +110,9 @@ def test_a_form_may_hold_the_image_alone(client: TestClient) -> None:
 
 
 def test_a_colour_model_draws_in_colour(client: TestClient) -> None:
-    """The picture of a colour model has three channels."""
+    """The reconstruction of a colour model has three channels."""
     answer = client.post(
-        "/reconstruct?model=colour", json={"image": base64_text(encode(picture(2, channels=3)))}
+        "/reconstruct?model=colour", json={"image": base64_text(encode(image_of(2, channels=3)))}
     )
     assert decode_data_url(answer.json()["reconstruction"]).shape == (28, 28, 3)
 
@@ -202,7 +202,7 @@ def test_a_sweep_takes_a_form(client: TestClient) -> None:
 
 def test_a_dimension_may_be_written_with_a_decimal_point(client: TestClient) -> None:
     """3.0 is the integer 3, as in JSON Schema, whose words the document uses; 3.5 is none."""
-    image = base64_text(encode(picture(1)))
+    image = base64_text(encode(image_of(1)))
     plain, pointed = (
         client.post("/reconstruct", json={"image": image, "tweaks": [{"dimension": written, "delta": 0.2}]})
         for written in (3, 3.0)

@@ -18,7 +18,7 @@ from service.settings import Settings
 from tests.api.conftest import Serve
 from tests.api.test_oip import error
 from tests.support.encoded import encode
-from tests.support.tiny_model import CLASSES, picture, write_tiny_model
+from tests.support.tiny_model import CLASSES, image_of, write_tiny_model
 
 INDEX = "/v2/repository/index"
 LOAD = "/v2/repository/models/tiny-encoder/load"
@@ -140,9 +140,9 @@ async def test_nothing_is_lost_while_versions_are_replaced(models: Path) -> None
 
     async def ask(client: httpx2.AsyncClient, caller: int) -> None:
         label = caller % CLASSES
-        body = encode(picture(label))
+        body = encode(image_of(label))
         tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 28, 28]}
-        text = {"inputs": [{**tensor, "data": picture(label).ravel().tolist()}]}
+        text = {"inputs": [{**tensor, "data": image_of(label).ravel().tolist()}]}
         while not stopped:
             from_version = oldest
             if caller % 2:
@@ -186,7 +186,7 @@ async def test_nothing_is_lost_while_versions_are_replaced(models: Path) -> None
 async def test_a_request_whose_body_is_still_arriving_keeps_its_version(models: Path) -> None:
     """It was accepted for the version that was the newest; that one is retired only after its answer."""
     write_tiny_model(models, "tiny", "2")
-    body = encode(picture(4))
+    body = encode(image_of(4))
     rest = asyncio.Event()
     begun = asyncio.Event()
 

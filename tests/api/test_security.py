@@ -10,9 +10,9 @@ from service.settings import Settings
 from tests.api.conftest import Serve, problem
 from tests.api.test_process import start
 from tests.support.encoded import encode
-from tests.support.tiny_model import picture
+from tests.support.tiny_model import image_of
 
-PNG = encode(picture(3))
+PNG = encode(image_of(3))
 IMAGE = {"content-type": "image/png"}
 KEY = "sesame-sesame-sesame"
 OTHER = "another-key-another-key"

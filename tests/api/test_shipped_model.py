@@ -87,7 +87,7 @@ def test_a_real_digit(prediction: dict[str, Any]) -> None:
 
 
 def test_a_scanned_digit(client: TestClient) -> None:
-    """A large picture of dark ink on light paper is brought into the form of MNIST and understood."""
+    """A large image of dark ink on light paper is brought into the form of MNIST and understood."""
     page = (ROOT / "docs/examples/page.png").read_bytes()
     answer = client.post("/predict", content=page, headers={"content-type": "image/png"})
     assert answer.json()["predictions"][0]["label"] == "4"
@@ -100,7 +100,7 @@ def draw(client: TestClient, **request: object) -> NDArray[np.float32]:
 
 
 def test_a_tweak_changes_the_digit(client: TestClient, prediction: dict[str, Any]) -> None:
-    """Every dimension, changed by 0.25, draws another picture, and none draws noise."""
+    """Every dimension, changed by 0.25, draws another image, and none draws noise."""
     plain = draw(client, capsules=prediction["capsules"])
     assert plain.shape == (28, 28)
     assert plain.max() > 0.8, "ink in the middle"

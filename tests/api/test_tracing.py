@@ -18,7 +18,7 @@ from tritonclient import grpc
 
 from tests.support.encoded import base64_text
 from tests.support.process import IMAGE, LIMIT, PNG, Served, served
-from tests.support.tiny_model import SIDE, picture
+from tests.support.tiny_model import SIDE, image_of
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"  # W3C Trace Context's own example
 PARENT = "b7ad6b7169203331"
@@ -123,7 +123,7 @@ def test_a_grpc_method_is_a_trace_as_well(
     with served(tiny_models, grpc_port="0") as service:
         address = next(filter(None, (re.search(r"over gRPC on (\S+)", line) for line in service.log)))[1]
         image = grpc.InferInput("images", [1, SIDE, SIDE], "UINT8")
-        image.set_data_from_numpy(picture(3)[np.newaxis])
+        image.set_data_from_numpy(image_of(3)[np.newaxis])
         with grpc.InferenceServerClient(address) as client:
             client.infer("tiny-encoder", [image], headers={"traceparent": TRACEPARENT})
         stop(service)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.container import docker
 from tests.container.docker import Container
-from tests.support.tiny_model import picture, write_tiny_model
+from tests.support.tiny_model import image_of, write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 DIGIT = 3
@@ -53,7 +53,7 @@ def container(image: str, models: Path) -> Iterator[Container]:
 
 @pytest.fixture(scope="session")
 def png() -> bytes:
-    """A picture that the tiny model takes for DIGIT."""
+    """An image that the tiny model takes for DIGIT."""
     file = io.BytesIO()
-    Image.fromarray(picture(DIGIT)).save(file, "PNG")
+    Image.fromarray(image_of(DIGIT)).save(file, "PNG")
     return file.getvalue()

@@ -20,7 +20,7 @@ from tritonclient.grpc import aio, service_pb2
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from tests.support.process import LIMIT, Served, environment, served
-from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, band, picture
+from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, band, image_of
 
 
 def address(process: Served) -> str:
@@ -76,7 +76,7 @@ def test_the_server_and_its_models_introduce_themselves(client: sync.InferenceSe
 
 def test_both_graphs_run(client: sync.InferenceServerClient) -> None:
     """Encode once, decode; id, version and the requested outputs are as asked."""
-    image = picture(2, channels=3)[np.newaxis]
+    image = image_of(2, channels=3)[np.newaxis]
     encoded = client.infer("colour-encoder", [tensor("images", image)], request_id="two")
     assert encoded.get_response().id == "two"
     assert encoded.get_response().model_version == "1"
@@ -88,7 +88,7 @@ def test_both_graphs_run(client: sync.InferenceServerClient) -> None:
     np.testing.assert_allclose(drawn * 255, image, atol=0.5)
     only = client.infer(
         "tiny-encoder",
-        [tensor("images", picture(5)[np.newaxis])],
+        [tensor("images", image_of(5)[np.newaxis])],
         model_version="1",
         outputs=[sync.InferRequestedOutput("capsule_lengths")],
         compression_algorithm="gzip",
@@ -102,7 +102,7 @@ def test_typed_contents_are_taken_as_raw_ones_are(client: sync.InferenceServerCl
     """The protocol has two ways to send a tensor, for each datatype."""
     encode = service_pb2.ModelInferRequest(model_name="tiny-encoder")
     images = encode.inputs.add(name="images", datatype="UINT8", shape=[1, SIDE, SIDE])
-    images.contents.uint_contents.extend(picture(7).ravel().tolist())
+    images.contents.uint_contents.extend(image_of(7).ravel().tolist())
     answer = client._client_stub.ModelInfer(encode)
     lengths = np.frombuffer(answer.raw_output_contents[1], np.float32)
     assert lengths.argmax() == 7
@@ -130,7 +130,7 @@ def test_typed_contents_are_taken_as_raw_ones_are(client: sync.InferenceServerCl
 
 def test_errors_have_the_right_status_and_words(client: sync.InferenceServerClient) -> None:
     """What is 404, 400 and 413 over HTTP has gRPC's own statuses here, and the same words."""
-    image = picture(0)[np.newaxis]
+    image = image_of(0)[np.newaxis]
     target = tensor("target", np.array([10], np.int64))
 
     def refused(model: str, *inputs: sync.InferInput) -> tuple[str, str]:
@@ -214,7 +214,7 @@ async def test_the_asyncio_client_does_the_same(async_client: aio.InferenceServe
     assert await async_client.is_model_ready("colour-encoder")
 
     async def ask(number: int) -> int:
-        images = tensor("images", picture(number % CLASSES)[np.newaxis])
+        images = tensor("images", image_of(number % CLASSES)[np.newaxis])
         result = await async_client.infer("tiny-encoder", [images], request_id=str(number))
         assert result.get_response().id == str(number)
         return int(result.as_numpy("capsule_lengths").argmax())
@@ -232,7 +232,7 @@ def test_sigterm_drains_and_exits_cleanly(tiny_models: Path) -> None:
 
         def ask_until_refused() -> None:
             with sync.InferenceServerClient(address(process)) as client:
-                images = tensor("images", np.stack([picture(3)] * 200))
+                images = tensor("images", np.stack([image_of(3)] * 200))
                 while not refused:
                     try:
                         found = client.infer("tiny-encoder", [images], client_timeout=LIMIT)

@@ -13,7 +13,7 @@ from tritonclient.http import aio
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from tests.support.process import Served, served
-from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, band, picture
+from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, band, image_of
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_the_encoder_tells_classes_in_json_and_in_bytes(
     client: http.InferenceServerClient, send_binary: bool, ask_binary: bool
 ) -> None:
     """Every combination of forms gives the same capsules; names, version and id come back."""
-    images = np.stack([picture(index) for index in (7, 0, 3)])
+    images = np.stack([image_of(index) for index in (7, 0, 3)])
     result = client.infer(
         "tiny-encoder",
         [tensor("images", images, binary=send_binary)],
@@ -115,7 +115,7 @@ def test_forms_may_be_mixed_in_one_answer(client: http.InferenceServerClient) ->
     """One output as bytes beside another as JSON."""
     result = client.infer(
         "tiny-encoder",
-        [tensor("images", picture(5)[np.newaxis])],
+        [tensor("images", image_of(5)[np.newaxis])],
         outputs=[
             http.InferRequestedOutput("digit_capsules", binary_data=True),
             http.InferRequestedOutput("capsule_lengths", binary_data=False),
@@ -128,7 +128,7 @@ def test_forms_may_be_mixed_in_one_answer(client: http.InferenceServerClient) ->
 
 def test_without_requested_outputs_all_come(client: http.InferenceServerClient) -> None:
     """The client then asks for all outputs as bytes."""
-    result = client.infer("tiny-encoder", [tensor("images", picture(1)[np.newaxis])])
+    result = client.infer("tiny-encoder", [tensor("images", image_of(1)[np.newaxis])])
     assert [output["name"] for output in result.get_response()["outputs"]] == [
         "digit_capsules",
         "capsule_lengths",
@@ -140,7 +140,7 @@ def test_only_requested_outputs_come(client: http.InferenceServerClient) -> None
     """The capsules stay where they are when only their lengths are wanted."""
     result = client.infer(
         "tiny-encoder",
-        [tensor("images", picture(1)[np.newaxis])],
+        [tensor("images", image_of(1)[np.newaxis])],
         outputs=[http.InferRequestedOutput("capsule_lengths")],
     )
     assert result.as_numpy("digit_capsules") is None
@@ -164,8 +164,8 @@ def test_the_decoder_draws_the_targets(client: http.InferenceServerClient, binar
 def test_a_capsule_that_one_graph_returned_can_be_given_to_the_other(
     client: http.InferenceServerClient,
 ) -> None:
-    """Encode once, decode: the colour model's picture comes back."""
-    image = picture(2, channels=3)[np.newaxis]
+    """Encode once, decode: the colour model's image comes back."""
+    image = image_of(2, channels=3)[np.newaxis]
     encoded = client.infer("colour-encoder", [tensor("images", image)])
     inputs = [
         tensor("digit_capsules", encoded.as_numpy("digit_capsules")),
@@ -179,7 +179,9 @@ def test_a_capsule_that_one_graph_returned_can_be_given_to_the_other(
 def test_versions_are_chosen_by_the_caller(client: http.InferenceServerClient) -> None:
     """An older version answers when it is asked for, and says so."""
     for asked, answered in (("1", "1"), ("2", "2"), ("", "2")):
-        result = client.infer("tiny-encoder", [tensor("images", picture(0)[np.newaxis])], model_version=asked)
+        result = client.infer(
+            "tiny-encoder", [tensor("images", image_of(0)[np.newaxis])], model_version=asked
+        )
         assert result.get_response()["model_version"] == answered
 
 
@@ -188,7 +190,7 @@ def test_requests_may_be_compressed(client: http.InferenceServerClient, algorith
     """Both ways that the client has; an answer need not be compressed."""
     result = client.infer(
         "tiny-encoder",
-        [tensor("images", picture(8)[np.newaxis])],
+        [tensor("images", image_of(8)[np.newaxis])],
         request_compression_algorithm=algorithm,
         response_compression_algorithm=algorithm,
     )
@@ -197,7 +199,7 @@ def test_requests_may_be_compressed(client: http.InferenceServerClient, algorith
 
 def test_errors_reach_the_caller_in_words(client: http.InferenceServerClient) -> None:
     """The client shows the status and what was received and expected."""
-    image = picture(0)[np.newaxis]
+    image = image_of(0)[np.newaxis]
     target = tensor("target", np.array([10], np.int64))
     capsules = tensor("digit_capsules", capsules_of(1))
 
@@ -229,7 +231,7 @@ def test_many_callers_get_their_own_answers(client: http.InferenceServerClient) 
 
     pending = []
     for number in range(64):
-        images = np.stack([picture(index) for index in classes(number)])
+        images = np.stack([image_of(index) for index in classes(number)])
         given = tensor("images", images, binary=number % 2 == 0)
         pending.append(client.async_infer("tiny-encoder", [given], request_id=str(number)))
     for number, request in enumerate(pending):
@@ -252,7 +254,7 @@ async def test_the_asyncio_client_does_the_same(async_client: aio.InferenceServe
         binary = number % 2 == 0
         result = await async_client.infer(
             "tiny-encoder",
-            [tensor("images", picture(number % CLASSES)[np.newaxis], binary=binary)],
+            [tensor("images", image_of(number % CLASSES)[np.newaxis], binary=binary)],
             outputs=[http.InferRequestedOutput("capsule_lengths", binary_data=binary)],
             request_id=str(number),
             request_compression_algorithm="gzip" if number % 3 == 0 else None,

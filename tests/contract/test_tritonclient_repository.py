@@ -16,7 +16,7 @@ from tritonclient.http import aio
 from tritonclient.utils import InferenceServerException
 
 from tests.support.process import LIMIT, Served, served
-from tests.support.tiny_model import picture, write_tiny_model
+from tests.support.tiny_model import image_of, write_tiny_model
 
 Client = Any  # http.InferenceServerClient or grpc.InferenceServerClient, which come without types
 
@@ -147,7 +147,7 @@ def test_grpc_calls_are_all_answered_while_versions_change(process: Served, mode
 
     def ask(label: int) -> None:
         given = grpc.InferInput("images", [1, 28, 28], "UINT8")
-        given.set_data_from_numpy(picture(label)[np.newaxis])
+        given.set_data_from_numpy(image_of(label)[np.newaxis])
         with grpc.InferenceServerClient(address) as client:
             while not stop.is_set():
                 try:

@@ -1,7 +1,7 @@
 """What schemathesis has to know beyond the OpenAPI document, which is the same for every model.
 
 The document is narrowed to one model before cases are made of it, so that a case that fits it must be
-answered, and one that does not must be refused. Bodies that no JSON Schema can describe (pictures, arrays,
+answered, and one that does not must be refused. Bodies that no JSON Schema can describe (images, arrays,
 tensors behind a JSON object) come from here as well.
 """
 
@@ -30,16 +30,16 @@ classes, dimensions = manifest.capsule_shape
 height, width = manifest.image_shape[:2]
 
 
-def _encoded(picture: Any, image_format: str) -> bytes:
+def _encoded(image: Any, image_format: str) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, image_format)
+    Image.fromarray(image).save(file, image_format)
     return file.getvalue()
 
 
-# Pictures of the model's own size, so that no way of preprocessing refuses them.
+# Images of the model's own size, so that no way of preprocessing refuses them.
 _noise = np.random.default_rng(0).integers(0, 256, (4, *manifest.image_shape), np.uint8)
-pictures = {media: [_encoded(picture, name) for picture in _noise] for media, name in FORMATS.items()}
-texts = [data_url(picture) for picture in pictures["image/png"]]
+bodies = {media: [_encoded(image, name) for image in _noise] for media, name in FORMATS.items()}
+texts = [data_url(image) for image in bodies["image/png"]]
 
 
 def _npy(images: Any) -> bytes:
@@ -74,7 +74,7 @@ for _rows in (1, 3):
     _text = json.dumps(_document).encode()
     _with_bytes[_text + _raw] = len(_text)
 
-for _media, _files in pictures.items():
+for _media, _files in bodies.items():
     schemathesis.openapi.media_type(_media, st.sampled_from(_files))
 schemathesis.openapi.media_type("application/x-npy", st.sampled_from([_npy(_noise[:n]) for n in (1, 4)]))
 schemathesis.openapi.media_type(OCTETS, st.sampled_from(list(_with_bytes)))

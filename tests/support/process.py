@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx2
 
 from tests.support.encoded import encode
-from tests.support.tiny_model import picture
+from tests.support.tiny_model import image_of
 
-PNG = encode(picture(3))
+PNG = encode(image_of(3))
 IMAGE = {"content-type": "image/png"}
 LIMIT = 10.0  # seconds: a container's runtime kills what takes longer to stop
 START_LIMIT = 60.0  # seconds, on a machine that has much else to do

@@ -1,8 +1,8 @@
 """A model folder whose answers can be worked out by hand, built without torch.
 
-Classes are ten horizontal bands of the picture. The encoder measures how much light falls on each band:
+Classes are ten horizontal bands of the image. The encoder measures how much light falls on each band:
 capsule `c` is (light of band c, 0, 0, …), and its length is that light. The decoder lights band `target`
-with the sum of that capsule's components, so that every dimension moves the picture and every other
+with the sum of that capsule's components, so that every dimension moves the image and every other
 capsule is masked.
 """
 
@@ -43,7 +43,7 @@ def band(index: int) -> slice:
     return slice(4 + 2 * index, 6 + 2 * index)
 
 
-def picture(index: int, level: int = 255, channels: int = 1) -> NDArray[np.uint8]:
+def image_of(index: int, level: int = 255, channels: int = 1) -> NDArray[np.uint8]:
     """An image that the encoder takes for class `index`, with a capsule of length level / 255."""
     image = np.zeros((SIDE, SIDE) if channels == 1 else (SIDE, SIDE, channels), np.uint8)
     image[band(index), 4:24] = level
@@ -91,8 +91,8 @@ def _decoder(channels: int) -> Sequence[onnx.NodeProto]:
         _constant("zero", np.array(0, np.float32)),
         _constant("one", np.array(1, np.float32)),
         helper.make_node("Clip", ["light", "zero", "one"], ["clipped"]),
-        _constant("picture_shape", np.array(shape, np.int64)),
-        helper.make_node("Reshape", ["clipped", "picture_shape"], ["reconstructions"]),
+        _constant("image_shape", np.array(shape, np.int64)),
+        helper.make_node("Reshape", ["clipped", "image_shape"], ["reconstructions"]),
     ]
 
 

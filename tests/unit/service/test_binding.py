@@ -20,11 +20,11 @@ from service import sessions
 from service.binding import BoundSession, Held, fetched
 from service.manifest import Graph, TensorSpec, read_manifest, sha256
 from service.sessions import Session, buckets, open_session, warm_up
-from tests.support.tiny_model import CLASSES, picture
+from tests.support.tiny_model import CLASSES, image_of
 
 MAX_BATCH = 12  # no power of two
 RANDOM = np.random.default_rng(0)
-PICTURES = RANDOM.integers(0, 256, (MAX_BATCH, 28, 28), np.uint8)
+IMAGES = RANDOM.integers(0, 256, (MAX_BATCH, 28, 28), np.uint8)
 TARGETS = RANDOM.integers(0, CLASSES, MAX_BATCH)
 
 
@@ -70,9 +70,9 @@ def test_every_batch_size_answers_as_a_plain_run(
 ) -> None:
     """Capsules, lengths and reconstructions of 1 to 12 rows, padded to 1, 2, 4, 8 or 12."""
     for rows in range(1, MAX_BATCH + 1):
-        capsules, lengths = plain[0].run(PICTURES[:rows])
+        capsules, lengths = plain[0].run(IMAGES[:rows])
         (drawn,) = plain[1].run(capsules, TARGETS[:rows])
-        encoded, found = bound[0].run(PICTURES[:rows])
+        encoded, found = bound[0].run(IMAGES[:rows])
         (redrawn,) = bound[1].run(encoded, TARGETS[:rows])
         np.testing.assert_allclose(fetched(encoded), capsules, atol=1e-6)
         np.testing.assert_allclose(fetched(found), lengths, atol=1e-6)
@@ -100,10 +100,10 @@ def test_only_the_buckets_reach_the_device(tmp_path: Path) -> None:
 
 
 def test_padding_holds_nothing_of_anybody(bound: tuple[BoundSession, BoundSession]) -> None:
-    """Behind five rows are three empty pictures, whatever was there before."""
+    """Behind five rows are three empty images, whatever was there before."""
     for rows in (8, 7):
-        bound[0].run(np.stack([picture(7)] * rows))
-    _, lengths = bound[0].run(np.stack([picture(2)] * 5))
+        bound[0].run(np.stack([image_of(7)] * rows))
+    _, lengths = bound[0].run(np.stack([image_of(2)] * 5))
     np.testing.assert_allclose(fetched(lengths), np.eye(CLASSES)[[2] * 5], atol=1e-3)
     np.testing.assert_array_equal(fetched(replace(lengths, rows=8))[5:], 0)
 
@@ -118,15 +118,15 @@ def test_buffers_are_allocated_once(
 
     monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", refuse)
     for rows in (3, 4, 9, 12):
-        first = [held.value.data_ptr() for held in bound[0].run(PICTURES[:rows])]
-        bound[0].run(PICTURES[:1])
-        assert [held.value.data_ptr() for held in bound[0].run(PICTURES[:rows])] == first
+        first = [held.value.data_ptr() for held in bound[0].run(IMAGES[:rows])]
+        bound[0].run(IMAGES[:1])
+        assert [held.value.data_ptr() for held in bound[0].run(IMAGES[:rows])] == first
 
 
 def test_capsules_never_leave_the_device_on_their_way_to_the_decoder(
     bound: tuple[BoundSession, BoundSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pictures as bytes and targets are all that is copied to it, each once."""
+    """Images as bytes and targets are all that is copied to it, each once."""
     copied: list[tuple[str, tuple[int, ...]]] = []
     real = onnxruntime.OrtValue.update_inplace
 
@@ -135,16 +135,16 @@ def test_capsules_never_leave_the_device_on_their_way_to_the_decoder(
         real(value, array)
 
     monkeypatch.setattr(onnxruntime.OrtValue, "update_inplace", record)
-    encoded, _ = bound[0].run(PICTURES[:3])
+    encoded, _ = bound[0].run(IMAGES[:3])
     bound[1].run(encoded, TARGETS[:3])
     assert copied == [("uint8", (4, 28, 28)), ("int64", (4,))]
 
 
 def test_what_was_fetched_stays_as_it_is(bound: tuple[BoundSession, BoundSession]) -> None:
     """The next run overwrites the buffer, and not the arrays that callers have."""
-    _, lengths = bound[0].run(picture(3)[np.newaxis])
+    _, lengths = bound[0].run(image_of(3)[np.newaxis])
     before = fetched(lengths)
-    bound[0].run(picture(5)[np.newaxis])
+    bound[0].run(image_of(5)[np.newaxis])
     assert before.argmax() == 3
     assert fetched(lengths).argmax() == 5, "held rows are those of the last run"
 
@@ -154,14 +154,14 @@ def test_two_that_share_a_session_share_no_buffer(
 ) -> None:
     """What one holds is untouched by the other, and both can run at the same time."""
     first, second = (BoundSession(plain[0], graphs[0], MAX_BATCH) for _ in range(2))
-    _, lengths = first.run(picture(3)[np.newaxis])
-    second.run(picture(5)[np.newaxis])
+    _, lengths = first.run(image_of(3)[np.newaxis])
+    second.run(image_of(5)[np.newaxis])
     assert fetched(lengths).argmax() == 3
 
     def hammer(runs: BoundSession, index: int) -> set[int]:
         found: set[int] = set()
         for rows in [*range(1, MAX_BATCH + 1)] * 20:
-            found |= set(fetched(runs.run(np.stack([picture(index)] * rows))[1]).argmax(axis=1).tolist())
+            found |= set(fetched(runs.run(np.stack([image_of(index)] * rows))[1]).argmax(axis=1).tolist())
         return found
 
     with ThreadPoolExecutor(2) as threads:
@@ -199,22 +199,22 @@ def test_another_dtype_or_shape_is_refused(
     """Where ONNX Runtime would copy bytes as they are, the error says what was expected."""
     with pytest.raises(ValueError, match=named):
         bound[0].run(given)
-    _, lengths = bound[0].run(picture(3)[np.newaxis])
+    _, lengths = bound[0].run(image_of(3)[np.newaxis])
     assert fetched(lengths).argmax() == 3
 
 
 def test_rows_held_elsewhere_are_refused(bound: tuple[BoundSession, BoundSession]) -> None:
     """The decoder reads the capsules of its own upstream, where those of as many rows are."""
-    encoded, lengths = bound[0].run(PICTURES[:3])
+    encoded, lengths = bound[0].run(IMAGES[:3])
     for wrong in (lengths, Held(lengths.session, encoded.value, 8)):
         with pytest.raises(ValueError, match="digit_capsules is held in another buffer"):
             bound[1].run(wrong, TARGETS[: wrong.rows])
 
 
 def test_arrays_that_cannot_be_written(bound: tuple[BoundSession, BoundSession]) -> None:
-    """Pictures that lie in a request's own bytes, or askew, are read from there."""
-    frozen = np.frombuffer(np.stack([picture(6)] * 4).tobytes(), np.uint8).reshape(4, 28, 28)
-    for given in (frozen, np.stack([picture(6)] * 8)[::2], frozen[:3]):
+    """Images that lie in a request's own bytes, or askew, are read from there."""
+    frozen = np.frombuffer(np.stack([image_of(6)] * 4).tobytes(), np.uint8).reshape(4, 28, 28)
+    for given in (frozen, np.stack([image_of(6)] * 8)[::2], frozen[:3]):
         assert set(fetched(bound[0].run(given)[1]).argmax(axis=1).tolist()) == {6}
 
 
@@ -244,12 +244,12 @@ def test_cuda_graphs_leave_the_device_to_one_thread(
 ) -> None:
     """While somebody calls the device, runs and fetches of any session wait: captures bear no other."""
     runs = BoundSession(replace(plain[0], cuda_graphs=True), graphs[0], 1)
-    _, lengths = runs.run(picture(4)[np.newaxis])
+    _, lengths = runs.run(image_of(4)[np.newaxis])
     with ThreadPoolExecutor(2) as threads:
         with replace(plain[1], cuda_graphs=True).turn():
             waiting: list[Future[Any]] = [
                 threads.submit(lengths.fetch),
-                threads.submit(runs.run, picture(4)[np.newaxis]),
+                threads.submit(runs.run, image_of(4)[np.newaxis]),
             ]
             assert not wait(waiting, timeout=0.1).done
         assert len(wait(waiting, timeout=10).done) == 2

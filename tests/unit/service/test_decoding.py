@@ -13,12 +13,12 @@ from service.images import prepare
 from service.manifest import ImageSpec
 from service.settings import Settings
 from tests.support.encoded import encode
-from tests.support.tiny_model import picture
+from tests.support.tiny_model import image_of
 
 pytestmark = pytest.mark.anyio
 
 SPEC = ImageSpec(height=28, width=28, channels=1, polarity="light_on_dark", centring="centre_of_mass", box=20)
-SMALL = encode(picture(1))
+SMALL = encode(image_of(1))
 LARGE = encode(np.zeros((300, 300), np.uint8))
 
 
@@ -28,8 +28,8 @@ def decoder(**changes: object) -> Decoder:
 
 async def test_images_come_back_in_order() -> None:
     """Many images make one batch in their order."""
-    got = await decoder().decode([encode(picture(index)) for index in range(10)], SPEC, "auto")
-    np.testing.assert_array_equal(got, np.stack([picture(index) for index in range(10)]))
+    got = await decoder().decode([encode(image_of(index)) for index in range(10)], SPEC, "auto")
+    np.testing.assert_array_equal(got, np.stack([image_of(index) for index in range(10)]))
 
 
 async def test_only_a_small_image_is_decoded_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:

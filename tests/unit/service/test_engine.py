@@ -17,7 +17,7 @@ from service.errors import DeviceError, ShuttingDown, StartError, UnknownModel
 from service.manifest import ManifestError, Variant, read_manifest, sha256, write_manifest
 from service.metrics import Metrics
 from service.settings import Settings
-from tests.support.tiny_model import CLASSES, DIMENSIONS, band, picture, write_tiny_model
+from tests.support.tiny_model import CLASSES, DIMENSIONS, band, image_of, write_tiny_model
 
 pytestmark = pytest.mark.anyio
 
@@ -36,7 +36,7 @@ def settings(models: Path, **changes: object) -> Settings:
 
 async def test_predict(tiny_models: Path) -> None:
     """Capsules, lengths, winner, reconstruction and error are those of the bands, image by image."""
-    images = np.stack([picture(3), picture(7, level=102)])
+    images = np.stack([image_of(3), image_of(7, level=102)])
     async with open_engine(settings(tiny_models), Metrics()) as engine:
         found = await engine.default.predict(images)
     assert found.index.tolist() == [3, 7]
@@ -48,7 +48,7 @@ async def test_predict(tiny_models: Path) -> None:
 
 async def test_the_reconstruction_error_is_a_sum_over_the_scaled_image(tiny_models: Path) -> None:
     """Twelve white pixels that no capsule draws add exactly twelve to the error."""
-    image = picture(3)
+    image = image_of(3)
     image[26, 4:16] = 255  # below every band
     async with open_engine(settings(tiny_models), Metrics()) as engine:
         found = await engine.default.predict(image[np.newaxis])
@@ -69,7 +69,7 @@ async def test_reconstruct_draws_the_target_and_masks_the_others(tiny_models: Pa
 
 
 async def test_a_sweep_is_drawn_dimension_by_delta(tiny_models: Path) -> None:
-    """Each picture shows its delta, in one batch of all of them."""
+    """Each reconstruction shows its delta, in one batch of all of them."""
     capsules = np.zeros((CLASSES, DIMENSIONS), np.float32)
     capsules[4, 0] = 0.5
     async with open_engine(settings(tiny_models), Metrics()) as engine:
@@ -81,7 +81,7 @@ async def test_a_sweep_is_drawn_dimension_by_delta(tiny_models: Path) -> None:
 async def test_a_colour_model_is_served(tiny_models: Path) -> None:
     """With three channels images and reconstructions are (H, W, 3)."""
     async with open_engine(settings(tiny_models), Metrics()) as engine:
-        found = await engine.choose("colour").predict(picture(2, channels=3)[np.newaxis])
+        found = await engine.choose("colour").predict(image_of(2, channels=3)[np.newaxis])
     assert found.index.tolist() == [2]
     assert found.reconstructions.shape == (1, 28, 28, 3)
     assert found.errors[0] == pytest.approx(0, abs=1e-2)
@@ -161,7 +161,7 @@ async def test_a_closed_engine_refuses_and_is_not_ready(tiny_models: Path) -> No
         model = engine.default
     assert not engine.ready
     with pytest.raises(ShuttingDown):
-        await model.predict(picture(0)[np.newaxis])
+        await model.predict(image_of(0)[np.newaxis])
 
 
 async def test_models_can_be_put_together_by_hand(tiny_models: Path) -> None:
@@ -170,7 +170,7 @@ async def test_models_can_be_put_together_by_hand(tiny_models: Path) -> None:
     model = Model(load_graphs(tiny_models / "tiny" / "1", chosen, "cpu"), chosen, Metrics())
     engine = Engine([model], None)
     assert [served.manifest.name for served in engine] == ["tiny"]
-    assert (await engine.default.predict(picture(6)[np.newaxis])).index.tolist() == [6]
+    assert (await engine.default.predict(image_of(6)[np.newaxis])).index.tolist() == [6]
     await engine.close(1)
 
 
@@ -204,7 +204,7 @@ async def test_models_do_not_disturb_one_another(tiny_models: Path) -> None:
 
         async def predict(name: str, index: int, rows: int) -> None:
             channels = 3 if name == "colour" else 1
-            found = await engine.choose(name).predict(np.stack([picture(index, channels=channels)] * rows))
+            found = await engine.choose(name).predict(np.stack([image_of(index, channels=channels)] * rows))
             assert set(found.index.tolist()) == {index}
             np.testing.assert_allclose(found.errors, 0, atol=1e-2)
 
@@ -241,6 +241,6 @@ async def test_the_chosen_precision_is_served(tiny_models: Path, tmp_path: Path)
     write_manifest(folder, manifest.model_copy(update={"variants": (variant,)}))
     for wanted, served, light in (("auto", "fp32", 1), ("int8", "int8", 0)):
         async with open_engine(settings(tmp_path / "models", precision=wanted), Metrics()) as engine:
-            found = await engine.default.predict(picture(3)[np.newaxis])
+            found = await engine.default.predict(image_of(3)[np.newaxis])
         assert engine.default.precision == served
         assert found.lengths[0, 3] == pytest.approx(light, abs=1e-3)

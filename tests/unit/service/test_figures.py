@@ -1,4 +1,4 @@
-"""The figure of a sweep holds every picture where its labels say."""
+"""The figure of a sweep holds every drawing where its labels say."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,11 @@ from service.figures import sweep_figure
 
 
 @pytest.mark.parametrize("colour", [(), (3,)])
-def test_every_picture_is_in_its_row_and_column(colour: tuple[int, ...]) -> None:
-    """Each tile of the grid has its picture's level, rows by dimension and columns by delta."""
+def test_every_drawing_is_in_its_row_and_column(colour: tuple[int, ...]) -> None:
+    """Each tile of the grid has its drawing's level, rows by dimension and columns by delta."""
     levels = np.linspace(0.1, 0.9, 6, dtype=np.float32).reshape(2, 3)
-    pictures = np.broadcast_to(levels.reshape(2, 3, *[1] * (2 + len(colour))), (2, 3, 28, 28, *colour))
-    figure = sweep_figure(pictures, "title", [4, 7], [-0.1, 0, 0.1])
+    drawn = np.broadcast_to(levels.reshape(2, 3, *[1] * (2 + len(colour))), (2, 3, 28, 28, *colour))
+    figure = sweep_figure(drawn, "title", [4, 7], [-0.1, 0, 0.1])
     tiles = figure[48:, 48:].reshape(2, 58, 3, 58, *colour)[:, :56, :, :56]
     expected = np.rint(levels * 255)
     assert (tiles.min(axis=(1, 3)) == expected.reshape(2, 3, *[1] * len(colour))).all()
@@ -20,15 +20,13 @@ def test_every_picture_is_in_its_row_and_column(colour: tuple[int, ...]) -> None
 
 def test_names_stand_before_the_numbers() -> None:
     """Names widen the margin on the left alone, by as much as the longest takes."""
-    pictures = np.zeros((2, 3, 28, 28), np.float32)
-    plain = sweep_figure(pictures, "title", [4, 7], [-0.1, 0, 0.1])
-    short = sweep_figure(pictures, "title", [4, 7], [-0.1, 0, 0.1], ["width", "slant"])
-    named = sweep_figure(
-        pictures, "title", [4, 7], [-0.1, 0, 0.1], ["width, slant and top left part", "slant"]
-    )
+    drawn = np.zeros((2, 3, 28, 28), np.float32)
+    plain = sweep_figure(drawn, "title", [4, 7], [-0.1, 0, 0.1])
+    short = sweep_figure(drawn, "title", [4, 7], [-0.1, 0, 0.1], ["width", "slant"])
+    named = sweep_figure(drawn, "title", [4, 7], [-0.1, 0, 0.1], ["width, slant and top left part", "slant"])
     assert plain.shape[0] == named.shape[0]
     assert plain.shape[1] < short.shape[1] < named.shape[1]
-    assert (named[48:, -3 * 58 :] == plain[48:, -3 * 58 :]).all(), "the pictures are where they were"
+    assert (named[48:, -3 * 58 :] == plain[48:, -3 * 58 :]).all(), "the drawings are where they were"
     margin = named[48:, : -3 * 58]
     assert (margin[:, :2] == 255).all()
     assert (margin[:, -2:] == 255).all()
@@ -37,9 +35,9 @@ def test_names_stand_before_the_numbers() -> None:
 
 def test_the_labels_are_drawn() -> None:
     """Title, deltas and dimensions leave ink in the margins, and other labels leave other ink."""
-    pictures = np.ones((2, 3, 28, 28), np.float32)
-    one = sweep_figure(pictures, "one", [0, 1], [-0.1, 0, 0.1])
-    two = sweep_figure(pictures, "one", [0, 2], [-0.1, 0, 0.2])
+    drawn = np.ones((2, 3, 28, 28), np.float32)
+    one = sweep_figure(drawn, "one", [0, 1], [-0.1, 0, 0.1])
+    two = sweep_figure(drawn, "one", [0, 2], [-0.1, 0, 0.2])
     for figure in (one, two):
         assert (figure[:48] < 128).any()
         assert (figure[48:, :48] < 128).any()
@@ -49,9 +47,9 @@ def test_the_labels_are_drawn() -> None:
 
 
 def test_no_label_is_cut() -> None:
-    """The lowest letters end above the label's edge, where the next picture may begin."""
-    pictures = np.ones((1, 1, 28, 28), np.float32)
-    figure = sweep_figure(pictures, "gjpqy", [0], [0])
+    """The lowest letters end above the label's edge, where the next drawing may begin."""
+    drawn = np.ones((1, 1, 28, 28), np.float32)
+    figure = sweep_figure(drawn, "gjpqy", [0], [0])
     ink = np.asarray((figure[:30] < 128).any(axis=1))
     assert ink.any()
     assert not ink[2 + 20 - 2 :].any()

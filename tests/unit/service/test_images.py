@@ -60,7 +60,7 @@ def test_the_models_own_form_passes_untouched(preprocess: Preprocess) -> None:
 
 @pytest.mark.parametrize("spec", [MNIST, DARK], ids=["light on dark", "dark on light"])
 def test_the_models_own_size_on_a_grey_ground_is_laid_out(spec: ImageSpec) -> None:
-    """A ground one level off the training pictures' passes untouched; one of two is levelled away."""
+    """A ground one level off the training images' passes untouched; one of two is levelled away."""
     for level in range(12):
         grey = np.maximum(glyph(), level).astype(np.uint8)
         image = grey if spec is MNIST else 255 - grey
@@ -164,14 +164,14 @@ def test_none_refuses_another_size() -> None:
     assert "28x28" in str(refused.value.expected)
 
 
-def test_centre_is_refused_where_pictures_are_not_centred() -> None:
+def test_centre_is_refused_where_images_are_not_centred() -> None:
     """A model without centring has no box to centre into."""
     with pytest.raises(InvalidInput, match="not centred"):
         prepared(encode(glyph()), PLAIN, "centre")
 
 
 def test_a_model_without_centring_only_resizes() -> None:
-    """Grey or colour, the picture fills the frame, in its own polarity."""
+    """Grey or colour, the image fills the frame, in its own polarity."""
     grey = prepared(encode(np.full((90, 60), 200, np.uint8)), PLAIN)
     assert (grey.shape, grey.min(), grey.max()) == ((28, 28), 200, 200)
     halves = np.zeros((64, 64, 3), np.uint8)
@@ -184,7 +184,7 @@ def test_a_model_without_centring_only_resizes() -> None:
 
 
 def test_grey_becomes_colour_for_a_colour_model() -> None:
-    """A grey picture has three equal channels."""
+    """A grey image has three equal channels."""
     got = prepared(encode(np.full((32, 32), 90, np.uint8)), COLOUR)
     assert (got == 90).all()
     assert got.shape == (32, 32, 3)

@@ -21,11 +21,11 @@ from service.manifest import MANIFEST_FILE, Manifest, read_manifest, sha256, wri
 from service.metrics import Metrics
 from service.repository import Repository
 from service.settings import Settings
-from tests.support.tiny_model import picture, write_tiny_model
+from tests.support.tiny_model import image_of, write_tiny_model
 
 pytestmark = pytest.mark.anyio
 
-IMAGE = picture(3)[np.newaxis]
+IMAGE = image_of(3)[np.newaxis]
 
 
 @pytest.fixture

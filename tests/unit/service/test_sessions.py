@@ -20,7 +20,7 @@ from service.sessions import (
     warm_up,
 )
 from service.settings import Settings
-from tests.support.tiny_model import DIMENSIONS, picture
+from tests.support.tiny_model import DIMENSIONS, image_of
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_graph_runs(folder: Path, encoder: Graph) -> None:
     session = open_session(folder / encoder.file, encoder, device="cpu", threads=1)
     warm_up(session, encoder, max_batch=3)
     for rows in (1, 2, 7):
-        capsules, lengths = session.run(np.stack([picture(4)] * rows))
+        capsules, lengths = session.run(np.stack([image_of(4)] * rows))
         assert capsules.shape == (rows, 10, DIMENSIONS)
         np.testing.assert_allclose(lengths, np.eye(10)[[4] * rows], atol=1e-3)
 
@@ -128,7 +128,7 @@ def test_what_the_cuda_provider_is_told(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"name": "pictures"}, "images"),
+        ({"name": "pixels"}, "images"),
         ({"datatype": "FP32"}, "'images' is tensor(uint8)"),
         ({"shape": (-1, 28, 27)}, "'images' is tensor(uint8) [-1, 28, 28]"),
         ({"shape": (1, 28, 28)}, "'images' is"),
