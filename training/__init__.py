@@ -1,4 +1,4 @@
-"""Training: from pictures to an exported model folder. It takes only the manifest from `service`."""
+"""Training: from images to an exported model folder. It takes only the manifest from `service`."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Pictures turned, sheared, stretched and moved: affNIST's kind of test, and MNIST on a larger canvas."""
+"""Images turned, sheared, stretched and moved: affNIST's kind of test, and MNIST on a larger canvas."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CANVAS = 40
-"""Side of affNIST's pictures, and of those that the paper trains on for it."""
+"""Side of affNIST's images, and of those that the paper trains on for it."""
 ROTATION = 20.0
 SHEAR = 0.2
 SCALE = (0.8, 1.2)
@@ -15,12 +15,12 @@ SCALE = (0.8, 1.2)
 
 
 def pad(images: Tensor, margin: int) -> Tensor:
-    """(B, H, W) -> (B, H + 2 margin, W + 2 margin), black around the picture."""
+    """(B, H, W) -> (B, H + 2 margin, W + 2 margin), black around the image."""
     return F.pad(images, (margin, margin, margin, margin))
 
 
 def warp(images: Tensor, linear: Tensor, shift: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """Map each picture about its centre: a point p (x, y) goes to linear p + shift, in pixels.
+    """Map each image about its centre: a point p (x, y) goes to linear p + shift, in pixels.
 
     Between pixels it interpolates, and what comes from outside the frame is black.
 
@@ -28,7 +28,7 @@ def warp(images: Tensor, linear: Tensor, shift: Tensor, size: tuple[int, int] | 
         images: (B, H, W[, 3]) uint8.
         linear: (B, 2, 2).
         shift: (B, 2), right and down.
-        size: height and width of the results; the pictures' own if unset.
+        size: height and width of the results; the images' own if unset.
 
     Returns:
         (B, height, width[, 3]) uint8.
@@ -61,7 +61,7 @@ def uniform(count: int, low: float, high: float, generator: torch.Generator) -> 
 
 
 def like_affnist(images: Tensor, generator: torch.Generator) -> Tensor:
-    """One affNIST-like picture, (B, 40, 40), of each MNIST digit (B, 28, 28).
+    """One affNIST-like image, (B, 40, 40), of each MNIST digit (B, 28, 28).
 
     Sheared, stretched, turned, and then moved by a whole number of pixels along each axis, drawn uniformly
     from those that keep all of the ink in the frame.
@@ -79,7 +79,7 @@ def like_affnist(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _anywhere(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Cut (B, 40, 40) out of larger pictures (B, S, S), somewhere where all of the ink is inside."""
+    """Cut (B, 40, 40) out of larger images (B, S, S), somewhere where all of the ink is inside."""
     side = images.shape[1]
 
     def cut(inked: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Pictures made to be mistaken, by the network's own gradients: FGSM, BIM, and a BIM that minds the drawing.
+"""Images made to be mistaken, by the network's own gradients: FGSM, BIM, and a BIM that minds the drawing.
 
 FGSM: Goodfellow, Shlens and Szegedy, "Explaining and Harnessing Adversarial Examples" (2015). BIM: Kurakin,
 Goodfellow and Bengio, "Adversarial Examples in the Physical World" (2017). R-BIM, which knows of detection by
 reconstruction: after Frosst, Sabour and Hinton, "DARCCC" (2018).
 
-All three move every pixel by whole grey levels, so that what they make can be sent as a picture.
+All three move every pixel by whole grey levels, so that what they make can be sent as an image.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ from training.losses import reconstruction_loss
 from training.model import CapsNet, CapsuleLayer, length, scale
 
 Loss = Callable[[Tensor], Tensor]
-"""Pictures in grey levels, as floats, (B, H, W[, 3]) -> what an attack raises, (B,)."""
+"""Images in grey levels, as floats, (B, H, W[, 3]) -> what an attack raises, (B,)."""
 Attack = Callable[[CapsNet, Tensor, Tensor, int, int], Tensor]
-"""Network, pictures (B, H, W[, 3]) uint8, labels (B,), most grey levels to move, steps -> pictures."""
+"""Network, images (B, H, W[, 3]) uint8, labels (B,), most grey levels to move, steps -> images."""
 
 STEPS = 10
 """Of BIM, which together go twice as far as a pixel may; R-BIM takes as many for either of its aims."""
@@ -44,7 +44,7 @@ def ascend(images: Tensor, losses: Sequence[Loss], most: int, step: int, steps: 
 
 
 def excess(network: CapsNet, labels: Tensor) -> Loss:
-    """How much longer another capsule is than the label's: above zero the picture is mistaken.
+    """How much longer another capsule is than the label's: above zero the image is mistaken.
 
     The margin loss would do less: it is flat where the network is sure, and has no gradient there.
     """
@@ -58,7 +58,7 @@ def excess(network: CapsNet, labels: Tensor) -> Loss:
 
 
 def likeness(network: CapsNet, labels: Tensor) -> Loss:
-    """How well the longest capsule but the label's draws the picture: its summed squared error, negative."""
+    """How well the longest capsule but the label's draws the image: its summed squared error, negative."""
 
     def loss(x: Tensor) -> Tensor:
         capsules = network.encoder(x)
@@ -97,7 +97,7 @@ ATTACKS: dict[str, Attack] = {"FGSM": fgsm, "BIM": bim, "R-BIM": aware_bim}
 
 
 def open_to_attack(network: CapsNet) -> None:
-    """Let gradients reach the pictures by every way there is, routing included, and the weights by none."""
+    """Let gradients reach the images by every way there is, routing included, and the weights by none."""
     network.requires_grad_(False)
     routing = network.encoder.digit_capsules
     if isinstance(routing, CapsuleLayer):  # otherwise gradients pass through its routing anyway

@@ -42,12 +42,12 @@ class BaselineCNN(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures as bytes, (B, H, W[, 3]) uint8 -> logits of the classes, (B, K)."""
+        """Images as bytes, (B, H, W[, 3]) uint8 -> logits of the classes, (B, K)."""
         logits: Tensor = self.head(self.layers(as_channels(images)).float())
         return logits
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """(B, K), which sum to one; of pictures of several digits only their order means something."""
+        """(B, K), which sum to one; of images of several digits only their order means something."""
         return torch.softmax(self(images), dim=-1)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:

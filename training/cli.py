@@ -348,7 +348,7 @@ def _visualize(options: argparse.Namespace) -> None:
     predictor, dataset = open_trained(options.network).predictor, _loader(options, "test")()
     require_fit(predictor, dataset)
     options.output.mkdir(parents=True, exist_ok=True)
-    if dataset.digits is not None:  # a capsule's dimensions say nothing of a picture of two digits
+    if dataset.digits is not None:  # a capsule's dimensions say nothing of an image of two digits
         draw_pairs(predictor, dataset, options.output / "pairs.png")
         print(f"a picture is in {options.output}")
         return
@@ -423,7 +423,7 @@ def _add_robustness(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         commands,
         "robustness",
         _robustness,
-        "Measure the test error of turned, moved, noisy and pale pictures: robustness.json and .png.",
+        "Measure the test error of turned, moved, noisy and pale images: robustness.json and .png.",
     )
     command.add_argument(
         "networks",
@@ -433,7 +433,7 @@ def _add_robustness(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         help="a run's folder, a checkpoint.pt, or an exported model folder; several are drawn together",
     )
     _add_measure(command)
-    command.add_argument("--seed", type=int, default=0, help="same seed, same pictures")
+    command.add_argument("--seed", type=int, default=0, help="same seed, same images")
 
 
 def _robustness(options: argparse.Namespace) -> None:
@@ -448,7 +448,7 @@ def _add_detect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         commands,
         "detect",
         _detect,
-        "Measure how well pictures of no class and adversarial ones are found out: detection.json and .png.",
+        "Measure how well images of no class and adversarial ones are found out: detection.json and .png.",
     )
     _add_network(command)
     _add_measure(command)

@@ -1,4 +1,4 @@
-"""From a data set's images to the pictures that a network sees: moved, placed on a canvas, laid over others.
+"""From a data set's images to those that a network sees: moved, placed on a canvas, laid over others.
 
 Training makes them anew for each batch, on the device; what is measured on is made once, by a fixed seed.
 """
@@ -23,7 +23,7 @@ SHIFTS: dict[Layout, int] = {"plain": 2, "canvas": CANVAS_MARGIN, "pairs": MARGI
 """Largest shift of a training image along each axis: the paper's, which just keeps a digit in its frame."""
 TEST_SEED = 2017
 TEST_PAIRS = 5
-"""Pictures made of each test digit of MultiMNIST; the paper made 1000, of which these are a sample."""
+"""Images made of each test digit of MultiMNIST; the paper made 1000, of which these are a sample."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Batch:
     images: Tensor
     """(B, H, W[, 3]) uint8."""
     labels: Tensor
-    """(B,), or (B, L) for pictures of L digits."""
+    """(B,), or (B, L) for images of L digits."""
     targets: Tensor
     """What is to be drawn: the images, or (B, L, H, W), each digit by itself."""
 
@@ -42,7 +42,7 @@ class Batch:
 
 
 Compose = Callable[[Tensor, torch.Generator], Batch]
-"""Indices (B,) into a data set's images -> the pictures made of them."""
+"""Indices (B,) into a data set's images -> the images made of them."""
 
 
 def composer(dataset: Dataset, most: int, *, strong: bool = False) -> Compose:
@@ -68,7 +68,7 @@ def composer(dataset: Dataset, most: int, *, strong: bool = False) -> Compose:
 
 
 def as_seen(dataset: Dataset, seed: int = TEST_SEED, times: int = 1) -> Dataset:
-    """The pictures of a data set to measure on: its own if they are plain, else made by `seed`.
+    """The images of a data set to measure on: its own if they are plain, else made by `seed`.
 
     Args:
         times: how many of each image.
@@ -90,7 +90,7 @@ def as_seen(dataset: Dataset, seed: int = TEST_SEED, times: int = 1) -> Dataset:
 
 
 def frame(dataset: Dataset) -> tuple[int, int, int]:
-    """Height, width and channels of the pictures that a network for `dataset` sees."""
+    """Height, width and channels of the images that a network for `dataset` sees."""
     height, width = dataset.images.shape[1:3]
     margin = 2 * MARGINS[dataset.layout]
     return height + margin, width + margin, 3 if dataset.images.ndim == 4 else 1

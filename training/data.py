@@ -1,4 +1,4 @@
-"""Pictures and labels: MNIST, Fashion-MNIST, or a folder of your own pictures for each class."""
+"""Images and labels: MNIST, Fashion-MNIST, or a folder of your own images for each class."""
 
 import gzip
 import hashlib
@@ -29,11 +29,11 @@ GARMENTS = (
     "Bag",
     "Ankle boot",
 )
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 Split = Literal["train", "test"]
 Layout = Literal["plain", "canvas", "pairs"]
-"""How pictures are made of a data set's images: as they are; each on a larger canvas; of two at a time."""
+"""How a network sees a data set's images: as they are; each on a larger canvas; two at a time."""
 
 
 class DataError(Exception):
@@ -42,9 +42,9 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures (M, H, W) or (M, H, W, 3) uint8, and their labels (M,) int64 as indices into `classes`.
+    """Images (M, H, W) or (M, H, W, 3) uint8, and their labels (M,) int64 as indices into `classes`.
 
-    Pictures of L digits each have labels (M, L).
+    Images of L digits each have labels (M, L).
     """
 
     name: str
@@ -56,7 +56,7 @@ class Dataset:
     layout: Layout = "plain"
     """What `training.compose` has yet to do with these images; nothing, if it has been done."""
     digits: Tensor | None = None
-    """Pictures of several digits: each digit by itself, (M, L, H, W) uint8."""
+    """Images of several digits: each digit by itself, (M, L, H, W) uint8."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -143,7 +143,7 @@ def load(name: str, split: Split, data_dir: Path | None = None, *, download: boo
     """Load one split of a data set.
 
     Args:
-        name: `mnist`, `fashion-mnist`, or `folder` for pictures of your own, laid out as
+        name: `mnist`, `fashion-mnist`, or `folder` for images of your own, laid out as
             `<data_dir>/<split>/<class label>/<any name>.png`.
         split: `train` or `test`.
         data_dir: the folder that holds the files, or a folder `name` that does. Defaults to
@@ -245,7 +245,7 @@ def _require_digest(path: Path, name: str, kind: str, found: str, expected: str)
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected one folder of pictures for each class in it")
+        raise DataError(f"{folder}: no such folder; expected one folder of images for each class in it")
     visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     classes = tuple(sorted(entry.name for entry in visible if entry.is_dir()))
     if len(classes) < 2:
@@ -254,31 +254,31 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
 
 
 def _load_folder(root: Path, split: Split) -> Dataset:
-    """Pictures of one size in `<split>/<class label>/`: grey ones stay grey, colour ones become RGB.
+    """Images of one size in `<split>/<class label>/`: grey ones stay grey, colour ones become RGB.
 
-    Both splits are read, so that they agree and a run does not end on test pictures that it cannot use.
+    Both splits are read, so that they agree and a run does not end on test images that it cannot use.
     """
     classes, other = _class_folders(root / "train"), _class_folders(root / "test")
     if classes != other:
         raise DataError(f"{root / 'test'}: classes {list(other)}, expected those of train: {list(classes)}")
-    pictures = {
-        path: _read_picture(path)
+    read = {
+        path: _read_image(path)
         for folder in (root / "train", root / "test")
         for name in classes
-        for path in _picture_files(folder / name)
+        for path in _image_files(folder / name)
     }
-    colour = any(picture.ndim == 3 for picture in pictures.values())  # one makes the whole set colour
-    first_path, first = next(iter(pictures.items()))
+    colour = any(pixels.ndim == 3 for pixels in read.values())  # one makes the whole set colour
+    first_path, first = next(iter(read.items()))
     digest = hashlib.sha256()
     images, labels = [], []
-    for path, picture in pictures.items():
-        if picture.shape[:2] != first.shape[:2]:
+    for path, pixels in read.items():
+        if pixels.shape[:2] != first.shape[:2]:
             raise DataError(
-                f"{path}: {picture.shape[1]}x{picture.shape[0]} pixels, expected {first.shape[1]}x"
-                f"{first.shape[0]} as in {first_path}; give all pictures one size"
+                f"{path}: {pixels.shape[1]}x{pixels.shape[0]} pixels, expected {first.shape[1]}x"
+                f"{first.shape[0]} as in {first_path}; give all images one size"
             )
         if path.parent.parent == root / split:
-            image = np.repeat(picture[..., None], 3, axis=-1) if colour and picture.ndim == 2 else picture
+            image = np.repeat(pixels[..., None], 3, axis=-1) if colour and pixels.ndim == 2 else pixels
             images.append(image)
             labels.append(classes.index(path.parent.name))
             digest.update(f"{path.parent.name}/{path.name}".encode() + b"\0" + image.tobytes())
@@ -291,19 +291,19 @@ def _load_folder(root: Path, split: Split) -> Dataset:
     )
 
 
-def _picture_files(folder: Path) -> list[Path]:
+def _image_files(folder: Path) -> list[Path]:
     files = sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     )
     if not files:
-        raise DataError(f"{folder}: no pictures; expected files ending in {sorted(PICTURE_SUFFIXES)}")
+        raise DataError(f"{folder}: no images; expected files ending in {sorted(IMAGE_SUFFIXES)}")
     return files
 
 
-def _read_picture(path: Path) -> NDArray[np.uint8]:
-    """A picture as (H, W) or (H, W, 3); what is transparent in it is white."""
+def _read_image(path: Path) -> NDArray[np.uint8]:
+    """An image as (H, W) or (H, W, 3); what is transparent in it is white."""
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
@@ -315,7 +315,7 @@ def _read_picture(path: Path) -> NDArray[np.uint8]:
                 upright = Image.alpha_composite(white, upright.convert("RGBA")).convert(mode)
             return np.asarray(upright.convert("L" if upright.mode in ("1", "L") else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable picture ({error})") from error
+        raise DataError(f"{path}: not a readable image ({error})") from error
 
 
 def take(dataset: Dataset, indices: Tensor) -> Dataset:

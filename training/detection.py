@@ -1,4 +1,4 @@
-"""How well reconstruction error and margin give away pictures of no class, and pictures made to be mistaken.
+"""How well reconstruction error and margin give away images of no class, and images made to be mistaken.
 
 After Frosst, Sabour and Hinton, "DARCCC: Detecting Adversaries by Reconstruction from Class Conditional
 Capsules" (2018).
@@ -73,7 +73,7 @@ def calibrate(predictor: Predictor, training: Dataset, settings: TrainConfig) ->
 
 
 def strangers(dataset: Dataset, data_dir: Path | None = None) -> tuple[dict[str, Tensor], list[str]]:
-    """Pictures of no class of `dataset`, (M, H, W[, 3]) by kind, and the kinds that this machine lacks."""
+    """Images of no class of `dataset`, (M, H, W[, 3]) by kind, and the kinds that this machine lacks."""
     kinds = {kind: images for kind, images, _ in outlier_sets(dataset)}
     if dataset.name == "fashion-mnist" or tuple(dataset.images.shape[1:]) != (28, 28):
         return kinds, []
@@ -98,19 +98,19 @@ def measure(
     """What is given away of `others` and of attacks, beside false alarms on `dataset`, as plain values.
 
     The first `attacked` rightly classified images are attacked with the network's own gradients. Of an
-    attack, only the pictures that are mistaken afterwards count as strange.
+    attack, only the images that are mistaken afterwards count as strange.
 
     Args:
         network: is opened to attack, and left so.
-        others: pictures of no class, by kind.
+        others: images of no class, by kind.
 
     Raises:
-        DataError: if the network does not take the pictures or recognises none, or they show several things.
+        DataError: if the network does not take the images or recognises none, or they show several things.
     """
     predictor = TorchPredictor(network)
     require_fit(predictor, dataset)
     if dataset.labels.ndim != 1:
-        raise DataError(f"{dataset.name}: pictures of several things, expected one class for each")
+        raise DataError(f"{dataset.name}: images of several things, expected one class for each")
     usual = evaluate(predictor, dataset)
     record: dict[str, Any] = {
         "dataset": dataset.name,
@@ -174,7 +174,7 @@ def _flagged(evaluation: Evaluation, calibration: Calibration) -> dict[str, floa
 
 
 def _detected(usual: Evaluation, strange: Evaluation, calibration: Calibration) -> dict[str, Any]:
-    """Area under the curves, the curves themselves, and what is flagged; nothing of no pictures."""
+    """Area under the curves, the curves themselves, and what is flagged; nothing of no images."""
     if not strange.images:
         return {"auc": None, "flagged": None, "curves": None}
     pairs = {name: (score, scores(strange)[name]) for name, score in scores(usual).items()}
@@ -198,7 +198,7 @@ def _percent(share: float) -> float:
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """ROC curves by reconstruction error above those by margin; crosses where the calibrated rule stands."""
     groups = {
-        "pictures of no class": record["outliers"],
+        "images of no class": record["outliers"],
         "attacks that succeed": {f"{a['attack']}, {a['epsilon']}": a for a in record["attacks"]},
     }
     widths = sorted({attack["epsilon"] for attack in record["attacks"]})

@@ -59,7 +59,7 @@ Doubles = NDArray[np.float64]
 def measure_dimensions(
     predictor: Predictor, dataset: Dataset, *, light_on_dark: bool = True, images: int = IMAGES
 ) -> Dimensions:
-    """Measure and name every dimension of every class; none for pictures of several digits.
+    """Measure and name every dimension of every class; none for images of several digits.
 
     Args:
         dataset: the training images, so that nothing is chosen on the test images.
@@ -79,7 +79,7 @@ def measure_dimensions(
 
 
 def sweep(predictor: Predictor, capsules: Floats, target: int, light_on_dark: bool) -> Floats:
-    """Move each dimension of one picture's capsules (K, D) by `DELTAS`: light drawings, (D, deltas, H, W)."""
+    """Move each dimension of one image's capsules (K, D) by `DELTAS`: light drawings, (D, deltas, H, W)."""
     dimensions = capsules.shape[1]
     changed = np.tile(capsules, (dimensions, len(DELTAS), 1, 1))
     for dimension in range(dimensions):
@@ -106,37 +106,37 @@ class Look:
     """Share of it that all pure changes leave together, by ninth of the ink's bounding box, (D, 3, 3)."""
 
 
-def look(pictures: Floats) -> Look:
+def look(drawings: Floats) -> Look:
     """Measure one image's sweep, (D, deltas, H, W)."""
-    dimensions, deltas, height, width = pictures.shape
-    middle = pictures[0, deltas // 2].astype(np.float64)  # the same in every row
-    measured = measure(pictures.reshape(-1, height, width)).reshape(dimensions, deltas, -1)
+    dimensions, deltas, height, width = drawings.shape
+    middle = drawings[0, deltas // 2].astype(np.float64)  # the same in every row
+    measured = measure(drawings.reshape(-1, height, width)).reshape(dimensions, deltas, -1)
     centred = DELTAS - DELTAS.mean()
     slope = np.einsum("ijk,j->ik", measured, centred / (centred**2).sum())  # of the least-squares line
     changes = slope * np.ptp(DELTAS)
     with np.errstate(invalid="ignore", divide="ignore"):  # where nothing was drawn
         changes[:, MEASURES.index("ink")] *= 100 / middle.sum()
-    moved = ((pictures[:, -1] - pictures[:, 0]).astype(np.float64) ** 2).sum(axis=(1, 2))
+    moved = ((drawings[:, -1] - drawings[:, 0]).astype(np.float64) ** 2).sum(axis=(1, 2))
     moved /= max((middle**2).sum(), np.finfo(float).eps)
-    kinds, rest = explain(pictures)
+    kinds, rest = explain(drawings)
     rows, columns = thirds(middle)
     parts = np.add.reduceat(np.add.reduceat(rest, rows, axis=1), columns, axis=2)
     return Look(changes, moved, kinds, parts)
 
 
-def explain(pictures: Floats) -> tuple[Doubles, Doubles]:
+def explain(drawings: Floats) -> tuple[Doubles, Doubles]:
     """Shares of the squared change from delta to delta: of each pure change, and of the rest at each pixel.
 
     Args:
-        pictures: (D, deltas, H, W).
+        drawings: (D, deltas, H, W).
 
     Returns:
         For each measure what it explains alone, at one rate from end to end, (D, measures), negative where it
         shrinks; and what all of them together leave, each step at rates of its own, (D, H, W).
     """
-    steps = np.diff(pictures.astype(np.float64), axis=1)
-    halfway = (pictures[:, 1:] + pictures[:, :-1]).astype(np.float64) / 2
-    size = pictures.shape[2] * pictures.shape[3]
+    steps = np.diff(drawings.astype(np.float64), axis=1)
+    halfway = (drawings[:, 1:] + drawings[:, :-1]).astype(np.float64) / 2
+    size = drawings.shape[2] * drawings.shape[3]
     basis = tangents(halfway).reshape(*steps.shape[:2], len(MEASURES), size)
     flat = steps.reshape(*steps.shape[:2], size)
     gram = basis @ basis.swapaxes(-1, -2)  # (D, steps, measures, measures)
@@ -148,39 +148,39 @@ def explain(pictures: Floats) -> tuple[Doubles, Doubles]:
     total = (flat**2).sum(axis=(1, 2))
     total[total == 0] = np.inf  # nothing changed, and everything has no share in it
     alone = rate * np.abs(rate) * steps.shape[1] / total[:, None]
-    return alone, (left.sum(axis=1) / total[:, None]).reshape(-1, *pictures.shape[2:])
+    return alone, (left.sum(axis=1) / total[:, None]).reshape(-1, *drawings.shape[2:])
 
 
-def tangents(pictures: Doubles) -> Doubles:
+def tangents(drawings: Doubles) -> Doubles:
     """How drawings (…, H, W) begin to change when one measure alone grows: (…, measures, H, W).
 
     The tangent vectors of Simard, LeCun, Denker and Victorri, "Transformation invariance in pattern
     recognition: tangent distance and tangent propagation" (1998). That of the ink is what of its brightness
     is not thickness, since a thin stroke is dim as well.
     """
-    y, x = np.indices(pictures.shape[-2:], dtype=np.float64)
-    weight = pictures / np.maximum(pictures.sum(axis=(-2, -1), keepdims=True), np.finfo(float).tiny)
+    y, x = np.indices(drawings.shape[-2:], dtype=np.float64)
+    weight = drawings / np.maximum(drawings.sum(axis=(-2, -1), keepdims=True), np.finfo(float).tiny)
     from_top = y - (weight * y).sum(axis=(-2, -1), keepdims=True)
     from_left = x - (weight * x).sum(axis=(-2, -1), keepdims=True)
-    down, across = (np.asarray(slope) for slope in np.gradient(pictures, axis=(-2, -1)))
+    down, across = (np.asarray(slope) for slope in np.gradient(drawings, axis=(-2, -1)))
     thickness = np.hypot(across, down)  # every edge moves outwards as fast
-    both, own = (thickness * pictures).sum(axis=(-2, -1)), (thickness**2).sum(axis=(-2, -1))
+    both, own = (thickness * drawings).sum(axis=(-2, -1)), (thickness**2).sum(axis=(-2, -1))
     overlap = np.divide(both, own, out=np.zeros_like(own), where=own > 0)[..., None, None]
     pure: dict[Measure, Doubles] = {
         "thickness": thickness,
         "slant": across * from_top,
         "width": -across * from_left,
         "height": -down * from_top,
-        "ink": pictures - overlap * thickness,
+        "ink": drawings - overlap * thickness,
         "across": -across,
         "down": -down,
     }
     return np.stack([pure[name] for name in MEASURES], axis=-3)
 
 
-def thirds(picture: Doubles) -> tuple[list[int], list[int]]:
+def thirds(drawing: Doubles) -> tuple[list[int], list[int]]:
     """Rows and columns where the thirds of the ink's bounding box begin; the outer ones have no end."""
-    inked = picture > (picture.min() + picture.max()) / 2
+    inked = drawing > (drawing.min() + drawing.max()) / 2
     return _starts(inked.any(axis=1)), _starts(inked.any(axis=0))
 
 

@@ -1,6 +1,6 @@
 """Efficient-CapsNet: "Capsule Network with Self-Attention Routing" (Mazzia, Salvetti and Chiaberge, 2021).
 
-The letters of `training.model`; here N, the primary capsules, is 16, and each sees the whole picture.
+The letters of `training.model`; here N, the primary capsules, is 16, and each sees the whole image.
 """
 
 import math
@@ -66,7 +66,7 @@ class EfficientEncoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures as bytes, (B, H, W[, 3]) uint8 -> digit capsules, (B, K, D)."""
+        """Images as bytes, (B, H, W[, 3]) uint8 -> digit capsules, (B, K, D)."""
         channels = self.primary(self.features(as_channels(images)).float()).float()  # (B, N*I, 1, 1)
         u = steep_squash(channels.flatten(1).unflatten(1, (-1, self.dimensions)))  # (B, N, I)
         capsules: Tensor = self.digit_capsules(u)

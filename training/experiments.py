@@ -28,7 +28,7 @@ class Row:
         return next(iter(self.published))
 
     def model_config(self, classes: tuple[str, ...], frame: tuple[int, int, int]) -> ModelConfig:
-        """For pictures of `frame`: height, width and channels."""
+        """For images of `frame`: height, width and channels."""
         height, width, channels = frame
         return ModelConfig(classes=classes, height=height, width=width, channels=channels, **self.model)
 

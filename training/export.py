@@ -55,7 +55,7 @@ RANGE_IMAGES = 1024
 """Of those, how many at most the 8-bit encoder takes its ranges from."""
 CALIBRATION_QUANTILE = 0.95
 OUTLIERS = 500
-"""Pictures of each kind that is of no class."""
+"""Images of each kind that is of no class."""
 
 
 class ExportError(Exception):
@@ -260,15 +260,15 @@ def unusual(evaluation: Evaluation, calibration: Calibration) -> float:
 
 
 def outlier_sets(dataset: Dataset) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Kinds of pictures that are of no class: name, images like those of `dataset`, labels of no meaning."""
+    """Kinds of images that are of no class: name, images like those of `dataset`, labels of no meaning."""
     light = image_spec(dataset).polarity == "light_on_dark"
-    for kind, pictures in outliers(tuple(dataset.images.shape[1:]), OUTLIERS).items():
-        images = torch.from_numpy(pictures if light else 255 - pictures)
+    for kind, made in outliers(tuple(dataset.images.shape[1:]), OUTLIERS).items():
+        images = torch.from_numpy(made if light else 255 - made)
         yield kind, images, torch.zeros(len(images), dtype=torch.int64)
 
 
 def image_spec(dataset: Dataset) -> ImageSpec:
-    """What a picture must look like to be like those of `dataset`; its borders tell the ink's polarity."""
+    """What an image must look like to be like those of `dataset`; its borders tell the ink's polarity."""
     images = dataset.images
     border = torch.cat([images[:, 0].flatten(), images[:, -1].flatten()])
     mnist = dataset.name == "mnist"
@@ -310,7 +310,7 @@ def write_encoder(network: CapsNet, path: Path) -> None:
 
 
 def write_traced_encoder(encoder: nn.Module, config: ModelConfig, path: Path) -> None:
-    """Write any module that makes capsules of pictures by PyTorch's exporter, with lengths beside them."""
+    """Write any module that makes capsules of images by PyTorch's exporter, with lengths beside them."""
     images = torch.zeros(3, *config.image_shape, dtype=torch.uint8)
     _write(_EncoderGraph(encoder), {"images": images}, ["digit_capsules", "capsule_lengths"], path)
 

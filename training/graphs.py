@@ -30,7 +30,7 @@ OPSET = 20
 Arithmetic = Literal["fp32", "fp16", "int8"]
 """Of the convolutions; capsules and routing are always computed in single precision."""
 FEW = 4
-"""Pictures up to which storing u_hat is faster on a CPU; measured, see docs/decisions/0020."""
+"""Images up to which storing u_hat is faster on a CPU; measured, see docs/decisions/0020."""
 LARGE = 1024
 """Weights of at least so many numbers are stored in half precision."""
 PRIMARY = "encoder.primary_capsules.conv"
@@ -164,7 +164,7 @@ class EncoderGraph:
     def int8_convolutions(self, ranges: Ranges) -> str:
         """The same on bytes with 8-bit weights, each output channel on its own scale, summed in 32 bits.
 
-        A picture's bytes are exactly its numbers on the scale 1/255, and behind ReLU a byte without a sign
+        An image's bytes are exactly its numbers on the scale 1/255, and behind ReLU a byte without a sign
         wastes nothing. QLinearConv has one scale for all channels of its output; each channel of the second
         gets one of its own by dividing its weights' scale, which the dequantisation multiplies back.
         """
@@ -297,7 +297,7 @@ class EncoderGraph:
         return v
 
     def route_by_size(self, u: str) -> str:
-        """`route`, which for few pictures stores u_hat, instead of reading all matrices again."""
+        """`route`, which for few images stores u_hat, instead of reading all matrices again."""
         config = self.config
         # Outside of the branches, where a runtime folds what is done to weights.
         by_class = self.matrices()

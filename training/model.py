@@ -32,7 +32,7 @@ def scale(images: Tensor) -> Tensor:
 
 
 def as_channels(images: Tensor) -> Tensor:
-    """Pictures as bytes, (B, H, W[, 3]) uint8 -> what a convolution takes, (B, channels, H, W) in [0, 1]."""
+    """Images as bytes, (B, H, W[, 3]) uint8 -> what a convolution takes, (B, channels, H, W) in [0, 1]."""
     x = scale(images)
     return x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
 
@@ -183,7 +183,7 @@ def mask(capsules: Tensor, target: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Figure 2: three fully connected layers draw the picture from one digit capsule."""
+    """Figure 2: three fully connected layers draw the image from one digit capsule."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, capsules: Tensor, target: Tensor) -> Tensor:
-        """Digit capsules (B, K, D) and the class to draw (B,) -> pictures (B, H, W[, 3]) in [0, 1]."""
+        """Digit capsules (B, K, D) and the class to draw (B,) -> reconstructions (B, H, W[, 3]) in [0, 1]."""
         pixels: Tensor = self.layers(mask(capsules, target).flatten(1))
         return pixels.reshape(-1, *self.image_shape)
 
@@ -224,14 +224,14 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures as bytes, (B, H, W[, 3]) uint8 -> digit capsules, (B, K, D)."""
+        """Images as bytes, (B, H, W[, 3]) uint8 -> digit capsules, (B, K, D)."""
         features = F.relu(self.conv(as_channels(images)))
         capsules: Tensor = self.digit_capsules(self.primary_capsules(features))
         return capsules
 
 
 class CapsNet(nn.Module):
-    """The whole network: encode a picture once, decode its capsules as often as you like."""
+    """The whole network: encode an image once, decode its capsules as often as you like."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class CapsNet(nn.Module):
         """Digit capsules (B, K, D) and reconstructions (B, H, W[, 3]) of uint8 `images`.
 
         The label masks the capsules while learning; without one, the longest capsule does. Labels (B, L)
-        of pictures of several digits give as many reconstructions, (B, L, H, W[, 3]), each from its own
+        of images of several digits give as many reconstructions, (B, L, H, W[, 3]), each from its own
         capsule.
         """
         capsules = self.encoder(images)

@@ -13,23 +13,23 @@ TEMPLATE = """\
 # {name}, version {version}
 
 A capsule network after Sabour, Frosst and Hinton, *Dynamic Routing Between Capsules* (NIPS 2017).
-It finds one of {classes} classes in a {width}x{height} {colour} picture ({polarity}), describes what it
-found by a {dimensions}-dimensional capsule, and draws the picture again from that capsule.
+It finds one of {classes} classes in a {width}x{height} {colour} image ({polarity}), describes what it
+found by a {dimensions}-dimensional capsule, and draws the image again from that capsule.
 
 ## Figures
 Of the exported graphs, run by ONNX Runtime:
 
 {figures}
 
-Reconstruction error is the summed squared error over the picture, both sides in [0, 1]; the margin is how
+Reconstruction error is the summed squared error over the image, both sides in [0, 1]; the margin is how
 much longer the longest capsule is than the next. The bounds come from {calibration_source}.
 
 {classes_table}
 
 ## What it takes for one of its own
 
-A picture is flagged as not in distribution if its reconstruction error or its margin is beyond the bound.
-Of the test images few should be; of pictures that are of no class, drawn by chance (`training/outliers.py`),
+An image is flagged as not in distribution if its reconstruction error or its margin is beyond the bound.
+Of the test images few should be; of images that are of no class, drawn by chance (`training/outliers.py`),
 many:
 
 {detection}
@@ -42,7 +42,7 @@ many:
 {promise}
 
 ## Limits
-{exceptions}- It sees one object on a plain background. A picture with none, or with two, still gets a class;
+{exceptions}- It sees one object on a plain background. An image with none, or with two, still gets a class;
   `in_distribution` is the only hint that something is wrong, and an imperfect one.
 - A capsule's length says how present a class is. It is not a probability, and the lengths do not sum
   to one.
@@ -98,7 +98,7 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
             ],
         ),
         detection=_table(
-            ("pictures", "flagged"),
+            ("images", "flagged"),
             [(kind, f"{share:.1f} %") for kind, share in measured.beyond_threshold.items()],
         ),
         classes_table=_table(
@@ -198,7 +198,7 @@ def _exceptions(manifest: Manifest, train: TrainConfig) -> str:
     lines = []
     if manifest.labels_per_image > 1:
         lines.append(
-            f"- Its pictures show {manifest.labels_per_image} classes each: read as many of the longest"
+            f"- Its images show {manifest.labels_per_image} classes each: read as many of the longest"
             " capsules as its prediction. Reconstruction, its error and `in_distribution` are of the longest"
             " alone."
         )

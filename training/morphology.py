@@ -32,9 +32,9 @@ TAILS = (0.02, 0.98)
 """Quantiles of the ink between which width and height are taken, so that a speck does not count."""
 
 
-def measure(pictures: Floats) -> NDArray[np.float64]:
+def measure(drawings: Floats) -> NDArray[np.float64]:
     """Light drawings on dark ground (N, H, W) -> every measure of each, (N, 7); NaN without ink."""
-    large = functional.interpolate(torch.from_numpy(pictures)[:, None], scale_factor=SCALE, mode="bicubic")
+    large = functional.interpolate(torch.from_numpy(drawings)[:, None], scale_factor=SCALE, mode="bicubic")
     levels = large[:, 0].numpy()
     darkest, lightest = levels.min(axis=(1, 2), keepdims=True), levels.max(axis=(1, 2), keepdims=True)
     # A border of ground keeps the drawings apart when they are laid one below the other.
@@ -55,7 +55,7 @@ def measure(pictures: Floats) -> NDArray[np.float64]:
             np.degrees(np.arctan(-shear)),
             _extent(upright, inked),
             _extent(np.broadcast_to(y, inked.shape), inked),
-            pictures.sum(axis=(1, 2)),
+            drawings.sum(axis=(1, 2)),
             across,
             down,
         ],

@@ -19,14 +19,14 @@ BOX = 20
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures of two digits each."""
+    """Images of two digits each."""
 
     images: Tensor
     """(B, 36, 36) uint8: both digits added up, no pixel above 255."""
     labels: Tensor
     """(B, 2) int64."""
     digits: Tensor
-    """(B, 2, 36, 36) uint8: each digit by itself, where it lies in the picture."""
+    """(B, 2, 36, 36) uint8: each digit by itself, where it lies in the image."""
     moved: Tensor
     """(B, 2, 2) int64: rows and columns that each digit was moved down and right by."""
 

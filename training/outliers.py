@@ -1,7 +1,7 @@
-"""Pictures that are not of any class, to measure how often reconstruction error gives them away.
+"""Images that are not of any class, to measure how often reconstruction error gives them away.
 
 Frosst, Sabour and Hinton, "DARCCC: Detecting Adversaries by Reconstruction from Class Conditional
-Capsules" (2018), flag a picture whose reconstruction is worse than that of most pictures known to be real.
+Capsules" (2018), flag an image whose reconstruction is worse than that of most images known to be real.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Pictures = NDArray[np.uint8]
+Images = NDArray[np.uint8]
 
 # Capitals without those that are digits by another name: B, I, O, S, Z.
 LETTERS = "ACDEFGHJKLMNPQRTUVWXY"
@@ -39,9 +39,9 @@ GARMENTS = (
 )
 
 
-def outliers(shape: tuple[int, ...], count: int, seed: int = 0) -> dict[str, Pictures]:
-    """`count` pictures of each kind, as light ink on dark ground, (count, H, W[, 3]) uint8, by kind."""
-    draw: dict[str, Callable[[np.random.Generator, int, int], Pictures]] = {
+def outliers(shape: tuple[int, ...], count: int, seed: int = 0) -> dict[str, Images]:
+    """`count` images of each kind, as light ink on dark ground, (count, H, W[, 3]) uint8, by kind."""
+    draw: dict[str, Callable[[np.random.Generator, int, int], Images]] = {
         "noise": _noise,
         "blank pages": _blank,
         "letters": _letter,
@@ -51,44 +51,44 @@ def outliers(shape: tuple[int, ...], count: int, seed: int = 0) -> dict[str, Pic
     height, width = shape[:2]
     kinds = {}
     for kind, one in draw.items():
-        pictures = np.stack([one(random, height, width) for _ in range(count)])
-        kinds[kind] = pictures if len(shape) == 2 else np.repeat(pictures[..., None], 3, axis=-1)
+        images = np.stack([one(random, height, width) for _ in range(count)])
+        kinds[kind] = images if len(shape) == 2 else np.repeat(images[..., None], 3, axis=-1)
     return kinds
 
 
-def _noise(random: np.random.Generator, height: int, width: int) -> Pictures:
+def _noise(random: np.random.Generator, height: int, width: int) -> Images:
     """Every pixel by chance."""
     return random.integers(0, 256, (height, width), dtype=np.uint8)
 
 
-def _blank(random: np.random.Generator, height: int, width: int) -> Pictures:
+def _blank(random: np.random.Generator, height: int, width: int) -> Images:
     """One shade all over, with the unevenness of a camera."""
     shade = random.uniform(0, 255)
     return np.clip(random.normal(shade, 3, (height, width)), 0, 255).astype(np.uint8)
 
 
-def _letter(random: np.random.Generator, height: int, width: int) -> Pictures:
+def _letter(random: np.random.Generator, height: int, width: int) -> Images:
     """A capital from Pillow's own font, of varied size, slant and place."""
     side = min(height, width)
     font = ImageFont.load_default(size=round(side * random.uniform(0.6, 0.8)))
-    picture = Image.new("L", (width, height))
-    ImageDraw.Draw(picture).text(
+    image = Image.new("L", (width, height))
+    ImageDraw.Draw(image).text(
         (width / 2 + random.uniform(-1, 1), height / 2 + random.uniform(-1, 1)),
         str(random.choice(list(LETTERS))),
         fill=int(random.integers(200, 256)),
         font=font,
         anchor="mm",
     )
-    return np.asarray(picture.rotate(random.uniform(-15, 15), Image.Resampling.BILINEAR))
+    return np.asarray(image.rotate(random.uniform(-15, 15), Image.Resampling.BILINEAR))
 
 
-def _garment(random: np.random.Generator, height: int, width: int) -> Pictures:
+def _garment(random: np.random.Generator, height: int, width: int) -> Images:
     """A filled outline with a woven texture, as large as Fashion-MNIST's."""
     outline = GARMENTS[random.integers(len(GARMENTS))]
     stretch = random.uniform(0.8, 1.0)
     points = [(x / 20 * stretch * (width - 4) + 2, y / 20 * (height - 4) + 2) for x, y in outline]
-    picture = Image.new("L", (width, height))
-    ImageDraw.Draw(picture).polygon(points, fill=1)
+    image = Image.new("L", (width, height))
+    ImageDraw.Draw(image).polygon(points, fill=1)
     weave = random.normal(random.uniform(110, 230), 25, (height, width)).clip(0, 255).astype(np.uint8)
-    woven: Pictures = np.asarray(picture) * weave
+    woven: Images = np.asarray(image) * weave
     return woven

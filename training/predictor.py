@@ -35,7 +35,7 @@ class Predictor(Protocol):
         ...
 
     def encode(self, images: Images) -> tuple[Floats, Floats]:
-        """Pictures (B, H, W[, 3]) -> digit capsules (B, K, D) and capsule lengths (B, K).
+        """Images (B, H, W[, 3]) -> digit capsules (B, K, D) and capsule lengths (B, K).
 
         Of a network without capsules, the probabilities of the classes, as capsules of one dimension.
         """
@@ -80,10 +80,10 @@ class TorchPredictor:
     def decode(self, capsules: Floats, target: Labels) -> Floats:
         if isinstance(self.network, BaselineCNN):
             raise ValueError("a baseline CNN has no capsules to draw from; see `draws`")
-        pictures: torch.Tensor = self.network.decoder(
+        reconstructions: torch.Tensor = self.network.decoder(
             torch.from_numpy(capsules).to(self.device), torch.from_numpy(target).to(self.device)
         )
-        return pictures.cpu().numpy()
+        return reconstructions.cpu().numpy()
 
 
 def open_graph(path: Path) -> ort.InferenceSession:
@@ -92,7 +92,7 @@ def open_graph(path: Path) -> ort.InferenceSession:
 
 
 def run_encoder(session: ort.InferenceSession, images: Images) -> tuple[Floats, Floats]:
-    """Pictures (B, H, W[, 3]) -> digit capsules (B, K, D) and capsule lengths (B, K)."""
+    """Images (B, H, W[, 3]) -> digit capsules (B, K, D) and capsule lengths (B, K)."""
     capsules, lengths = session.run(["digit_capsules", "capsule_lengths"], {"images": images})
     return capsules, lengths
 
@@ -126,5 +126,7 @@ class OnnxPredictor:
         return run_encoder(self._encoder, images)
 
     def decode(self, capsules: Floats, target: Labels) -> Floats:
-        (pictures,) = self._decoder.run(["reconstructions"], {"digit_capsules": capsules, "target": target})
-        return pictures  # type: ignore[no-any-return] # ONNX Runtime is published without types
+        (reconstructions,) = self._decoder.run(
+            ["reconstructions"], {"digit_capsules": capsules, "target": target}
+        )
+        return reconstructions  # type: ignore[no-any-return] # ONNX Runtime is published without types

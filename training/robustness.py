@@ -1,4 +1,4 @@
-"""How a network's test error grows as the pictures are turned, moved, made noisy and made pale."""
+"""How a network's test error grows as the images are turned, moved, made noisy and made pale."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ Apply = Callable[[Tensor, float, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Change:
-    """One way to spoil pictures (B, H, W[, 3]) uint8, and how strongly it is tried."""
+    """One way to spoil images (B, H, W[, 3]) uint8, and how strongly it is tried."""
 
     unit: str
     strengths: tuple[float, ...]
@@ -44,7 +44,7 @@ def _disturb(images: Tensor, strength: float, generator: torch.Generator) -> Ten
 
 
 def _pale(images: Tensor, strength: float, _: torch.Generator) -> Tensor:
-    """Each pixel's difference from its picture's mean is multiplied by `strength`."""
+    """Each pixel's difference from its image's mean is multiplied by `strength`."""
     x = images.float()
     mean = x.flatten(1).mean(dim=1).reshape(-1, *[1] * (x.ndim - 1))
     return _bytes(mean + strength * (x - mean))
@@ -77,10 +77,10 @@ def measure(
 ) -> dict[str, Any]:
     """The test error of each network, in per cent, under each change at each strength, as plain values.
 
-    All networks see the same pictures, which `seed` decides.
+    All networks see the same images, which `seed` decides.
 
     Raises:
-        DataError: if a network does not take the data set's pictures.
+        DataError: if a network does not take the data set's images.
     """
     for network in networks:
         require_fit(network.predictor, dataset)
@@ -119,7 +119,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
         for network in measured["networks"]:
             axes.plot(strengths, network["errors"][name], marker=".", label=label(network))
         axes.set(title=name, xlabel=measured["units"][name], ylabel="test error, %", ylim=(0, None))
-        axes.set_xlim(strengths[0], strengths[-1])  # the picture as it is on the left
+        axes.set_xlim(strengths[0], strengths[-1])  # the image as it is on the left
         axes.grid(alpha=0.3)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center")
     figure.suptitle(f"{measured['images']:,} test images of {measured['dataset']}", fontsize=10)

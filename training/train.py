@@ -1,4 +1,4 @@
-"""The training loop: shuffled, shifted pictures in; checkpoints, a log and the final test error out."""
+"""The training loop: shuffled, shifted images in; checkpoints, a log and the final test error out."""
 
 import json
 import math

@@ -16,7 +16,7 @@ from training.model import CapsNet
 from training.predictor import Floats, OnnxPredictor, open_graph, run_encoder
 
 BEST_PSNR = 200.0
-"""dB of equal pictures, whose true value is infinite; more than single precision can tell apart."""
+"""dB of equal images, whose true value is infinite; more than single precision can tell apart."""
 
 
 def write_variants(network: CapsNet, images: Tensor, encoder: Path) -> dict[str, Path]:

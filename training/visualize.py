@@ -18,11 +18,11 @@ from training.predictor import Predictor
 mpl.use("Agg")  # files only: no window, no display needed
 
 PAIRS = 2000
-"""Pictures of two digits that those to draw are taken from; there are 50,000, and few are mistakes."""
+"""Images of two digits that those to draw are taken from; there are 50,000, and few are mistakes."""
 
 
 def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, columns: int = 12) -> None:
-    """Draw pictures above their reconstructions: some of every class, then mistakes, as in figure 3.
+    """Draw images above their reconstructions: some of every class, then mistakes, as in figure 3.
 
     Each column is titled (label, prediction).
     """
@@ -38,10 +38,10 @@ def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, col
     for axis in axes.flat:
         axis.axis("off")
     for i, row in enumerate(rows):
-        pictures = predictor.decode(capsules[row], predictions[row])
+        reconstructions = predictor.decode(capsules[row], predictions[row])
         for j, index in enumerate(row):
             _show(axes[2 * i, j], images[index] / 255)
-            _show(axes[2 * i + 1, j], pictures[j])
+            _show(axes[2 * i + 1, j], reconstructions[j])
             axes[2 * i, j].set_title(
                 f"{dataset.classes[labels[index]]}, {dataset.classes[predictions[index]]}",
                 fontsize=9,
@@ -52,22 +52,22 @@ def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, col
 
 
 def draw_pairs(predictor: Predictor, dataset: Dataset, path: Path, columns: int = 12) -> None:
-    """Draw pictures of two digits above what is drawn from two of their capsules, each by itself: figure 5.
+    """Draw images of two digits above what is drawn from two of their capsules, each by itself: figure 5.
 
     A column shows the input; its true digits, one in red, the other in green; both reconstructions in the
     same colours; and each of them alone. L are the labels, R the classes that were drawn, in the order of
     their colours. Columns are, in three groups:
 
-    * rightly recognised pictures, drawn from their labels;
+    * rightly recognised images, drawn from their labels;
     * mistakes, each drawn from its labels and again from the prediction, marked P;
-    * the first of the pictures again, marked *, drawn from one of its labels and from the longest capsule of
+    * the first of the images again, marked *, drawn from one of its labels and from the longest capsule of
       a class that is neither label nor prediction: little should come of it.
 
     Raises:
-        DataError: if the pictures are not of two digits each.
+        DataError: if the images are not of two digits each.
     """
     if dataset.digits is None or dataset.digits.shape[1] != 2:
-        raise DataError(f"{dataset.name}: its pictures are not made of two digits each")
+        raise DataError(f"{dataset.name}: its images are not made of two digits each")
     labels = dataset.labels[:PAIRS].numpy()
     capsules, lengths = _encode_all(predictor, dataset.images[:PAIRS].numpy())
     order = np.argsort(-lengths, axis=1, kind="stable")  # the longest first
@@ -88,15 +88,15 @@ def draw_pairs(predictor: Predictor, dataset: Dataset, path: Path, columns: int 
     for column, (index, targets, mark) in enumerate(chosen):
         capsule = capsules[index : index + 1]
         first, second = (predictor.decode(capsule, target[None])[0] for target in targets)
-        pictures = (
+        tiles = (
             dataset.images[index].numpy() / 255,
             _two_colours(*(dataset.digits[index].numpy() / 255)),
             _two_colours(first, second),
             _two_colours(first, 0 * first),
             _two_colours(0 * second, second),
         )
-        for row, picture in enumerate(pictures):
-            _show(axes[row, column], picture)
+        for row, tile in enumerate(tiles):
+            _show(axes[row, column], tile)
         title = "\n".join(
             f"{mark}{letter}:({', '.join(dataset.classes[k] for k in pair)})"
             for letter, pair, mark in (("L", labels[index], ""), ("R", targets, mark))
@@ -122,7 +122,7 @@ def _two_colours(first: NDArray[np.floating], second: NDArray[np.floating]) -> N
 def draw_dimensions(
     predictor: Predictor, dataset: Dataset, label: str, path: Path, names: Sequence[str] = ()
 ) -> None:
-    """Draw figure 4 for one picture of class `label`: a row for each dimension, a column for each change.
+    """Draw figure 4 for one image of class `label`: a row for each dimension, a column for each change.
 
     Args:
         names: what each dimension means, to stand beside its row.
@@ -139,14 +139,14 @@ def draw_dimensions(
     changed = np.repeat(capsules, dimensions * len(deltas), axis=0)
     for row in range(dimensions):
         changed[row * len(deltas) : (row + 1) * len(deltas), target, row] += deltas
-    pictures = predictor.decode(changed, np.full(len(changed), target))
+    reconstructions = predictor.decode(changed, np.full(len(changed), target))
     beside = 0.085 * max(map(len, names), default=0)  # inches
     figure = Figure(figsize=(len(deltas) * 0.75 + beside, dimensions * 0.75), layout="constrained")
     axes = figure.subplots(dimensions, len(deltas))
     for row in range(dimensions):
         for column in range(len(deltas)):
             axis = axes[row, column]
-            _show(axis, pictures[row * len(deltas) + column])
+            _show(axis, reconstructions[row * len(deltas) + column])
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():
@@ -209,9 +209,9 @@ def file_names(classes: Sequence[str]) -> dict[str, str]:
 
 
 def typical(predictor: Predictor, dataset: Dataset, label: str) -> tuple[int, int]:
-    """The index of a clear picture of class `label`, and that class's index.
+    """The index of a clear image of class `label`, and that class's index.
 
-    Of the first hundred pictures of the class, the one with the longest capsule.
+    Of the first hundred images of the class, the one with the longest capsule.
     """
     if label not in dataset.classes:
         raise DataError(f"class {label!r} is unknown, expected one of {list(dataset.classes)}")
@@ -238,5 +238,5 @@ def _spread(labels: NDArray[np.int64], candidates: NDArray[np.int64], count: int
     return picked
 
 
-def _show(axis, picture: NDArray[np.floating]) -> None:  # type: ignore[no-untyped-def] # an Axes of matplotlib's untyped grid
-    axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
+def _show(axis, image: NDArray[np.floating]) -> None:  # type: ignore[no-untyped-def] # an Axes of matplotlib's untyped grid
+    axis.imshow(image, cmap="gray", vmin=0, vmax=1)

@@ -1,4 +1,4 @@
-"""Small networks and pictures, so that a whole training run takes a second."""
+"""Small networks and images, so that a whole training run takes a second."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ def train_config() -> TrainConfig:
 
 @pytest.fixture(scope="session")
 def load_split(model_config: ModelConfig) -> Callable[[Split], Dataset]:
-    """Bars, poles and dots of random brightness at random places: easy, but not the same picture twice."""
+    """Bars, poles and dots of random brightness at random places: easy, but not the same image twice."""
 
     def load(split: Split, count: int = 66) -> Dataset:
         generator = torch.Generator().manual_seed(len(split))
@@ -62,13 +62,13 @@ def load_split(model_config: ModelConfig) -> Callable[[Split], Dataset]:
 
 @pytest.fixture
 def mnist_style_folder(tmp_path: Path) -> Path:
-    """A folder-per-class data set of 17x17 pictures, the smallest that the paper's kernels take."""
+    """A folder-per-class data set of 17x17 images, the smallest that the paper's kernels take."""
     for split in ("train", "test"):
         for label, box in (("bar", (3, 7, 14, 10)), ("pole", (7, 3, 10, 14))):
             folder = tmp_path / "shapes" / split / label
             folder.mkdir(parents=True)
             for i in range(6):
-                picture = Image.new("L", (17, 17))
-                picture.paste(255 - 10 * i, box)
-                picture.save(folder / f"{i}.png")
+                image = Image.new("L", (17, 17))
+                image.paste(255 - 10 * i, box)
+                image.save(folder / f"{i}.png")
     return tmp_path / "shapes"

@@ -24,11 +24,11 @@ def linear(x: Tensor) -> Tensor:
 
 def test_one_step_on_a_linear_loss() -> None:
     """Each pixel goes 16 grey levels up or down, by its weight's sign alone, and stays a byte."""
-    picture = torch.tensor([[[100, 100, 100], [3, 250, 100]]], dtype=torch.uint8)
-    found = ascend(picture, [linear], 16, 16, 1)
+    image = torch.tensor([[[100, 100, 100], [3, 250, 100]]], dtype=torch.uint8)
+    found = ascend(image, [linear], 16, 16, 1)
     assert found.tolist() == [[[116, 84, 100], [0, 255, 116]]]
     assert found.dtype == torch.uint8
-    assert linear(found.float()) > linear(picture.float())
+    assert linear(found.float()) > linear(image.float())
 
 
 def test_small_steps_stop_at_the_bound() -> None:
@@ -77,8 +77,8 @@ def test_excess_by_hand(trained: CapsNet, load_split: Load) -> None:
         others = [k for k in range(3) if k != label]
         longest = max(others, key=lambda k: float(lengths[i, k]))
         assert float(found[i]) == pytest.approx(float(lengths[i, longest] - lengths[i, label]), abs=1e-6)
-        picture = trained.decoder(capsules[i : i + 1], torch.tensor([longest]))[0]
-        error = (picture - images[i] / 255).square().sum()
+        drawing = trained.decoder(capsules[i : i + 1], torch.tensor([longest]))[0]
+        error = (drawing - images[i] / 255).square().sum()
         assert float(drawn[i]) == pytest.approx(-float(error), rel=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_the_margin_loss_is_flat_where_the_network_is_sure() -> None:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks(name: str, trained: CapsNet, load_split: Load) -> None:
-    """An attack keeps to its bound and raises the excess; a wider bound has more pictures mistaken."""
+    """An attack keeps to its bound and raises the excess; a wider bound has more images mistaken."""
     dataset = load_split("test")
     right = length(trained.encoder(dataset.images)).argmax(dim=1) == dataset.labels
     assert right.sum() > 30

@@ -16,10 +16,10 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--data-dir" in capsys.readouterr().out
 
 
-def test_from_pictures_to_model(
+def test_from_images_to_model(
     mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder of one's own pictures becomes a trained, evaluated, exported and drawn network."""
+    """A folder of one's own images becomes a trained, evaluated, exported and drawn network."""
     source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder)]
     run, models = str(tmp_path / "run"), str(tmp_path / "models")
     settings = ["--epochs", "1", "--batch-size", "4", "--validation-images", "2", "--device", "cpu"]

@@ -34,7 +34,7 @@ def test_partners_are_of_other_classes_and_equally_likely(digits: Dataset) -> No
 
 
 def test_pairs_are_two_shifted_digits_clipped(digits: Dataset) -> None:
-    """A picture is the clipped sum of two whole digits of its labels, each moved by up to four pixels."""
+    """An image is the clipped sum of two whole digits of its labels, each moved by up to four pixels."""
     made = multimnist.pairs(digits.images, digits.labels, torch.arange(40), generator())
     assert made.images.shape == (40, 36, 36)
     assert (made.labels[:, 0] == digits.labels).all()
@@ -68,7 +68,7 @@ def test_overlap_of_boxes(digits: Dataset) -> None:
 
 
 def test_what_is_measured_on_is_always_the_same(digits: Dataset) -> None:
-    """The same seed gives the same pictures, another seed others; training never sees what was held out."""
+    """The same seed gives the same images, another seed others; training never sees what was held out."""
     first, again = compose.as_seen(digits, times=2), compose.as_seen(digits, times=2)
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, compose.as_seen(digits, seed=1, times=2).images)
@@ -120,7 +120,7 @@ def test_like_affnist_loses_no_ink(digits: Dataset) -> None:
 
 
 def test_strong_augmentation(digits: Dataset) -> None:
-    """Strong augmentation erases 16 pixels at most, keeps the frame, and changes nearly every picture."""
+    """Strong augmentation erases 16 pixels at most, keeps the frame, and changes nearly every image."""
     some = digits.images[:8].clone()
     made = affine.strongly(some.repeat(10, 1, 1), generator())
     assert made.shape == (80, 28, 28)

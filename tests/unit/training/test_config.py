@@ -8,7 +8,7 @@ DIGITS = tuple("0123456789")
 
 
 def test_papers_grid() -> None:
-    """A 28x28 picture gives the paper's 32 groups of 6x6 primary capsules."""
+    """A 28x28 image gives the paper's 32 groups of 6x6 primary capsules."""
     config = ModelConfig(classes=DIGITS)
     assert config.grid == (6, 6)
     assert config.primary_count == 32 * 36
@@ -16,12 +16,12 @@ def test_papers_grid() -> None:
 
 @pytest.mark.parametrize(("size", "grid"), [((17, 17), (1, 1)), ((32, 32), (8, 8)), ((40, 28), (12, 6))])
 def test_grid_is_computed(size: tuple[int, int], grid: tuple[int, int]) -> None:
-    """The grid follows from the picture's height and width."""
+    """The grid follows from the image's height and width."""
     assert ModelConfig(classes=DIGITS, height=size[0], width=size[1]).grid == grid
 
 
-def test_too_small_a_picture() -> None:
-    """A picture too small for any primary capsule is refused, with the smallest size that is not."""
+def test_too_small_an_image() -> None:
+    """An image too small for any primary capsule is refused, with the smallest size that is not."""
     with pytest.raises(ValueError, match=r"16x28 pixels leave no primary capsules.*at least 17x17"):
         ModelConfig(classes=DIGITS, height=16)
 
@@ -102,7 +102,7 @@ def test_unknown_words() -> None:
     ("architecture", "count"), [("capsnet", 32 * 36), ("efficient-capsnet", 16), ("baseline-cnn", 32 * 784)]
 )
 def test_primary_capsules_of_an_architecture(architecture: str, count: int) -> None:
-    """A 28x28 picture gives Efficient-CapsNet 16 primary capsules of 8 dimensions."""
+    """A 28x28 image gives Efficient-CapsNet 16 primary capsules of 8 dimensions."""
     config = ModelConfig.from_dict({"classes": DIGITS, "architecture": architecture})
     assert (config.primary_count, config.primary_dimensions) == (count, 8)
 

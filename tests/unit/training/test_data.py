@@ -138,116 +138,116 @@ def test_unknown_dataset(tmp_path: Path) -> None:
         load("cifar", "train", tmp_path)
 
 
-def picture(path: Path, mode: str = "L", size: tuple[int, int] = (20, 18), value: object = 0) -> None:
+def write_image(path: Path, mode: str = "L", size: tuple[int, int] = (20, 18), value: object = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, value).save(path)  # type: ignore[arg-type] # a number or a colour
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Two classes of grey pictures, one each."""
+def image_folder(tmp_path: Path) -> Path:
+    """Two classes of grey images, one each."""
     for split in ("train", "test"):
         for label in ("ant", "cat"):
-            picture(tmp_path / split / label / "m.png", value=7)
+            write_image(tmp_path / split / label / "m.png", value=7)
     return tmp_path
 
 
-def test_folder_of_grey_pictures(pictures: Path) -> None:
-    """Folder names are the classes, in order; grey pictures stay grey; other files are left alone."""
-    picture(pictures / "train" / "cat" / "b.png", value=5)
-    picture(pictures / "train" / "cat" / "a.bmp", value=9)
-    (pictures / "train" / "ant" / "notes.txt").write_text("not a picture")
-    dataset = load("folder", "train", pictures)
+def test_folder_of_grey_images(image_folder: Path) -> None:
+    """Folder names are the classes, in order; grey images stay grey; other files are left alone."""
+    write_image(image_folder / "train" / "cat" / "b.png", value=5)
+    write_image(image_folder / "train" / "cat" / "a.bmp", value=9)
+    (image_folder / "train" / "ant" / "notes.txt").write_text("not an image")
+    dataset = load("folder", "train", image_folder)
     assert dataset.classes == ("ant", "cat")
     assert dataset.images.shape == (4, 18, 20)
     assert dataset.images[:, 0, 0].tolist() == [7, 9, 5, 7]
     assert dataset.labels.tolist() == [0, 1, 1, 1]
-    assert len(load("folder", "test", pictures)) == 2
+    assert len(load("folder", "test", image_folder)) == 2
 
 
-def test_folder_of_mixed_pictures(pictures: Path) -> None:
-    """One colour picture makes all of them colour."""
-    picture(pictures / "train" / "cat" / "m.png", "RGB", value=(1, 2, 3))
-    dataset = load("folder", "train", pictures)
+def test_folder_of_mixed_images(image_folder: Path) -> None:
+    """One colour image makes all of them colour."""
+    write_image(image_folder / "train" / "cat" / "m.png", "RGB", value=(1, 2, 3))
+    dataset = load("folder", "train", image_folder)
     assert dataset.images.shape == (2, 18, 20, 3)
     assert dataset.images[:, 0, 0].tolist() == [[7, 7, 7], [1, 2, 3]]
 
 
-def test_checksum_of_a_folder(pictures: Path) -> None:
-    """A folder's checksum changes with a picture's content."""
-    before = load("folder", "train", pictures).checksums
-    picture(pictures / "train" / "ant" / "m.png", value=1)
-    assert load("folder", "train", pictures).checksums != before
+def test_checksum_of_a_folder(image_folder: Path) -> None:
+    """A folder's checksum changes with an image's content."""
+    before = load("folder", "train", image_folder).checksums
+    write_image(image_folder / "train" / "ant" / "m.png", value=1)
+    assert load("folder", "train", image_folder).checksums != before
 
 
 def test_missing_folder(tmp_path: Path) -> None:
     """A folder that is not there is named, and what should be in it."""
-    with pytest.raises(DataError, match=r"train: no such folder; expected one folder of pictures for each"):
+    with pytest.raises(DataError, match=r"train: no such folder; expected one folder of images for each"):
         load("folder", "train", tmp_path)
 
 
-def test_one_class(pictures: Path) -> None:
+def test_one_class(image_folder: Path) -> None:
     """One class is nothing to learn."""
-    shutil.rmtree(pictures / "train" / "ant")
+    shutil.rmtree(image_folder / "train" / "ant")
     with pytest.raises(DataError, match=r"train: 1 class folders, expected at least 2"):
-        load("folder", "train", pictures)
+        load("folder", "train", image_folder)
 
 
-def test_class_without_pictures(pictures: Path) -> None:
-    """A class folder without pictures is named."""
-    (pictures / "train" / "ant" / "m.png").unlink()
-    with pytest.raises(DataError, match=r"ant: no pictures; expected files ending in"):
-        load("folder", "train", pictures)
+def test_class_without_images(image_folder: Path) -> None:
+    """A class folder without images is named."""
+    (image_folder / "train" / "ant" / "m.png").unlink()
+    with pytest.raises(DataError, match=r"ant: no images; expected files ending in"):
+        load("folder", "train", image_folder)
 
 
-def test_other_classes_in_the_test_folder(pictures: Path) -> None:
-    """Test pictures of other classes are found out when the training pictures are loaded, not hours later."""
-    (pictures / "test" / "ant").rename(pictures / "test" / "bee")
+def test_other_classes_in_the_test_folder(image_folder: Path) -> None:
+    """Test images of other classes are found out when the training images are loaded, not hours later."""
+    (image_folder / "test" / "ant").rename(image_folder / "test" / "bee")
     with pytest.raises(DataError, match=r"test: classes \['bee', 'cat'\], expected .* \['ant', 'cat'\]"):
-        load("folder", "train", pictures)
+        load("folder", "train", image_folder)
 
 
-def test_picture_of_another_size(pictures: Path) -> None:
-    """A picture of another size is named, with its size and the expected one."""
-    picture(pictures / "train" / "cat" / "2.png", size=(21, 18))
+def test_image_of_another_size(image_folder: Path) -> None:
+    """An image of another size is named, with its size and the expected one."""
+    write_image(image_folder / "train" / "cat" / "2.png", size=(21, 18))
     with pytest.raises(DataError, match=r"2.png: 21x18 pixels, expected 20x18 as in .*ant/m.png"):
-        load("folder", "train", pictures)
+        load("folder", "train", image_folder)
 
 
-def test_broken_picture(pictures: Path) -> None:
-    """A file that is no picture is named."""
-    (pictures / "train" / "cat" / "2.png").write_bytes(b"GIF89a?")
-    with pytest.raises(DataError, match=r"2.png: not a readable picture"):
-        load("folder", "train", pictures)
+def test_broken_image(image_folder: Path) -> None:
+    """A file that is no image is named."""
+    (image_folder / "train" / "cat" / "2.png").write_bytes(b"GIF89a?")
+    with pytest.raises(DataError, match=r"2.png: not a readable image"):
+        load("folder", "train", image_folder)
 
 
-def test_test_pictures_are_read_at_the_start(pictures: Path) -> None:
-    """Test pictures of another size are found out at once, and colour is decided for both splits."""
-    picture(pictures / "test" / "cat" / "m.png", "RGB", value=(1, 2, 3))
-    assert load("folder", "train", pictures).images.shape == (2, 18, 20, 3)
-    picture(pictures / "test" / "cat" / "m.png", size=(9, 9))
+def test_test_images_are_read_at_the_start(image_folder: Path) -> None:
+    """Test images of another size are found out at once, and colour is decided for both splits."""
+    write_image(image_folder / "test" / "cat" / "m.png", "RGB", value=(1, 2, 3))
+    assert load("folder", "train", image_folder).images.shape == (2, 18, 20, 3)
+    write_image(image_folder / "test" / "cat" / "m.png", size=(9, 9))
     with pytest.raises(DataError, match=r"test/cat/m.png: 9x9 pixels, expected 20x18"):
-        load("folder", "train", pictures)
+        load("folder", "train", image_folder)
 
 
-def test_transparency_is_white(pictures: Path) -> None:
+def test_transparency_is_white(image_folder: Path) -> None:
     """Black ink on a transparent ground is black on white, not black on black."""
-    picture(pictures / "train" / "ant" / "m.png", "LA", value=(0, 0))
-    assert load("folder", "train", pictures).images[0].unique().tolist() == [255]
+    write_image(image_folder / "train" / "ant" / "m.png", "LA", value=(0, 0))
+    assert load("folder", "train", image_folder).images[0].unique().tolist() == [255]
 
 
-def test_deep_pictures_are_refused(pictures: Path) -> None:
-    """A picture of 16 bits is refused rather than cut down to nothing."""
-    picture(pictures / "train" / "ant" / "m.png", "I;16", value=40000)
+def test_deep_images_are_refused(image_folder: Path) -> None:
+    """An image of 16 bits is refused rather than cut down to nothing."""
+    write_image(image_folder / "train" / "ant" / "m.png", "I;16", value=40000)
     with pytest.raises(DataError, match=r"m.png: I;16 pixels, expected 8 bits a channel"):
-        load("folder", "train", pictures)
+        load("folder", "train", image_folder)
 
 
-def test_hidden_files_are_not_seen(pictures: Path) -> None:
-    """Folders and files that begin with a dot are no classes and no pictures."""
-    (pictures / "train" / ".ipynb_checkpoints").mkdir()
-    (pictures / "train" / "ant" / "._m.png").write_bytes(b"not a picture")
-    assert len(load("folder", "train", pictures)) == 2
+def test_hidden_files_are_not_seen(image_folder: Path) -> None:
+    """Folders and files that begin with a dot are no classes and no images."""
+    (image_folder / "train" / ".ipynb_checkpoints").mkdir()
+    (image_folder / "train" / "ant" / "._m.png").write_bytes(b"not an image")
+    assert len(load("folder", "train", image_folder)) == 2
 
 
 def test_shift_by_hand() -> None:
@@ -258,7 +258,7 @@ def test_shift_by_hand() -> None:
     assert moved.dtype == torch.uint8
 
 
-def test_shift_of_colour_pictures() -> None:
+def test_shift_of_colour_images() -> None:
     """The three channels of a pixel move together."""
     images = torch.arange(12, dtype=torch.uint8).reshape(1, 2, 2, 3)
     moved = shift(images, torch.tensor([0]), torch.tensor([1]))

@@ -162,7 +162,7 @@ def test_calibrated_as_an_export(
 
 
 def test_what_cannot_be_attacked(network: CapsNet, load_split: Load) -> None:
-    """Pictures of two things are refused, and those that are mistaken as they are."""
+    """Images of two things are refused, and those that are mistaken as they are."""
     dataset = load_split("test")
     calibration = Calibration(threshold=1, quantile=0.95, images=1, source="training")
     two = replace(dataset, labels=dataset.labels[:, None].repeat(1, 2))

@@ -29,12 +29,12 @@ def frame(capsule: Floats) -> Floats:
     beyond = np.maximum(np.abs(from_left) - (9 + 4 * width), np.abs(from_top) - (11 + 4 * height))
     drawn = np.clip(((5 + 4 * pen) / 2 - np.abs(beyond)) / SOFT + 0.5, 0, 1)
     drawn[10:14, 22:25] += max(0, 4 * corner)  # inside of the frame, where its top right corner is
-    picture: Floats = (drawn * (0.7 + ink)).clip(0, 1).astype(np.float32)
-    return picture
+    drawing: Floats = (drawn * (0.7 + ink)).clip(0, 1).astype(np.float32)
+    return drawing
 
 
 class Frames:
-    """Two classes; capsules hold what is in the picture's first row."""
+    """Two classes; capsules hold what is in the image's first row."""
 
     classes = ("frame", "other")
     image_shape = (SIDE, SIDE)
@@ -53,7 +53,7 @@ class Frames:
         return np.stack([self.draw(capsule[k]) for capsule, k in zip(capsules, target, strict=True)])
 
 
-def pictures(count: int = 6) -> Dataset:
+def images_of_frames(count: int = 6) -> Dataset:
     """All of class `frame`; every other leans the other way with dimension `either`."""
     images = torch.zeros(count, SIDE, SIDE, dtype=torch.uint8)
     images[::2, 0, 1] = 1
@@ -62,7 +62,7 @@ def pictures(count: int = 6) -> Dataset:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Dimension]:
-    (dimensions,) = measure_dimensions(Frames(), pictures()).values()
+    (dimensions,) = measure_dimensions(Frames(), images_of_frames()).values()
     return dict(zip(DIMENSIONS, dimensions[:10], strict=True))
 
 
@@ -117,8 +117,8 @@ def test_shares_say_what_the_change_is_made_of(found: dict[str, Dimension]) -> N
 
 
 def test_only_images_that_are_recognised_count() -> None:
-    """Of 6 pictures 4 are taken for the other class: the two that are left both lean the same way."""
-    dataset = pictures()
+    """Of 6 images 4 are taken for the other class: the two that are left both lean the same way."""
+    dataset = images_of_frames()
     dataset.images[2:, 0, 0] = 1
     dataset.images[:2, 0, 1] = 1
     (dimensions,) = measure_dimensions(Frames(), dataset).values()
@@ -126,15 +126,15 @@ def test_only_images_that_are_recognised_count() -> None:
 
 
 def test_a_class_without_recognised_images_is_left_out() -> None:
-    """Nothing is said of a class that no picture was taken for, or that has none."""
-    dataset = pictures()
+    """Nothing is said of a class that no image was taken for, or that has none."""
+    dataset = images_of_frames()
     dataset.images[:, 0, 0] = 1
     assert measure_dimensions(Frames(), dataset) == {}
 
 
-def test_pictures_of_two_digits_are_not_measured() -> None:
-    """A capsule's dimensions say nothing of a picture of two digits."""
-    dataset = pictures()
+def test_images_of_two_digits_are_not_measured() -> None:
+    """A capsule's dimensions say nothing of an image of two digits."""
+    dataset = images_of_frames()
     assert measure_dimensions(Frames(), replace(dataset, layout="pairs")) == {}
     assert measure_dimensions(Frames(), replace(dataset, labels=torch.zeros(6, 2))) == {}
 
@@ -145,15 +145,17 @@ def test_dark_ink_in_colour() -> None:
     def dark(capsule: Floats) -> Floats:
         return np.repeat(1 - frame(capsule)[..., np.newaxis], 3, axis=-1)
 
-    (light,) = measure_dimensions(Frames(), pictures(2)).values()
-    (found,) = measure_dimensions(Frames(dark), pictures(2), light_on_dark=False).values()
+    (light,) = measure_dimensions(Frames(), images_of_frames(2)).values()
+    (found,) = measure_dimensions(Frames(dark), images_of_frames(2), light_on_dark=False).values()
     assert [dimension.name for dimension in found] == [dimension.name for dimension in light]
 
 
 @pytest.mark.parametrize("level", [0, 0.5, 1])
 def test_a_decoder_that_draws_nothing(level: float) -> None:
     """One shade all over is no effect, and no error."""
-    drawn = measure_dimensions(Frames(lambda _: np.full((SIDE, SIDE), level, np.float32)), pictures(2))
+    drawn = measure_dimensions(
+        Frames(lambda _: np.full((SIDE, SIDE), level, np.float32)), images_of_frames(2)
+    )
     assert {dimension.name for dimension in drawn["frame"]} == {"little effect"}
 
 
@@ -196,15 +198,15 @@ def test_two_dimensions_that_do_the_same_the_other_way_round() -> None:
     def leaning(capsule: Floats) -> Floats:
         return frame(np.concatenate([[capsule[0] - capsule[1]], np.zeros(9), [1]]))
 
-    (dimensions,) = measure_dimensions(Frames(leaning), pictures(2)).values()
+    (dimensions,) = measure_dimensions(Frames(leaning), images_of_frames(2)).values()
     assert [dimension.name for dimension in dimensions[:2]] == ["slant", "slant, reversed"]
 
 
 def test_thirds_are_those_of_the_ink() -> None:
     """The bounding box is cut in three each way; what lies outside belongs to the nearest part."""
-    picture = np.zeros((28, 28))
-    picture[5:20, 8:14] = 1
-    assert thirds(picture) == ([0, 10, 15], [0, 10, 12])
+    drawing = np.zeros((28, 28))
+    drawing[5:20, 8:14] = 1
+    assert thirds(drawing) == ([0, 10, 15], [0, 10, 12])
     speck = np.zeros((28, 28))
     speck[0, 27] = 1
     assert thirds(speck) == ([0, 1, 2], [0, 26, 27])

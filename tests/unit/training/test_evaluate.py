@@ -10,7 +10,7 @@ from training.evaluate import evaluate
 
 
 class Brightest:
-    """Says class 1 for pictures whose first pixel is bright, and draws a half-grey picture of anything."""
+    """Says class 1 for images whose first pixel is bright, and draws a half-grey image of anything."""
 
     classes = ("dark", "bright")
     image_shape = (2, 2)
@@ -39,7 +39,7 @@ def dataset() -> Dataset:
 
 
 def test_error_by_hand(dataset: Dataset) -> None:
-    """One picture in five is labelled otherwise than predicted: 20 % error, one mistake."""
+    """One image in five is labelled otherwise than predicted: 20 % error, one mistake."""
     result = evaluate(Brightest(), dataset, batch_size=2)
     assert result.predictions.tolist() == [0, 0, 0, 1, 1]
     assert (result.images, result.mistakes, result.error) == (5, 1, 20.0)

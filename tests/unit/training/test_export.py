@@ -167,8 +167,8 @@ def test_baked_in_mask(
             self.decoder = network.decoder
 
         def forward(self, capsules: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            pictures: torch.Tensor = self.decoder(capsules, target * 0)
-            return pictures
+            reconstructions: torch.Tensor = self.decoder(capsules, target * 0)
+            return reconstructions
 
     def write_baked(network: CapsNet, path: Path) -> None:
         capsules, target = exporting.decoder_example(network.config)
@@ -211,7 +211,7 @@ def test_outputs_that_are_no_numbers(state: Checkpoint, load_split: Load) -> Non
 def test_colour_network(
     tmp_path: Path, model_config: ModelConfig, train_config: TrainConfig, load_split: Load
 ) -> None:
-    """A network for colour pictures exports with (B, H, W, 3) in and out."""
+    """A network for colour images exports with (B, H, W, 3) in and out."""
 
     def colour(split: Split) -> Dataset:
         grey = load_split(split)

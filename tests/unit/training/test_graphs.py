@@ -70,7 +70,7 @@ def test_the_graph_is_the_network(
 def test_both_routings_are_the_networks(
     model_config: ModelConfig, images: torch.Tensor, tmp_path: Path, iterations: int, biases: bool
 ) -> None:
-    """Up to `FEW` pictures u_hat is stored, beyond it is not, and nobody could tell."""
+    """Up to `FEW` images u_hat is stored, beyond it is not, and nobody could tell."""
     torch.manual_seed(1)
     network = CapsNet(replace(model_config, routing_iterations=iterations, capsule_biases=biases))
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_both_routings_are_the_networks(
 
 
 def test_each_branch_runs_on_its_side(model_config: ModelConfig) -> None:
-    """The 8-bit graph stores u_hat for few pictures only, and where matrices are shared never."""
+    """The 8-bit graph stores u_hat for few images only, and where matrices are shared never."""
     network = CapsNet(model_config)
     ranges = measure_ranges(network, torch.zeros(1, *model_config.image_shape, dtype=torch.uint8))
     (branch,) = (n for n in encoder_graph(network, ranges, "int8").graph.node if n.op_type == "If")

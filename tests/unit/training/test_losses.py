@@ -25,6 +25,6 @@ def test_reconstruction_loss_is_a_sum() -> None:
     torch.testing.assert_close(reconstruction_loss(ones * 0.5, ones), torch.full((2,), 784 * 0.25))
 
 
-def test_reconstruction_loss_of_colour_pictures() -> None:
+def test_reconstruction_loss_of_colour_images() -> None:
     """All three channels count."""
     assert reconstruction_loss(torch.zeros(1, 4, 4, 3), torch.ones(1, 4, 4, 3)).tolist() == [48.0]

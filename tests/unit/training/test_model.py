@@ -153,7 +153,7 @@ def network(model_config: ModelConfig) -> CapsNet:
     return network
 
 
-def pictures(config: ModelConfig, count: int) -> Tensor:
+def noise(config: ModelConfig, count: int) -> Tensor:
     return torch.randint(0, 256, (count, *config.image_shape), dtype=torch.uint8)
 
 
@@ -166,24 +166,24 @@ def test_papers_size() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_shapes(network: CapsNet, model_config: ModelConfig, count: int) -> None:
-    """Any number of pictures, one included, gives as many sets of capsules and reconstructions."""
-    capsules, reconstructions = network(pictures(model_config, count))
+    """Any number of images, one included, gives as many sets of capsules and reconstructions."""
+    capsules, reconstructions = network(noise(model_config, count))
     assert capsules.shape == (count, 3, 6)
     assert reconstructions.shape == (count, 13, 12)
     assert 0 <= reconstructions.min() <= reconstructions.max() <= 1
 
 
 def test_colour() -> None:
-    """Colour pictures of an odd size go in and come out as (B, H, W, 3)."""
+    """Colour images of an odd size go in and come out as (B, H, W, 3)."""
     config = ModelConfig(classes=("a", "b"), height=18, width=23, channels=3, conv_channels=8)
-    capsules, reconstructions = CapsNet(config)(pictures(config, 2))
+    capsules, reconstructions = CapsNet(config)(noise(config, 2))
     assert capsules.shape == (2, 2, 16)
     assert reconstructions.shape == (2, 18, 23, 3)
 
 
-def test_a_picture_is_judged_alone(network: CapsNet, model_config: ModelConfig) -> None:
-    """A picture's capsules do not depend on the other pictures of its batch."""
-    images = pictures(model_config, 5)
+def test_an_image_is_judged_alone(network: CapsNet, model_config: ModelConfig) -> None:
+    """An image's capsules do not depend on the other images of its batch."""
+    images = noise(model_config, 5)
     together = network.encoder(images)
     for i in range(5):
         torch.testing.assert_close(network.encoder(images[i : i + 1])[0], together[i], rtol=1e-4, atol=1e-5)
@@ -191,23 +191,23 @@ def test_a_picture_is_judged_alone(network: CapsNet, model_config: ModelConfig) 
 
 def test_masked_by_the_label_while_learning(network: CapsNet, model_config: ModelConfig) -> None:
     """With labels, each reconstruction is drawn from its label's capsule."""
-    images, labels = pictures(model_config, 6), torch.arange(6) % 3
+    images, labels = noise(model_config, 6), torch.arange(6) % 3
     capsules, reconstructions = network(images, labels)
     torch.testing.assert_close(reconstructions, network.decoder(capsules, labels))
 
 
 def test_masked_by_the_longest_capsule_without_labels(network: CapsNet, model_config: ModelConfig) -> None:
     """Without labels, each reconstruction is drawn from the longest capsule."""
-    images = pictures(model_config, 40)
+    images = noise(model_config, 40)
     capsules, reconstructions = network(images)
     longest = length(capsules).argmax(dim=-1)
-    assert len(longest.unique()) > 1, "the pictures must not all have one winner"
+    assert len(longest.unique()) > 1, "the images must not all have one winner"
     torch.testing.assert_close(reconstructions, network.decoder(capsules, longest))
 
 
 def test_bytes_are_scaled_inside(network: CapsNet, model_config: ModelConfig) -> None:
     """The network takes bytes: 255 means one."""
-    images = pictures(model_config, 2)
+    images = noise(model_config, 2)
     seen: list[Tensor] = []
     network.encoder.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     network.encoder(images)
@@ -215,7 +215,7 @@ def test_bytes_are_scaled_inside(network: CapsNet, model_config: ModelConfig) ->
 
 
 def test_training_step_at_zero_is_finite(model_config: ModelConfig) -> None:
-    """A black picture and its gradients are finite, even in a network whose biases are zero."""
+    """A black image and its gradients are finite, even in a network whose biases are zero."""
     network = CapsNet(model_config)
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):

@@ -12,12 +12,12 @@ def bar(width: float = 4, height: float = 20, shear: float = 0, level: float = 1
     y, x = np.indices((28, 28)) + 0.5
     from_middle = np.abs(x - 14 - shear * (y - 14))
     inside = np.clip(width / 2 - from_middle + 0.5, 0, 1) * np.clip(height / 2 - np.abs(y - 14) + 0.5, 0, 1)
-    picture: NDArray[np.float32] = (level * inside).astype(np.float32)
-    return picture
+    drawing: NDArray[np.float32] = (level * inside).astype(np.float32)
+    return drawing
 
 
-def of(picture: NDArray[np.float32]) -> dict[str, float]:
-    return dict(zip(MEASURES, measure(picture[np.newaxis])[0].tolist(), strict=True))
+def of(drawing: NDArray[np.float32]) -> dict[str, float]:
+    return dict(zip(MEASURES, measure(drawing[np.newaxis])[0].tolist(), strict=True))
 
 
 def test_an_upright_bar() -> None:
@@ -66,8 +66,8 @@ def test_a_dim_bar_has_the_same_shape() -> None:
 
 def test_drawings_do_not_touch_one_another() -> None:
     """Drawings that reach their borders are measured together as each alone."""
-    pictures = np.stack([bar(28, 28), bar(6, 28), bar(28, 5)])
-    np.testing.assert_allclose(measure(pictures), [measure(one[np.newaxis])[0] for one in pictures])
+    drawings = np.stack([bar(28, 28), bar(6, 28), bar(28, 5)])
+    np.testing.assert_allclose(measure(drawings), [measure(one[np.newaxis])[0] for one in drawings])
 
 
 @pytest.mark.parametrize("level", [0, 0.5])

@@ -53,9 +53,9 @@ def test_sizes() -> None:
     efficient = build(ModelConfig(DIGITS, architecture="efficient-capsnet"))
     assert isinstance(efficient, CapsNet)
     assert parameters(efficient.encoder) == 161_824
-    capsules, pictures = efficient.eval()(torch.zeros(2, 28, 28, dtype=torch.uint8))
+    capsules, reconstructions = efficient.eval()(torch.zeros(2, 28, 28, dtype=torch.uint8))
     assert capsules.shape == (2, 10, 16)
-    assert pictures.shape == (2, 28, 28)
+    assert reconstructions.shape == (2, 28, 28)
 
 
 def test_self_attention_by_hand() -> None:
@@ -200,7 +200,7 @@ def test_baseline(
 
 
 @pytest.mark.parametrize("architecture", ["multimnist-cnn", "affnist-cnn"])
-def test_pooled_cnns_take_their_smallest_pictures(architecture: str) -> None:
+def test_pooled_cnns_take_their_smallest_images(architecture: str) -> None:
     """The layer behind the convolutions is as large as what they leave, odd sizes included."""
     least = {"multimnist-cnn": 4, "affnist-cnn": 20}[architecture]
     for height, width in ((least, least + 3), (37, 42)):
@@ -254,7 +254,7 @@ def test_two_labels() -> None:
 
 
 def test_each_digit_is_drawn_from_its_own_capsule(model_config: ModelConfig) -> None:
-    """With two labels, two pictures come out, each from its label's capsule alone."""
+    """With two labels, two reconstructions come out, each from its label's capsule alone."""
     network = CapsNet(model_config).eval()
     images = torch.randint(0, 256, (3, 13, 12), dtype=torch.uint8)
     labels = torch.tensor([[0, 1], [2, 0], [1, 2]])
@@ -264,10 +264,10 @@ def test_each_digit_is_drawn_from_its_own_capsule(model_config: ModelConfig) -> 
         torch.testing.assert_close(drawn[:, k], network.decoder(capsules, labels[:, k]))
 
 
-def test_pictures_of_two(
+def test_images_of_two(
     model_config: ModelConfig, train_config: TrainConfig, load_split: Load, tmp_path: Path
 ) -> None:
-    """Pictures of two digits train, are measured, exported and served as any other; the manifest says two."""
+    """Images of two digits train, are measured, exported and served as any other; the manifest says two."""
 
     def load(split: Split) -> Dataset:
         base = replace(load_split(split), layout="pairs", name="multimnist")

@@ -1,4 +1,4 @@
-"""What a change does to a picture, by hand, and that a network's error is measured under each."""
+"""What a change does to an image, by hand, and that a network's error is measured under each."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def dots(count: int = 8) -> Tensor:
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("shape", [(5, 28, 28), (5, 17, 20, 3)])
 def test_the_first_strength_changes_nothing(name: str, shape: tuple[int, ...]) -> None:
-    """Turned by 0 degrees, moved by 0 pixels, with all of its contrast and no noise a picture stays."""
+    """Turned by 0 degrees, moved by 0 pixels, with all of its contrast and no noise an image stays."""
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator())
     change = CHANGES[name]
     assert torch.equal(change.apply(images, change.strengths[0], generator()), images)
@@ -73,14 +73,14 @@ def test_noise_of_a_standard_deviation() -> None:
 
 
 def test_a_tenth_of_the_contrast() -> None:
-    """Differences from a picture's own mean shrink to a tenth; the mean stays."""
+    """Differences from an image's own mean shrink to a tenth; the mean stays."""
     images = torch.tensor([[[0, 0], [0, 200]], [[100, 100], [100, 100]]], dtype=torch.uint8)
     pale = CHANGES["contrast"].apply(images, 0.1, generator())
     assert pale.tolist() == [[[45, 45], [45, 65]], [[100, 100], [100, 100]]]
 
 
 class Corner:
-    """Takes pictures with a bright first pixel for class 1; has no decoder."""
+    """Takes images with a bright first pixel for class 1; has no decoder."""
 
     classes = ("dark", "bright")
     image_shape = (4, 4)
@@ -102,7 +102,7 @@ def bright_and_dark() -> Dataset:
 
 
 def test_errors_by_hand(tmp_path: Path) -> None:
-    """Of four pictures one is wrong as it is, and two once the light is out; curves come of it."""
+    """Of four images one is wrong as it is, and two once the light is out; curves come of it."""
     dim = Change("grey levels", (0, 50, 100), lambda images, s, _: (images.float() - s).clamp(0, 255).byte())
     changes = {"shade": dim, "again": dim}
     networks = [Trained(name, Corner(), TRAINED) for name in ("one", "two")]
@@ -135,8 +135,8 @@ def test_the_baseline_is_measured_too(model_config: ModelConfig) -> None:
         assert [len(curve) for curve in network["errors"].values()] == [9, 9, 7, 9]
 
 
-def test_another_networks_pictures() -> None:
-    """A network that takes other pictures is refused before any is measured."""
+def test_another_networks_images() -> None:
+    """A network that takes other images is refused before any is measured."""
     dataset = bright_and_dark()
     large = Dataset("large", dataset.classes, torch.zeros(1, 5, 5, dtype=torch.uint8), torch.zeros(1), {})
     with pytest.raises(DataError, match="the network takes"):

@@ -250,7 +250,7 @@ def test_reconstruction_weight(
 
     monkeypatch.setattr(torch.Tensor, "backward", note)
     monkeypatch.setattr(training, "margin_loss", lambda lengths, _: 0 * lengths.sum(dim=-1) + 3)
-    monkeypatch.setattr(training, "reconstruction_loss", lambda pictures, _: 0 * pictures[:, 0, 0] + 2000)
+    monkeypatch.setattr(training, "reconstruction_loss", lambda drawn, _: 0 * drawn[:, 0, 0] + 2000)
     run(replace(config, reconstruction_weight=0.0005), tmp_path / "with")
     assert totals == pytest.approx([4.0] * 4)
 

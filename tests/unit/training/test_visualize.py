@@ -93,17 +93,17 @@ def test_effects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reconstructions(
     predictor: Recorder, load_split: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right and wrong pictures are each drawn from the capsule of the class that was predicted."""
+    """Right and wrong images are each drawn from the capsule of the class that was predicted."""
     dataset = load_split("test")
     draw_reconstructions(predictor, dataset, tmp_path / "r.png", columns=5)
     lengths = predictor.encode(dataset.images.numpy())[1]
     shown: list[NDArray[np.floating[Any]]] = []
-    monkeypatch.setattr(visualize, "_show", lambda _, picture: shown.append(picture))
+    monkeypatch.setattr(visualize, "_show", lambda _, tile: shown.append(tile))
     predictor.decoded.clear()
     draw_reconstructions(predictor, dataset, tmp_path / "unseen.png", columns=5)
     inputs, drawn = np.stack(shown[::2]), np.stack(shown[1::2])
     known = {image.tobytes() for image in dataset.images.numpy() / 255}
-    assert all(picture.tobytes() in known for picture in inputs)
+    assert all(image.tobytes() in known for image in inputs)
     again = [TorchPredictor.decode(predictor, *call) for call in predictor.decoded]
     np.testing.assert_array_equal(drawn, np.concatenate(again))
     for capsules, target in predictor.decoded:
@@ -121,7 +121,7 @@ def test_unknown_class(predictor: Recorder, load_split: Load, tmp_path: Path) ->
 
 
 class Known:
-    """Finds in the i-th picture what it is told to, and draws class k in the shade of k tenths."""
+    """Finds in the i-th image what it is told to, and draws class k in the shade of k tenths."""
 
     classes: tuple[str, ...] = tuple("abcd")
     image_shape = (4, 4)
@@ -141,7 +141,7 @@ class Known:
 
 
 def of_two_digits() -> Dataset:
-    """Three pictures, numbered in a corner; their digits lie in the first row and in the first column."""
+    """Three images, numbered in a corner; their digits lie in the first row and in the first column."""
     digits = torch.zeros(3, 2, 4, 4, dtype=torch.uint8)
     digits[:, 0, 1, 1:] = 255
     digits[:, 1, 1:, 1] = 255
@@ -152,9 +152,9 @@ def of_two_digits() -> Dataset:
 
 
 def test_pairs_as_in_figure_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right pictures, a mistake from its labels and from the prediction, and classes that are not there."""
+    """Right images, a mistake from its labels and from the prediction, and classes that are not there."""
     shown: list[tuple[Any, NDArray[np.floating[Any]]]] = []
-    monkeypatch.setattr(visualize, "_show", lambda axis, picture: shown.append((axis, picture)))
+    monkeypatch.setattr(visualize, "_show", lambda axis, tile: shown.append((axis, tile)))
     dataset = of_two_digits()
     draw_pairs(Known([[1, 0, 2, 3], [1, 3, 2, 0], [3, 0, 2, 1]]), dataset, tmp_path / "p.png", columns=6)
     columns = [shown[i : i + 5] for i in range(0, len(shown), 5)]
@@ -170,7 +170,7 @@ def test_pairs_as_in_figure_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for column, index, drawn in zip(
         columns, (0, 2, 1, 1, 0, 2), ((0, 1), (3, 0), (2, 1), (3, 1), (0, 2), (3, 2)), strict=True
     ):
-        image, true, both, first, second = (picture for _, picture in column)
+        image, true, both, first, second = (tile for _, tile in column)
         np.testing.assert_array_equal(image, dataset.images[index].numpy() / 255)
         assert true[1, 2].tolist() == [1, 0, 0], "the first digit in red"
         assert true[2, 1].tolist() == [0, 1, 0], "the second in green"
@@ -196,7 +196,7 @@ def test_no_class_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_each_reconstruction_is_of_one_capsule(model_config: ModelConfig, tmp_path: Path) -> None:
-    """A network that knows 36x36 pictures is asked to draw one capsule at a time, and a picture comes out."""
+    """A network that knows 36x36 images is asked to draw one capsule at a time, and a picture comes out."""
     torch.manual_seed(0)
     network = Recorder(CapsNet(replace(model_config, height=36, width=36)).eval())
     images = torch.zeros(30, 28, 28, dtype=torch.uint8)
@@ -208,9 +208,9 @@ def test_each_reconstruction_is_of_one_capsule(model_config: ModelConfig, tmp_pa
         assert np.asarray(picture.convert("L")).std() > 10, "something is drawn"
 
 
-def test_pairs_of_pictures_of_one(predictor: Recorder, load_split: Load, tmp_path: Path) -> None:
+def test_pairs_of_images_of_one(predictor: Recorder, load_split: Load, tmp_path: Path) -> None:
     """A data set of single things has no pairs to draw."""
-    with pytest.raises(DataError, match="shapes: its pictures are not made of two digits each"):
+    with pytest.raises(DataError, match="shapes: its images are not made of two digits each"):
         draw_pairs(predictor, load_split("test"), tmp_path / "p.png")
 
 
