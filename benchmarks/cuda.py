@@ -198,7 +198,7 @@ def _nodes(
 
 def _difference(graphs: Graphs, images: NDArray[np.uint8], expected: tuple[NDArray[Any], ...]) -> float:
     """Of capsules, lengths and reconstructions."""
-    capsules, lengths, _, reconstructions, _ = graphs.predict((images, np.ones(len(images), np.bool_)))
+    capsules, lengths, _, reconstructions, *_ = graphs.predict((images, np.ones(len(images), np.bool_)))
     return max(
         float(np.abs(found - wanted[: len(found)]).max())
         for found, wanted in zip(
