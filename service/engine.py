@@ -83,8 +83,8 @@ class Graphs:
         index = lengths.argmax(axis=1)
         if not drawn.any():
             nothing = np.zeros(images.shape, np.float32)
-            none = np.zeros(len(images), np.float32)
-            return capsules, lengths, index, nothing, none, none.astype(np.bool_)
+            errors, usual = (np.zeros(len(images), kind) for kind in (np.float32, np.bool_))
+            return capsules, lengths, index, nothing, errors, usual
         with measured("decoder"):
             reconstructions = fetched(*self.drawer.run(encoded, index))
         differences = (reconstructions - images / np.float32(255)).reshape(len(images), -1)
