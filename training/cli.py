@@ -150,6 +150,12 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="its rate at the last step; it decays exponentially in between",
     )
     command.add_argument(
+        "--warm-up-steps",
+        type=int,
+        default=DEFAULTS.warm_up_steps,
+        help="steps over which the rate rises to its first value; images of 36x36 and more need a hundred",
+    )
+    command.add_argument(
         "--max-shift",
         type=int,
         help="largest random shift of an image, in pixels; unset: the paper's, 2, of multimnist 4, of "
@@ -243,6 +249,7 @@ def _train(options: argparse.Namespace) -> None:
             learning_rate=options.learning_rate,
             final_learning_rate=options.final_learning_rate,
             schedule=options.schedule,
+            warm_up_steps=options.warm_up_steps,
             augmentation=options.augmentation,
             max_shift=compose.SHIFTS[dataset.layout] if options.max_shift is None else options.max_shift,
             reconstruction_weight=options.reconstruction_weight,

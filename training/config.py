@@ -134,6 +134,8 @@ class TrainConfig(_Stored):
     """The rate decays exponentially, step by step, from `learning_rate` to this at the last step."""
     schedule: Schedule = "exponential"
     """`authors`: the published code's instead, which knows no last step (`AUTHORS_DECAY`)."""
+    warm_up_steps: int = 0
+    """Over so many first steps the rate rises to what the schedule says, by as much at each."""
     max_shift: int = 2
     """Largest shift of a training image, in pixels, along each axis."""
     augmentation: Augmentation = "shift"
@@ -153,7 +155,8 @@ class TrainConfig(_Stored):
     def __post_init__(self) -> None:
         self._require_word("schedule", Schedule)
         self._require_word("augmentation", Augmentation)
-        for name, smallest in (("epochs", 1), ("batch_size", 1), ("max_shift", 0), ("validation_images", 0)):
+        least = {"epochs": 1, "batch_size": 1, "max_shift": 0, "validation_images": 0, "warm_up_steps": 0}
+        for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
         if not 0 <= self.seed < 2**63:
@@ -166,6 +169,10 @@ class TrainConfig(_Stored):
 
     def learning_rate_at(self, step: int, steps: int) -> float:
         """Adam's rate at `step` of a run of `steps`."""
+        risen = min(1.0, (step + 1) / self.warm_up_steps) if self.warm_up_steps else 1.0
+        return risen * self._scheduled(step, steps)
+
+    def _scheduled(self, step: int, steps: int) -> float:
         if self.schedule == "authors":
             factor, every, least = AUTHORS_DECAY
             return max(least, float(self.learning_rate * factor ** (step / every)))

@@ -133,6 +133,7 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                     if train.schedule == "exponential"
                     else f"Adam, {train.learning_rate:g} decaying as in the authors' code",
                 ),
+                *([("warm-up", f"{train.warm_up_steps} steps")] if train.warm_up_steps else []),
                 (
                     "augmentation",
                     f"shifts of up to {train.max_shift} pixels"

@@ -60,6 +60,7 @@ def test_unknown_setting() -> None:
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
         ({"seed": 2**63}, "seed is 9223372036854775808, expected a whole number from 0"),
         ({"max_shift": -1}, "max_shift is -1, expected at least 0"),
+        ({"warm_up_steps": -1}, "warm_up_steps is -1, expected at least 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a positive number"),
         ({"final_learning_rate": float("nan")}, "final_learning_rate is nan"),
         ({"reconstruction_weight": -1.0}, "reconstruction_weight is -1.0"),
@@ -77,6 +78,13 @@ def test_learning_rate_decays_exponentially() -> None:
     rates = [config.learning_rate_at(step, 5) for step in range(5)]
     assert rates == pytest.approx([1e-2, 10**-2.5, 1e-3, 10**-3.5, 1e-4])
     assert config.learning_rate_at(0, 1) == 1e-2
+
+
+def test_warm_up() -> None:
+    """Over the first steps the rate rises by as much at each, to what it would have been."""
+    config = TrainConfig(learning_rate=1e-2, final_learning_rate=1e-2, warm_up_steps=4)
+    rates = [config.learning_rate_at(step, 6) for step in range(6)]
+    assert rates == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2, 1e-2])
 
 
 def test_authors_learning_rate() -> None:
