@@ -17,11 +17,13 @@ from training.baseline import BaselineCNN
 from training.checkpoint import CheckpointError
 from training.config import (
     AUTHORS_RECONSTRUCTION_WEIGHT,
+    WARM_UP_STEPS,
     Architecture,
     Augmentation,
     ModelConfig,
     Schedule,
     TrainConfig,
+    warm_up_steps,
 )
 from training.data import DataError, Dataset
 from training.dimensions import measure_dimensions
@@ -152,8 +154,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--warm-up-steps",
         type=int,
-        default=DEFAULTS.warm_up_steps,
-        help="steps over which the rate rises to its first value; images of 36x36 and more need a hundred",
+        help=f"steps over which the rate rises to its first value; unset: {WARM_UP_STEPS} where images "
+        "are so large that there are more primary capsules than the paper's, otherwise none",
     )
     command.add_argument(
         "--max-shift",
@@ -229,27 +231,30 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> None:
     dataset = _loader(options, "train")()
     height, width, channels = compose.frame(dataset)
+    model_config = ModelConfig(
+        classes=dataset.classes,
+        height=height,
+        width=width,
+        channels=channels,
+        architecture=options.architecture,
+        capsule_biases=options.capsule_biases,
+        scaled_votes=options.scaled_votes,
+        routing_gradients=options.routing_gradients,
+        routing_iterations=options.routing_iterations,
+        shared_weights=options.share_weights,
+    )
     train(
         dataset,
-        ModelConfig(
-            classes=dataset.classes,
-            height=height,
-            width=width,
-            channels=channels,
-            architecture=options.architecture,
-            capsule_biases=options.capsule_biases,
-            scaled_votes=options.scaled_votes,
-            routing_gradients=options.routing_gradients,
-            routing_iterations=options.routing_iterations,
-            shared_weights=options.share_weights,
-        ),
+        model_config,
         TrainConfig(
             epochs=options.epochs,
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             final_learning_rate=options.final_learning_rate,
             schedule=options.schedule,
-            warm_up_steps=options.warm_up_steps,
+            warm_up_steps=warm_up_steps(model_config)
+            if options.warm_up_steps is None
+            else options.warm_up_steps,
             augmentation=options.augmentation,
             max_shift=compose.SHIFTS[dataset.layout] if options.max_shift is None else options.max_shift,
             reconstruction_weight=options.reconstruction_weight,

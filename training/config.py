@@ -180,6 +180,19 @@ class TrainConfig(_Stored):
         return float(self.learning_rate * decay ** (step / max(1, steps - 1)))
 
 
+PAPERS_CAPSULES = 1152
+"""Primary capsules of 28x28 pixels, which learn at the full rate from the first step on."""
+WARM_UP_STEPS = 100
+"""For more of them. Adam's first step moves each weight by the whole rate, and so a sum over all primary
+capsules by as much more as there are more of them: every class's capsule becomes as long as can be, where the
+loss has no gradient."""
+
+
+def warm_up_steps(model: ModelConfig) -> int:
+    """Steps over which the rate should rise for this network."""
+    return WARM_UP_STEPS if model.architecture == "capsnet" and model.primary_count > PAPERS_CAPSULES else 0
+
+
 AUTHORS_DECAY = (0.96, 2000, 1e-6)
 """The published code's schedule: this factor every so many steps, smoothly, down to this rate."""
 AUTHORS_RECONSTRUCTION_WEIGHT = 0.01

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from training.compose import LAYOUTS, SHIFTS
-from training.config import AUTHORS_RECONSTRUCTION_WEIGHT, ModelConfig, TrainConfig
+from training.config import AUTHORS_RECONSTRUCTION_WEIGHT, WARM_UP_STEPS, ModelConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ VOTES = {"scaled_votes": True}
 GRADIENTS = {"routing_gradients": True}
 RATIO = {"reconstruction_weight": AUTHORS_RECONSTRUCTION_WEIGHT}
 SCHEDULE = {"schedule": "authors"}
-# Larger images leave more primary capsules, and Adam's first step would make every class's capsule as long as
-# can be (docs/decisions/0046).
-RISE = {"warm_up_steps": 100}
+RISE = {"warm_up_steps": WARM_UP_STEPS}
 
 ROWS = {
     "baseline-cnn": Row("baseline CNN", _mnist("0.39, table 1"), {"architecture": "baseline-cnn"}, PLAIN),

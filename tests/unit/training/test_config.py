@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from training.config import ModelConfig, TrainConfig
+from training.config import ModelConfig, TrainConfig, warm_up_steps
 
 DIGITS = tuple("0123456789")
 
@@ -85,6 +85,16 @@ def test_warm_up() -> None:
     config = TrainConfig(learning_rate=1e-2, final_learning_rate=1e-2, warm_up_steps=4)
     rates = [config.learning_rate_at(step, 6) for step in range(6)]
     assert rates == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2, 1e-2])
+
+
+@pytest.mark.parametrize(
+    ("shape", "steps"),
+    [({}, 0), ({"height": 36, "width": 36}, 100), ({"height": 64, "width": 64, "primary_groups": 2}, 0)],
+)
+def test_who_warms_up(shape: dict[str, Any], steps: int) -> None:
+    """The rate rises slowly for networks with more primary capsules than the paper's, and for no others."""
+    assert warm_up_steps(ModelConfig(classes=DIGITS, **shape)) == steps
+    assert warm_up_steps(ModelConfig(classes=DIGITS, architecture="multimnist-cnn", **shape)) == 0
 
 
 def test_authors_learning_rate() -> None:
