@@ -2,18 +2,21 @@
 
 import argparse
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import cuda, loop, offline, report, served, training_step
+from benchmarks.frameworks import comparison
+from benchmarks.frameworks.processes import FrameworkError
 from service.errors import DeviceError
 from service.sessions import cpu_limit
 
 PARTS = ("offline", "profile", "training", "served", "loop")
-ASKED_FOR = ("cuda",)
-"""Parts that only run when they are named: not every machine can."""
+ASKED_FOR = ("frameworks", "cuda")
+"""Parts that only run when they are named: the first installs gigabytes, the second needs a GPU."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,7 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="model folder whose weights to take (the newest mnist)")
     parser.add_argument("--seconds", type=float, default=8, help="for each table row (%(default)s)")
     parser.add_argument("--threads", type=int, default=cpu_limit(), help="CPU threads (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of the served part (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="of the parts served and frameworks (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - {*PARTS, *ASKED_FOR}:
@@ -38,32 +43,29 @@ def main(arguments: list[str] | None = None) -> None:
     wrong: list[str] = []
     for part in options.parts or PARTS:
         print(f"measuring: {part}")
-        measured: dict[str, Any]
-        if part == "offline":
-            measured = offline.run(model, images, options.seconds, options.threads)
-        elif part == "profile":
-            measured = offline.profile(model, images, batch=8)
-        elif part in ("served", "loop"):
-            try:
-                measured = (
-                    loop.run(model, options.seconds)
-                    if part == "loop"
-                    else served.run(model, images, options.seconds, options.threads, options.rounds)
-                )
-            except served.Missing as error:
-                parser.exit(1, f"{part} was not measured: {error}\n")
-        elif part == "cuda":
-            try:
-                measured = cuda.run(model, options.seconds)
-            except DeviceError as error:
-                parser.exit(1, f"CUDA was not measured: {error}\n")
+        try:
+            measured = _measure(part, model, images, options)
+        except (FrameworkError, DeviceError, served.Missing) as error:
+            parser.exit(1, f"{part} was not measured: {error}\n")
+        if part == "cuda":
             wrong = cuda.failures(measured)
-        else:
-            measured = training_step.run(options.seconds, options.threads)
         report.write({part: {"machine": _machine(), **measured}}, options.output)
     print((options.output / "benchmarks.md").read_text(encoding="utf-8"))
     if wrong:
         parser.exit(1, "\n".join(wrong) + "\n")
+
+
+def _measure(part: str, model: Path, images: served.Images, options: argparse.Namespace) -> dict[str, Any]:
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "offline": lambda: offline.run(model, images, options.seconds, options.threads),
+        "profile": lambda: offline.profile(model, images, batch=8),
+        "training": lambda: training_step.run(options.seconds, options.threads),
+        "served": lambda: served.run(model, images, options.seconds, options.threads, options.rounds),
+        "loop": lambda: loop.run(model, options.seconds),
+        "frameworks": lambda: comparison.run(model, options.seconds, options.threads, options.rounds),
+        "cuda": lambda: cuda.run(model, options.seconds),
+    }
+    return parts[part]()
 
 
 def newest(models: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import cuda, loop, served
+from benchmarks.frameworks import comparison
 from benchmarks.through_openvino import ABSENT
 
 PLAIN, CONVOLUTIONS = "plain einsum", "the two convolutions alone"
@@ -34,6 +35,7 @@ def markdown(measured: dict[str, Any]) -> str:
         "profile": _profile,
         "training": _training,
         "served": partial(served.markdown, table=_table),
+        "frameworks": partial(comparison.markdown, table=_table),
         "loop": partial(loop.markdown, table=_table),
         "cuda": partial(cuda.markdown, table=_table),
     }

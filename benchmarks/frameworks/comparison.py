@@ -1,0 +1,185 @@
+"""Our service beside other frameworks that serve the same encoder, loaded in turns on the same cores."""
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.frameworks.contenders import FRAMEWORKS, Body, Framework, Setting, several
+from benchmarks.frameworks.processes import digit, installed, running
+from benchmarks.offline import open_session
+from benchmarks.served import DIGIT, h2load, require_h2load
+from benchmarks.timing import take_turns
+from service.manifest import read_manifest
+from tests.support.process import served
+
+CONCURRENCIES = (1, 8, 32, 64)
+TRIED_AT = 32
+"""Callers at whom each framework's settings are chosen."""
+BATCH = 32
+OURS = "this service"
+
+
+@dataclass(frozen=True)
+class _Loads:
+    """What h2load sees of a server that is sent the digit in JSON."""
+
+    folder: Path
+    """For the request's body, which h2load reads from a file."""
+    seconds: float
+
+    def one(self, port: int, path: str, body: Body, callers: int) -> dict[str, float]:
+        file = self.folder / "body"
+        file.write_text(json.dumps(body(digit())))
+        found = h2load(port, path, file, "application/json", callers, self.seconds)
+        return {
+            f"rate_{callers}": found.rate,
+            f"p50_{callers}": found.percentile(0.5),
+            f"p99_{callers}": found.percentile(0.99),
+        }
+
+    def all(self, port: int, path: str, body: Body) -> dict[str, float]:
+        row: dict[str, float] = {}
+        for callers in CONCURRENCIES:
+            row |= self.one(port, path, body, callers)
+        return row
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """A framework with its environment, and what its servers have to answer."""
+
+    framework: Framework
+    python: Path
+    encoder: Path
+    expected: NDArray[np.float32]
+
+    def running(self, setting: Setting) -> AbstractContextManager[int]:
+        """The port of a server."""
+        return running(self.framework, self.python, self.encoder, setting, self.expected)
+
+    def choose(self, threads: int, loads: _Loads) -> tuple[Setting, dict[str, float]]:
+        """The setting with the most answers in one load, and those of all that were tried."""
+        tried: dict[Setting, float] = {}
+        for setting in settings(threads, self.framework.waits):
+            with self.running(setting) as port:
+                row = loads.one(port, self.framework.path, self.framework.body, TRIED_AT)
+            tried[setting] = row[f"rate_{TRIED_AT}"]
+            print(f"  {self.framework.name}, {setting}: {tried[setting]:.0f} answers a second")
+        best = max(tried, key=lambda setting: tried[setting])
+        return best, {str(setting): rate for setting, rate in tried.items()}
+
+
+def run(
+    model: Path,
+    seconds: float,
+    threads: int,
+    rounds: int,
+    frameworks: tuple[Framework, ...] = FRAMEWORKS,
+) -> dict[str, Any]:
+    """Answers a second and times of each framework and of ours, medians of `rounds`, fp32.
+
+    Args:
+        model: a folder `<models>/<name>/<version>`.
+        seconds: of each load.
+        threads: of all workers together.
+
+    Raises:
+        Missing: h2load is not installed.
+        FrameworkError: what a framework did not do, with the end of its log.
+    """
+    require_h2load()
+    graph = read_manifest(model).encoder_in("fp32")
+    if graph is None:
+        raise ValueError(f"{model} has no fp32 encoder")
+    encoder = (model / graph.file).resolve()
+    session = open_session(encoder, threads)
+    image = np.asarray(Image.open(DIGIT).convert("L"))[None]
+    expected = session.run(["capsule_lengths"], {"images": image})[0][0]
+    batch = np.repeat(image, BATCH, axis=0)
+    raw: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        loads = _Loads(Path(folder), seconds)
+        contenders = [_Contender(each, installed(each), encoder, expected) for each in frameworks]
+        chosen = {each.framework.name: each.choose(threads, loads) for each in contenders}
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, *chosen)}
+        for _ in range(rounds):
+            once = take_turns({"raw": lambda: session.run(None, {"images": batch})}, seconds)["raw"]
+            raw.append(BATCH / once)
+            with served(model.parents[1], default_model=model.parent.name, precision="fp32") as service:
+                rows[OURS].append(loads.all(service.port, "/predict", several))
+            for each in contenders:
+                framework = each.framework
+                with each.running(chosen[framework.name][0]) as port:
+                    rows[framework.name].append(loads.all(port, framework.path, framework.body))
+            for name, found in rows.items():
+                print(f"  {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in found[-1].items()))
+    return {
+        "threads": threads,
+        "rounds": rounds,
+        "seconds": seconds,
+        "raw_rate": statistics.median(raw),
+        "chosen": {
+            each.name: {
+                "version": each.requirements[0].split("==")[1],
+                "setting": str(chosen[each.name][0]),
+                "tried": chosen[each.name][1],
+            }
+            for each in frameworks
+        },
+        "rows": {
+            name: {key: statistics.median(row[key] for row in found) for key in found[0]}
+            for name, found in rows.items()
+        },
+    }
+
+
+def settings(threads: int, waits: bool) -> list[Setting]:
+    """One worker on all threads, or as many as threads; a batch that hardly waits, or as long as most do."""
+    shapes = {(1, threads), (threads, 1)}
+    return [Setting(*shape, wait) for shape in sorted(shapes) for wait in ((1, 10) if waits else (None,))]
+
+
+def markdown(part: dict[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> str:
+    rows = part["rows"]
+    ours = rows[OURS]
+    lines = []
+    for name, row in sorted(rows.items(), key=lambda entry: -entry[1]["rate_32"]):
+        choice = part["chosen"].get(name)
+        label = f"{name} {choice['version']} ({choice['setting']})" if choice else f"**{name}**"
+        lines.append(
+            [
+                label,
+                f"{row['p50_1']:.1f}",
+                *(
+                    f"{row[f'rate_{callers}']:.0f} ({row[f'rate_{callers}'] / ours[f'rate_{callers}']:.2f}x)"
+                    for callers in CONCURRENCIES[1:]
+                ),
+                f"{row['rate_32'] / part['raw_rate']:.2f}",
+                f"{row['p99_64']:.0f}",
+            ]
+        )
+    head = ["", "1 caller, p50, ms", *(f"{callers} callers, answers/s" for callers in CONCURRENCIES[1:])]
+    head += ["share of raw at 32", "64 callers, p99, ms"]
+    return "\n".join(
+        [
+            f"## Beside other frameworks ({part['threads']} threads, {part['machine']})",
+            "",
+            "A PNG in JSON, the same fp32 encoder, loaded by h2load on the same cores; medians of "
+            f"{part['rounds']} rounds in which each has its turn of {part['seconds']:g} s for each load. In "
+            "brackets what was best of one worker or several, and of batches of at most 32 that wait 1 or 10 "
+            "ms for more. The others answer with the class and the lengths of its capsules; ours also draws "
+            "the reconstruction for its error, and says whether the image is usual. "
+            f"Raw `session.run` at batch 32: {part['raw_rate']:.0f} images/s.",
+            "",
+            table(head, lines),
+        ]
+    )
