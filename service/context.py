@@ -5,8 +5,7 @@ problem documents without being passed along.
 """
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Literal, NamedTuple
 
@@ -52,9 +51,15 @@ def add_stages(stages: Iterable[Stage]) -> None:
         record.extend(stages)
 
 
-@contextmanager
-def measured(name: StageName) -> Iterator[None]:
-    """Add the body as a stage to the current record, if there is one and the body does not fail."""
-    started = time.perf_counter()
-    yield
-    add_stages((Stage(name, started, time.perf_counter()),))
+class Measured:
+    """Adds the body of a `with` to the current record, if there is one and the body does not fail."""
+
+    def __init__(self, name: StageName) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            add_stages((Stage(self._name, self._started, time.perf_counter()),))

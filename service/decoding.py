@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from service.context import measured
+from service.context import Measured
 from service.errors import Overloaded, RequestError, TooLarge
 from service.images import Pixels, Preprocess, open_image, prepare
 from service.manifest import ImageSpec
@@ -42,7 +42,7 @@ class Decoder:
                 received=str(len(images)),
                 expected=f"at most {self._settings.max_images} images",
             )
-        with measured("image_decode"):
+        with Measured("image_decode"):
             return await self._decode_anywhere(images, spec, preprocess)
 
     async def _decode_anywhere(

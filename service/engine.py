@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.batching import Arrays, Batcher
 from service.binding import BoundSession, fetched
-from service.context import measured
+from service.context import Measured
 from service.errors import DeviceError, StartError, UnknownModel
 from service.manifest import MANIFEST_FILE, Graph, Manifest, ManifestError, Precision, read_manifest
 from service.metrics import Metrics
@@ -77,7 +77,7 @@ class Graphs:
         separate step with a queue of its own.
         """
         images, drawn = inputs
-        with measured("encoder"):
+        with Measured("encoder"):
             encoded, found = self.encoder.run(images)
             capsules, lengths = fetched(encoded), fetched(found)
         index = lengths.argmax(axis=1)
@@ -85,7 +85,7 @@ class Graphs:
             nothing = np.zeros(images.shape, np.float32)
             errors, usual = (np.zeros(len(images), kind) for kind in (np.float32, np.bool_))
             return capsules, lengths, index, nothing, errors, usual
-        with measured("decoder"):
+        with Measured("decoder"):
             reconstructions = fetched(*self.drawer.run(encoded, index))
         differences = (reconstructions - images / np.float32(255)).reshape(len(images), -1)
         errors = np.einsum("bp,bp->b", differences, differences)
@@ -94,7 +94,7 @@ class Graphs:
 
     def decode(self, inputs: Arrays) -> Arrays:
         """Capsules (B, classes, dimensions) and targets (B,) to reconstructions (B, H, W[, 3])."""
-        with measured("decoder"):
+        with Measured("decoder"):
             return (fetched(*self.decoder.run(*inputs)),)
 
 

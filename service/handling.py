@@ -40,15 +40,26 @@ def service_of(request: Request) -> Service:
 
 
 async def answer_in_time(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Run `work` while the caller is there, up to the time limit."""
+    """Run `work` while the caller is there, up to the time limit.
+
+    Raises:
+        TimedOut: it took too long.
+        ClientGone: nobody waits for it any more.
+    """
     task = cast("asyncio.Task[Any]", asyncio.current_task())  # a coroutine always runs in a task
-    gone = False
+    limit = service_of(request).settings.request_timeout
+    unwatched = min(_UNWATCHED, limit)
+    given_up: Exception | None = None
 
     async def watch() -> None:
-        nonlocal gone
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        gone = True
+        nonlocal given_up
+        try:
+            async with asyncio.timeout(limit - unwatched):
+                while (await request.receive())["type"] != "http.disconnect":
+                    pass
+            given_up = ClientGone()
+        except TimeoutError:
+            given_up = TimedOut(f"There was no answer within {limit:g} s.", retry_after=1)
         task.cancel()
 
     watcher: asyncio.Task[None] | None = None
@@ -57,18 +68,14 @@ async def answer_in_time(request: Request, work: Coroutine[Any, Any, Result]) ->
         nonlocal watcher
         watcher = asyncio.create_task(watch())
 
-    limit = service_of(request).settings.request_timeout
-    timer = asyncio.get_running_loop().call_later(_UNWATCHED, begin_to_watch)
+    timer = asyncio.get_running_loop().call_later(unwatched, begin_to_watch)
     try:
-        async with asyncio.timeout(limit):
-            return await work
-    except TimeoutError as error:
-        raise TimedOut(f"There was no answer within {limit:g} s.", retry_after=1) from error
+        return await work
     except asyncio.CancelledError:
-        if gone:
-            task.uncancel()
-            raise ClientGone from None
-        raise
+        if given_up is None:
+            raise
+        task.uncancel()
+        raise given_up from None
     finally:
         timer.cancel()
         if watcher is not None:

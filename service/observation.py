@@ -2,9 +2,9 @@
 
 import logging
 import re
-import secrets
 import time
 from collections.abc import Iterable
+from random import getrandbits
 from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,7 +39,7 @@ class Observation:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        identity = _given_id(scope["headers"]) or secrets.token_hex(16)
+        identity = _given_id(scope["headers"]) or f"{getrandbits(128):032x}"
         request_id.set(identity)
         if self._tracing:
             self._tracing.begin(identity)

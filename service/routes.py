@@ -139,16 +139,16 @@ def _predict_answer(
             arrays["images"] = images
         return _npz(arrays)
     classes = model.manifest.classes
-    ranking = np.argsort(-found.lengths, axis=1, kind="stable")[:, : query.top_k].tolist()
     lengths = found.lengths.tolist()
     predictions = []
     for row, index in enumerate(found.index.tolist()):
+        ranking = sorted(range(len(classes)), key=lengths[row].__getitem__, reverse=True)[: query.top_k]
         prediction = {
             "label": classes[index],
             "index": index,
             "length": lengths[row][index],
             "lengths": lengths[row],
-            "top": [{"label": classes[i], "index": i, "length": lengths[row][i]} for i in ranking[row]],
+            "top": [{"label": classes[i], "index": i, "length": lengths[row][i]} for i in ranking],
             "reconstruction_error": found.errors[row],
             "in_distribution": found.in_distribution[row],
         }
