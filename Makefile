@@ -3,6 +3,7 @@
 #   GPU=1        use .venv-gpu and onnxruntime-gpu; the CPU and GPU builds of ONNX Runtime cannot share an environment
 #   PYTHON=…     the interpreter to make the environment with; otherwise the newest one that the pins are checked on
 #   SIZE=smoke   with reproduce-…: two minutes on two cores, to see that it runs; otherwise the whole run
+#   SIZE=small   three passes over a sixth of the images: half an hour on two cores at most
 #   ARGS="…"     passed on to the command behind the target
 #   CAPSNET_…    the service's settings, read by the service itself
 

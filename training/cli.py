@@ -385,7 +385,10 @@ def _add_reproduce(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     command.epilog = "rows:\n" + "\n".join(f"  {name:26}{row.what}" for name, row in ROWS.items())
     command.add_argument("row", choices=ROWS, metavar="row", help="one of the rows below")
     command.add_argument(
-        "--size", choices=SIZES, default="full", help="smoke: a few images, to see that it runs; no result"
+        "--size",
+        choices=SIZES,
+        default="full",
+        help="smoke: a few images, to see that it runs; small: a sixth of them; neither is a result",
     )
     command.add_argument("--epochs", type=int, help="passes over the training images; unset: the row's")
     command.add_argument("--resume", action="store_true", help="go on with this row's run of this seed")

@@ -175,9 +175,9 @@ def markdown(part: dict[str, Any], table: Callable[[list[str], list[list[Any]]],
             "",
             "A PNG in JSON, the same fp32 encoder, loaded by h2load on the same cores; medians of "
             f"{part['rounds']} rounds in which each has its turn of {part['seconds']:g} s for each load. In "
-            "brackets what was best of one worker or several, and of batches of at most 32 that wait 1 or 10 "
-            "ms for more. The others answer with the class and the lengths of its capsules; ours also draws "
-            "the reconstruction for its error, and says whether the image is usual. "
+            "brackets what was best of one worker or several, and of batches of 32, divided among the "
+            "workers, that wait 1 or 10 ms for more. The others answer with the class and the lengths of its "
+            "capsules; ours also draws the reconstruction for its error, and says whether an image is usual. "
             f"Raw `session.run` at batch 32: {part['raw_rate']:.0f} images/s.",
             "",
             table(head, lines),

@@ -66,6 +66,17 @@ def test_smoke_begins_anew() -> None:
         assert len(json.loads(path.read_text())["history"]) == 2
 
 
+def test_a_small_run_is_kept_out_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small run takes the first images alone, is resumable, and leaves the results alone."""
+    monkeypatch.setitem(reproduce.SIZES, "small", replace(reproduce.SIZES["small"], images=30))
+    row = small(ROWS["routing-1"])
+    record = json.loads(reproduce.reproduce("routing-1", row, "small", device="cpu").read_text())
+    assert (record["training_images"], record["epochs"]) == (30, 3)
+    assert not Path("docs").exists()
+    with pytest.raises(TrainingError, match="add --resume"):
+        reproduce.reproduce("routing-1", row, "small", device="cpu")
+
+
 def test_full_run_is_recorded_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted full run stands in the results with its epoch, and ends as if it had not been."""
     row = small(ROWS["affnist"])
