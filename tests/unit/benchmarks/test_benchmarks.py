@@ -131,7 +131,8 @@ def test_an_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
         command.main(["gpu"])
     assert (
         "unknown parts ['gpu'], expected some of "
-        "['offline', 'profile', 'training', 'served', 'loop', 'cuda']" in capsys.readouterr().err
+        "['offline', 'profile', 'training', 'served', 'loop', 'frameworks', 'cuda']"
+        in capsys.readouterr().err
     )
 
 
