@@ -66,6 +66,6 @@ def test_without_cuda_it_is_refused(
         command.main(["cuda", "--output", str(tmp_path / "results")])
     assert stopped.value.code == 1
     said = capsys.readouterr().err
-    assert said.startswith("CUDA was not measured: this ONNX Runtime has no CUDA provider")
+    assert said.startswith("cuda was not measured: this ONNX Runtime has no CUDA provider")
     assert said.count("\n") == 1
     assert not (tmp_path / "results").exists()
