@@ -1,6 +1,7 @@
 """What the handlers of all routes stand on: the service in the application's state, and answers in time."""
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -15,6 +16,8 @@ from service.problems import ClientGone
 from service.repository import Repository
 from service.settings import Settings
 from service.tracing import Tracing
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -60,6 +63,11 @@ async def answer_in_time(request: Request, work: Coroutine[Any, Any, Result]) ->
             given_up = ClientGone()
         except TimeoutError:
             given_up = TimedOut(f"There was no answer within {limit:g} s.", retry_after=1)
+        except Exception:
+            logger.exception(
+                "the server no longer says whether a caller is there; they are taken to have left"
+            )
+            given_up = ClientGone()
         task.cancel()
 
     watcher: asyncio.Task[None] | None = None
@@ -72,11 +80,12 @@ async def answer_in_time(request: Request, work: Coroutine[Any, Any, Result]) ->
     try:
         return await work
     except asyncio.CancelledError:
-        if given_up is None:
+        # What remains of the cancellations, once ours is taken back, is somebody else's.
+        if given_up is None or task.uncancel():
             raise
-        task.uncancel()
         raise given_up from None
     finally:
+        given_up = None  # its traceback holds this frame
         timer.cancel()
         if watcher is not None:
             watcher.cancel()
