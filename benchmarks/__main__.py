@@ -2,6 +2,8 @@
 
 import argparse
 import platform
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args(arguments)
+    # As an exception, so that whatever serves meanwhile is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if unknown := set(options.parts) - {*PARTS, *ASKED_FOR}:
         parser.error(f"unknown parts {sorted(unknown)}, expected some of {[*PARTS, *ASKED_FOR]}")
     model = options.model or newest(Path("models/mnist"))

@@ -154,8 +154,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--warm-up-steps",
         type=int,
-        help=f"steps over which the rate rises to its first value; unset: {WARM_UP_STEPS} where images "
-        "are so large that there are more primary capsules than the paper's, otherwise none",
+        help=f"steps over which the rate rises to its first value; unset: {WARM_UP_STEPS} for a capsnet "
+        "whose images are so large that it has more primary capsules than the paper's, otherwise none",
     )
     command.add_argument(
         "--max-shift",

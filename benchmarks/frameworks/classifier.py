@@ -17,7 +17,7 @@ from PIL import Image
 PORT = int(os.environ.get("BENCH_PORT", "0"))
 WORKERS = int(os.environ.get("BENCH_WORKERS", "1"))
 """Processes, or copies, that each run the graph."""
-BATCH = 32 // WORKERS
+BATCH = max(1, 32 // WORKERS)
 """Images at most in one run: with more, one worker of several would take all that 32 callers send."""
 WAIT_MS = int(os.environ.get("BENCH_WAIT_MS", "0"))
 """How long the first image of a batch may wait for others."""

@@ -3,7 +3,7 @@
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,6 @@ from service.manifest import read_manifest
 from tests.support.process import served
 
 CONCURRENCIES = (1, 8, 32, 64)
-TRIED_AT = 32
-"""Callers at whom each framework's settings are chosen."""
 BATCH = 32
 OURS = "this service"
 
@@ -46,9 +44,9 @@ class _Loads:
             f"p99_{callers}": found.percentile(0.99),
         }
 
-    def all(self, port: int, path: str, body: Body) -> dict[str, float]:
+    def each(self, port: int, path: str, body: Body, concurrencies: Iterable[int]) -> dict[str, float]:
         row: dict[str, float] = {}
-        for callers in CONCURRENCIES:
+        for callers in concurrencies:
             row |= self.one(port, path, body, callers)
         return row
 
@@ -66,16 +64,29 @@ class _Contender:
         """The port of a server."""
         return running(self.framework, self.python, self.encoder, setting, self.expected)
 
-    def choose(self, threads: int, loads: _Loads) -> tuple[Setting, dict[str, float]]:
-        """The setting with the most answers in one load, and those of all that were tried."""
-        tried: dict[Setting, float] = {}
+    def choose(self, threads: int, loads: _Loads) -> tuple[dict[int, Setting], dict[str, dict[str, float]]]:
+        """For each load the setting with the most answers, and what each gave in one try."""
+        tried: dict[Setting, dict[str, float]] = {}
         for setting in settings(threads, self.framework.waits):
-            with self.running(setting) as port:
-                row = loads.one(port, self.framework.path, self.framework.body, TRIED_AT)
-            tried[setting] = row[f"rate_{TRIED_AT}"]
-            print(f"  {self.framework.name}, {setting}: {tried[setting]:.0f} answers a second")
-        best = max(tried, key=lambda setting: tried[setting])
-        return best, {str(setting): rate for setting, rate in tried.items()}
+            tried[setting] = self.loaded(setting, loads, CONCURRENCIES)
+            rates = ", ".join(f"{tried[setting][f'rate_{callers}']:.0f}" for callers in CONCURRENCIES)
+            print(f"  {self.framework.name}, {setting}: {rates} answers a second")
+        best = {
+            callers: max(tried, key=lambda setting: tried[setting][f"rate_{callers}"])
+            for callers in CONCURRENCIES
+        }
+        return best, {str(setting): row for setting, row in tried.items()}
+
+    def loaded(self, setting: Setting, loads: _Loads, concurrencies: Iterable[int]) -> dict[str, float]:
+        with self.running(setting) as port:
+            return loads.each(port, self.framework.path, self.framework.body, concurrencies)
+
+    def turn(self, best: Mapping[int, Setting], loads: _Loads) -> dict[str, float]:
+        """One round: each load with its best setting."""
+        row: dict[str, float] = {}
+        for setting in dict.fromkeys(best.values()):
+            row |= self.loaded(setting, loads, [callers for callers in best if best[callers] == setting])
+        return row
 
 
 def run(
@@ -114,12 +125,11 @@ def run(
         for _ in range(rounds):
             once = take_turns({"raw": lambda: session.run(None, {"images": batch})}, seconds)["raw"]
             raw.append(BATCH / once)
-            with served(model.parents[1], default_model=model.parent.name, precision="fp32") as service:
-                rows[OURS].append(loads.all(service.port, "/predict", several))
+            ours = {"default_model": model.parent.name, "precision": "fp32", "threads": str(threads)}
+            with served(model.parents[1], **ours) as service:
+                rows[OURS].append(loads.each(service.port, "/predict", several, CONCURRENCIES))
             for each in contenders:
-                framework = each.framework
-                with each.running(chosen[framework.name][0]) as port:
-                    rows[framework.name].append(loads.all(port, framework.path, framework.body))
+                rows[each.framework.name].append(each.turn(chosen[each.framework.name][0], loads))
             for name, found in rows.items():
                 print(f"  {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in found[-1].items()))
     return {
@@ -130,7 +140,7 @@ def run(
         "chosen": {
             each.name: {
                 "version": each.requirements[0].split("==")[1],
-                "setting": str(chosen[each.name][0]),
+                "settings": {str(callers): str(best) for callers, best in chosen[each.name][0].items()},
                 "tried": chosen[each.name][1],
             }
             for each in frameworks
@@ -149,15 +159,13 @@ def settings(threads: int, waits: bool) -> list[Setting]:
 
 
 def markdown(part: dict[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> str:
-    rows = part["rows"]
+    rows, chosen = part["rows"], part["chosen"]
     ours = rows[OURS]
     lines = []
     for name, row in sorted(rows.items(), key=lambda entry: -entry[1]["rate_32"]):
-        choice = part["chosen"].get(name)
-        label = f"{name} {choice['version']} ({choice['setting']})" if choice else f"**{name}**"
         lines.append(
             [
-                label,
+                f"{name} {chosen[name]['version']}" if name in chosen else f"**{name}**",
                 f"{row['p50_1']:.1f}",
                 *(
                     f"{row[f'rate_{callers}']:.0f} ({row[f'rate_{callers}'] / ours[f'rate_{callers}']:.2f}x)"
@@ -169,17 +177,24 @@ def markdown(part: dict[str, Any], table: Callable[[list[str], list[list[Any]]],
         )
     head = ["", "1 caller, p50, ms", *(f"{callers} callers, answers/s" for callers in CONCURRENCIES[1:])]
     head += ["share of raw at 32", "64 callers, p99, ms"]
+    settings_head = ["best setting", *(f"{callers} callers" for callers in CONCURRENCIES)]
+    best = [[name, *(choice["settings"].values())] for name, choice in chosen.items()]
     return "\n".join(
         [
             f"## Beside other frameworks ({part['threads']} threads, {part['machine']})",
             "",
             "A PNG in JSON, the same fp32 encoder, loaded by h2load on the same cores; medians of "
-            f"{part['rounds']} rounds in which each has its turn of {part['seconds']:g} s for each load. In "
-            "brackets what was best of one worker or several, and of batches of 32, divided among the "
-            "workers, that wait 1 or 10 ms for more. The others answer with the class and the lengths of its "
-            "capsules; ours also draws the reconstruction for its error, and says whether an image is usual. "
-            f"Raw `session.run` at batch 32: {part['raw_rate']:.0f} images/s.",
+            f"{part['rounds']} rounds in which each has its turn of {part['seconds']:g} s for each load. The "
+            "others answer with the class and the lengths of its capsules; ours also draws the "
+            "reconstruction for its error, and says whether an image is usual. "
+            f"Raw `session.run` at batch {BATCH}: {part['raw_rate']:.0f} images/s.",
             "",
             table(head, lines),
+            "",
+            "Ours has its defaults for every load. The others have for each the setting that gave the most "
+            "answers in one try: workers x threads of each, and how long a batch, of 32 divided among the "
+            "workers, may wait for more.",
+            "",
+            table(settings_head, best),
         ]
     )

@@ -10,9 +10,12 @@ import sys
 import sysconfig
 import tempfile
 import time
+import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,11 +47,12 @@ def installed(framework: Framework) -> Path:
     wanted: list[str] = [*framework.requirements, f"onnxruntime=={version('onnxruntime')}", "numpy", "pillow"]
     if not stamp.exists() or stamp.read_text() != "\n".join(wanted):
         print(f"  installing {framework.name}")
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)  # noqa: S603 - fixed words
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - the same
-        if done.returncode:
-            raise FrameworkError(f"{framework.name} does not install: {done.stderr[-1000:]}")
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted]
+        for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], pip):
+            done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - fixed words
+            if done.returncode:
+                said = (done.stdout + done.stderr)[-1000:]
+                raise FrameworkError(f"{framework.name} does not install: {said}")
         stamp.write_text("\n".join(wanted))
     return python.absolute()
 
@@ -78,35 +82,53 @@ def running(
             [python, *words], env=environment, stdout=log, stderr=log, cwd=ROOT, start_new_session=True
         )
         try:
-            found = _first_answer(framework, port, process)
-            if found is None or not np.allclose(found, expected, atol=1e-4):
+            try:
+                found = _first_answer(framework, port, process)
+                if np.shape(found) != expected.shape or not np.allclose(found, expected, atol=1e-4):
+                    raise FrameworkError(f"it answers {found} instead of {expected}")
+            except FrameworkError as error:
                 log.seek(0)
-                said = "answers nothing" if found is None else f"answers {found} instead of {expected}"
-                raise FrameworkError(f"{framework.name} ({setting}) {said}:\n{log.read()[-3000:]}")
+                raise FrameworkError(f"{framework.name} ({setting}): {error}\n{log.read()[-3000:]}") from None
             yield port
         finally:
             _end(process)
 
 
-def _first_answer(framework: Framework, port: int, process: subprocess.Popen[bytes]) -> list[float] | None:
-    """The lengths in the first answer of 200; None if the process ends, or none comes in time."""
+def _first_answer(framework: Framework, port: int, process: subprocess.Popen[bytes]) -> list[float]:
+    """The lengths in the first answer of 200.
+
+    Raises:
+        FrameworkError: the process ends, none comes in time, or it has no lengths.
+    """
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}{framework.path}",
         data=json.dumps(framework.body(digit())).encode(),
         headers={"content-type": "application/json"},
     )
+    last = "it refuses connections"
     deadline = time.monotonic() + START_LIMIT
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310 - http
-                return framework.lengths(json.load(answer))
-        except OSError:  # not there yet, or not ready
-            time.sleep(0.2)
-    return None
+                body = answer.read()
+        except urllib.error.HTTPError as error:  # some are 404 until the model is there
+            last = f"the last answer was {error.code}, {error.read()[:300]!r}"
+        except (OSError, HTTPException) as error:  # not there yet
+            last = f"the last try ended with {error!r}"
+        else:
+            try:
+                return framework.lengths(json.loads(body))
+            except (ValueError, LookupError, TypeError) as error:
+                raise FrameworkError(f"it answers {body[:300]!r}, where there are no lengths") from error
+        time.sleep(0.2)
+    if process.poll() is not None:
+        raise FrameworkError(f"it ended with {process.returncode}")
+    raise FrameworkError(f"it has no answer of 200 in {START_LIMIT:g} s; {last}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask its processes to end, and after a while make them."""
+    """Ask its processes to end, and after a while make them, with those that left its session."""
+    family = _descendants(process.pid)
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
@@ -117,6 +139,23 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
+    for child in family:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def _descendants(ancestor: int) -> list[int]:
+    """Processes that it started, and those that they did."""
+    children = defaultdict(list)
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            # After the name, which may hold anything: its state, and its parent.
+            parent = int(file.read_text().rpartition(")")[2].split()[1])
+            children[parent].append(int(file.parent.name))
+    found = [ancestor]
+    for each in found:
+        found += children[each]
+    return found[1:]
 
 
 def digit() -> str:

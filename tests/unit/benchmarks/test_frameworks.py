@@ -1,7 +1,10 @@
 """Other frameworks are asked the same as ours, and only what answers rightly is measured."""
 
+import re
 import shutil
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.frameworks import comparison, processes
-from benchmarks.frameworks.contenders import FRAMEWORKS, Setting
+from benchmarks.frameworks.contenders import FRAMEWORKS, Framework, Setting
 from tests.support.mnist import ROOT
 
 MODEL = command.newest(ROOT / "models" / "mnist")
@@ -27,11 +30,30 @@ def test_the_tutorial_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     measured = comparison.run(MODEL, 1, threads=1, rounds=1, frameworks=(TUTORIAL,))
     assert set(measured["rows"]) == {comparison.OURS, TUTORIAL.name}
     assert all(row["rate_32"] > 0 and row["p99_64"] > 0 for row in measured["rows"].values())
-    assert measured["chosen"][TUTORIAL.name]["setting"] == "1 x 1 threads"
+    assert measured["chosen"][TUTORIAL.name]["settings"] == dict.fromkeys(("1", "32", "64"), "1 x 1 threads")
     report.write({"frameworks": {"machine": "a test", **measured}}, tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| **this service** |" in text
-    assert f"| {TUTORIAL.name} 0.165.0 (1 x 1 threads) |" in text
+    assert f"| {TUTORIAL.name} 0.165.0 |" in text
+    assert f"| {TUTORIAL.name} | 1 x 1 threads | 1 x 1 threads | 1 x 1 threads |" in text
+
+
+def test_each_load_has_the_setting_that_was_best_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience that costs a lone caller and helps many is used for the many alone."""
+    impatient, patient = Setting(1, 1, 1), Setting(1, 1, 10)
+    rates = {impatient: {1: 9.0, 8: 8.0, 32: 5.0, 64: 5.0}, patient: {1: 1.0, 8: 7.0, 32: 6.0, 64: 6.0}}
+
+    def loaded(_: object, setting: Setting, __: object, concurrencies: Iterable[int]) -> dict[str, float]:
+        return {f"rate_{callers}": rates[setting][callers] for callers in concurrencies}
+
+    monkeypatch.setattr(comparison._Contender, "loaded", loaded)
+    waits = replace(TUTORIAL, waits=True)
+    contender = comparison._Contender(waits, Path(), Path(), np.zeros(10, "f4"))
+    loads = comparison._Loads(Path(), 1)
+    best, tried = contender.choose(1, loads)
+    assert best == {1: impatient, 8: impatient, 32: patient, 64: patient}
+    assert tried[str(patient)]["rate_8"] == 7
+    assert contender.turn(best, loads) == {"rate_1": 9, "rate_8": 8, "rate_32": 6, "rate_64": 6}
 
 
 def test_settings_are_tried() -> None:
@@ -47,7 +69,8 @@ def test_settings_are_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"), [("/predict", r"answers \[.*\] instead of \[9"), ("/absent", "answers nothing")]
+    ("path", "said"),
+    [("/predict", r"it answers \[.*\] instead of \[9"), ("/absent", r"no answer of 200.*404, b'.*Not Found")],
 )
 def test_what_answers_otherwise_is_not_measured(
     path: str, said: str, monkeypatch: pytest.MonkeyPatch
@@ -67,7 +90,59 @@ def test_what_ends_at_once_is_said() -> None:
     """A framework that does not start is an error at once, with what it said."""
     framework = replace(TUTORIAL, command=("-c", "raise SystemExit('no room')"))
     with (
-        pytest.raises(processes.FrameworkError, match=r"(?s)answers nothing.*no room"),
+        pytest.raises(processes.FrameworkError, match=r"(?s)it ended with 1.*no room"),
         processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(10, "f4")),
     ):
         pass
+
+
+SERVER = """
+import subprocess, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+Path("child").write_text(str(child.pid))
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(Path("body").read_bytes())
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def answering(body: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Framework:
+    """A framework that answers everything with `body`, with a process that leaves its session."""
+    monkeypatch.setattr(processes, "ROOT", place)
+    (place / "server.py").write_text(SERVER)
+    (place / "body").write_text(body)
+    return replace(TUTORIAL, command=("server.py", "{port}"))
+
+
+@pytest.mark.parametrize("body", ["not JSON", '{"other": 1}', "[]"])
+def test_an_answer_without_lengths_is_said(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What answers something else altogether is an error that shows the answer."""
+    framework = answering(body, tmp_path, monkeypatch)
+    with (
+        pytest.raises(processes.FrameworkError, match=re.escape(repr(body.encode()))),
+        processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(10, "f4")),
+    ):
+        pass
+
+
+def test_no_process_outlives_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that left the server's session end with it too, so that they load nobody else's turn."""
+    framework = answering('{"lengths": [0]}', tmp_path, monkeypatch)
+    with processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(1, "f4")):
+        child = Path(f"/proc/{(tmp_path / 'child').read_text()}/cmdline")
+        assert b"sleep" in child.read_bytes()
+    deadline = time.monotonic() + 10
+    # A killed one is gone, or without a command line until somebody collects it.
+    while child.exists() and child.read_bytes():
+        assert time.monotonic() < deadline, "it goes on"
+        time.sleep(0.01)

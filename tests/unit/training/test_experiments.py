@@ -5,6 +5,7 @@ import torch
 
 from training import compose
 from training.compose import LAYOUTS
+from training.config import warm_up_steps
 from training.data import DIGITS, Dataset
 from training.experiments import ROWS
 from training.networks import build
@@ -38,3 +39,20 @@ def test_first_steps_leave_the_capsules_room(name: str) -> None:
         (margin + config.reconstruction_weight * reconstruction).mean().backward()
         optimizer.step()
     assert lengths.mean() < 0.9
+
+
+@pytest.mark.parametrize("name", CAPSULES)
+def test_a_row_begins_as_its_network_needs(name: str) -> None:
+    """Every row of capsules rises as `make train` would for a network of its size."""
+    row = ROWS[name]
+    images = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    digits = Dataset(
+        row.dataset,
+        DIGITS,
+        images,
+        torch.zeros(1, dtype=torch.long),
+        {},
+        layout=LAYOUTS.get(row.dataset, "plain"),
+    )
+    model = row.model_config(digits.classes, compose.frame(digits))
+    assert row.train_config().warm_up_steps == warm_up_steps(model)
