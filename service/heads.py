@@ -1,4 +1,4 @@
-"""HTTP on a connection as uvicorn speaks it, with a limit for request heads and a rest after a refusal."""
+"""HTTP on a connection as uvicorn speaks it, with limits for request heads and a rest after a refusal."""
 
 import asyncio
 from asyncio.events import TimerHandle
@@ -14,9 +14,12 @@ from service.one_write import OneWrite
 # notices nothing; one that tries again at once costs one refusal a second at most.
 REST = 1.0  # seconds, the least that Retry-After says
 
+# As in other servers. Parsed, a head of many short lines takes twenty times its size.
+MAX_HEAD = 64 * 1024  # bytes
+
 
 class TimedHeads(HttpToolsProtocol):
-    """Closes a connection whose client does not finish a request's head in time.
+    """Closes a connection whose client does not finish a request's head in time, or sends one without end.
 
     The time runs from the moment the connection is made, or from the first byte after an answer: until then
     a kept connection has uvicorn's limit. There is no request on such a connection that could be lost.
@@ -33,6 +36,7 @@ class TimedHeads(HttpToolsProtocol):
         self._head_timeout = head_timeout
         self._closed = closed
         self._limit: TimerHandle | None = None
+        self._unread = 0  # bytes since there was last anything for the application: a head, or of a body
         self._rest: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
@@ -43,11 +47,19 @@ class TimedHeads(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.cycle is None or self.cycle.response_complete:
             self._await_head()
+        self._unread += len(data)
         super().data_received(data)
+        if self._unread > MAX_HEAD:
+            self.transport.close()  # without a word: what still arrives would destroy it
 
     def on_headers_complete(self) -> None:
+        self._unread = 0
         self._stop_waiting()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        super().on_body(body)
 
     def on_response_complete(self) -> None:
         cast("OneWrite", self.transport).flush()

@@ -1,6 +1,8 @@
 """How the log is written: for people or for machines, one way for our lines and uvicorn's."""
 
+import difflib
 import logging
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,6 +12,9 @@ from service.context import request_id, trace_id
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+DATA_DIR = "CAPSNET_DATA_DIR"
+"""Of training, which is often run beside the service."""
 
 
 def configure(settings: Settings) -> None:
@@ -24,11 +29,21 @@ def configure(settings: Settings) -> None:
         logging.getLogger("service.access").setLevel(logging.INFO)
 
 
-def announce(bound: tuple[Any, ...], served_by: str) -> None:
-    """Say where people reach the service, by the name of the socket that listens."""
+def announce(bound: tuple[Any, ...], served_by: str, settings: Settings) -> None:
+    """Say where people reach the service, by the name of the socket that listens, and who may call."""
     host, port = bound[:2]
     address = f"[{host}]" if ":" in host else host
-    logger.info("serving on http://%s:%d (%s), documented at /docs", address, port, served_by)
+    who = "who has an API key" if settings.api_keys else "everybody"
+    logger.info("serving on http://%s:%d (%s) for %s, documented at /docs", address, port, served_by, who)
+
+
+def warn_of_unknown_settings(environment: Iterable[str]) -> None:
+    """Name the variables that look like settings and are none: a misspelt one has no effect."""
+    known = {f"CAPSNET_{name.upper()}" for name in Settings.model_fields} | {DATA_DIR}
+    for name in sorted(environment):
+        if name.startswith("CAPSNET_") and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            logger.warning("%s is no setting and has no effect%s", name, f"; {near[0]} is" if near else "")
 
 
 class ConsoleFormatter(logging.Formatter):

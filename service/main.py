@@ -44,11 +44,15 @@ def _run() -> int:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = "".join(f"CAPSNET_{str(part).upper()}: " for part in first["loc"][:1])
-        received = "a secret" if first["loc"][:1] == ("api_keys",) else repr(first["input"])
-        _complain(f"{name}{first['msg']} (received {received})")
+        # Where settings contradict one another the input is all of them, keys included.
+        told = first["loc"] and first["loc"][0] != "api_keys"
+        received = f" (received {first['input']!r})" if told else ""
+        _complain(f"{name}{first['msg']}{received}")
         return 2
     logs.configure(settings)
     channel = worker_channel()
+    if channel is None:  # of several processes, the first says it
+        logs.warn_of_unknown_settings(os.environ)
     try:
         if settings.workers > 1 and channel is None:
             from service.workers import supervise  # noqa: PLC0415 # without what serving needs

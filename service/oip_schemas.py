@@ -2,9 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from service.manifest import TensorSpec
+
+# Lists that callers fill are FailFast: each of a hundred thousand wrong entries would be an error, and one is
+# told.
 
 
 class _Received(BaseModel):
@@ -33,7 +36,7 @@ class RequestParameters(_Received):
 class RequestInput(_Received):
     name: str
     datatype: str
-    shape: list[int]
+    shape: Annotated[list[int], FailFast()]
     parameters: InputParameters = InputParameters()
     data: Annotated[
         list[Any] | None, Field(description="Numbers, flat in row-major order or nested to the shape")
@@ -48,9 +51,11 @@ class RequestOutput(_Received):
 class InferRequest(_Received):
     id: Annotated[str | None, Field(description="Returned in the answer")] = None
     parameters: RequestParameters = RequestParameters()
-    inputs: list[RequestInput]
+    inputs: Annotated[list[RequestInput], FailFast()]
     outputs: Annotated[
-        list[RequestOutput], Field(description="The outputs that are wanted; all, if none is named")
+        list[RequestOutput],
+        FailFast(),
+        Field(description="The outputs that are wanted; all, if none is named"),
     ] = []
 
 

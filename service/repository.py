@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,12 +108,13 @@ class Repository:
 
     async def _load(self, graph: str, version: str | None) -> None:
         name = _model_name(graph)
-        folders = (await self._folders()).get(name, {})
+        there = await self._folders()
+        folders = there.get(name, {})
         served = self._served().get(name, {})
         if version is not None:
             folders = {known: folder for known, folder in folders.items() if known == version}
         if not folders:
-            raise await self._unknown(graph, version)
+            raise _unknown(graph, version, there)
         graphs = []
         for found, folder in folders.items():
             loaded = await self._read(name, found, folder, served.get(found))
@@ -146,10 +147,11 @@ class Repository:
         served = self._served().get(name, {})
         retired = [model for found, model in served.items() if version in (None, found)]
         if not retired:
-            there = (await self._folders()).get(name, {})
-            if there if version is None else version in there:
+            there = await self._folders()
+            folders = there.get(name, {})
+            if folders if version is None else version in folders:
                 return  # nothing of it is served already
-            raise await self._unknown(graph, version)
+            raise _unknown(graph, version, {**there, name: {*folders, *served}})
         if len(retired) == len(served) and self._engine.default in retired:
             raise RepositoryRefused(
                 f"{name} is the default model, of which one version must stay: requests may name no model.",
@@ -176,25 +178,26 @@ class Repository:
             served.setdefault(model.manifest.name, {})[model.manifest.version] = model
         return served
 
-    async def _unknown(self, graph: str, version: str | None) -> UnknownModel:
-        name, found, served = _model_name(graph), await self._folders(), self._served()
-        versions = {*found.get(name, ()), *served.get(name, ())}
-        if versions and version is not None:
-            return UnknownModel(
-                "The models folder holds no such version.",
-                received=repr(version[:20]),
-                expected=f"one of {', '.join(sorted(versions, key=int, reverse=True))}",
-            )
-        names = sorted(f"{known}-{role}" for known in {*found, *served} for role in ROLES)
-        return UnknownModel(
-            "The models folder holds no such model.",
-            received=repr(graph[:100]),
-            expected=f"one of {', '.join(names)}",
-        )
-
     def _without_paths(self, text: str) -> str:
         """An error's words without where our folders, or ONNX Runtime's sources, lie."""
         return _ABSOLUTE_PATH.sub("", text.replace(f"{self._settings.models}{os.sep}", ""))
+
+
+def _unknown(graph: str, version: str | None, there: Mapping[str, Iterable[str]]) -> UnknownModel:
+    """That `there`, versions by name, has not what was asked for."""
+    versions = sorted(there.get(_model_name(graph), ()), key=int, reverse=True)
+    if versions and version is not None:
+        return UnknownModel(
+            "The models folder holds no such version.",
+            received=repr(version[:20]),
+            expected=f"one of {', '.join(versions)}",
+        )
+    names = sorted(f"{name}-{role}" for name, known in there.items() if known for role in ROLES)
+    return UnknownModel(
+        "The models folder holds no such model.",
+        received=repr(graph[:100]),
+        expected=f"one of {', '.join(names)}",
+    )
 
 
 def _model_name(graph: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from service.images import Preprocess
 from service.manifest import Manifest, Precision
@@ -91,10 +91,11 @@ class SweepQuery(_ModelQuery):
 
 
 # Bodies --------------------------------------------------------------------------------------------
+# Their lists are FailFast: of thirty thousand wrong entries each would become an error, and one is told.
 
 
 class PredictRequest(_Request):
-    images: Annotated[list[Base64], Field(min_length=1)]
+    images: Annotated[list[Base64], FailFast(), Field(min_length=1)]
 
 
 def _exactly_one(first: str, second: str) -> Any:
@@ -130,7 +131,7 @@ class _Choice(_Request):
     label: Annotated[
         str, Field(alias="class", min_length=1, description="Label; the predicted one if absent")
     ] = ""
-    tweaks: Annotated[list[TweakRequest], Field(description="Done in order")] = []
+    tweaks: Annotated[list[TweakRequest], FailFast(), Field(description="Done in order")] = []
 
 
 class _Source(_Request):
@@ -140,7 +141,9 @@ class _Source(_Request):
 
     image: Base64 = ""
     capsules: Annotated[
-        list[list[Component]], Field(min_length=1, description="One vector for each class")
+        list[Annotated[list[Component], FailFast()]],
+        FailFast(),
+        Field(min_length=1, description="One vector for each class"),
     ] = []
 
     @model_validator(mode="after")
@@ -153,6 +156,7 @@ class _Source(_Request):
 class _SweepChoice(_Choice):
     dimensions: Annotated[
         list[Dimension],
+        FailFast(),
         Field(
             min_length=1,
             json_schema_extra={"uniqueItems": True},
@@ -161,6 +165,7 @@ class _SweepChoice(_Choice):
     ] = []
     deltas: Annotated[
         list[Component],
+        FailFast(),
         Field(min_length=1, description="The model's tweak range by its tweak step if absent"),
     ] = []
 

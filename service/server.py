@@ -64,7 +64,9 @@ class _Server(uvicorn.Server):
             return
         await super().startup(sockets)
         if self.started:
-            announce(self.servers[0].sockets[0].getsockname(), self._engine.default.device)
+            announce(
+                self.servers[0].sockets[0].getsockname(), self._engine.default.device, self._service.settings
+            )
 
     async def _serve_connection(self, connection: socket, closed: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()

@@ -1,5 +1,6 @@
 """Every setting of the service: a `CAPSNET_…` variable or the command-line option of the same name."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -7,6 +8,8 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024 * 1024
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 
 Device = Literal["auto", "cpu", "cuda"]
 WantedPrecision = Literal["auto", "fp32", "fp16", "int8"]
@@ -119,7 +122,12 @@ class Settings(BaseSettings):
     max_deltas: Annotated[int, Field(ge=1, le=1_000, description="Deltas in one sweep; beyond: 422.")] = 64
     max_decoding: Annotated[
         int,
-        Field(ge=1, le=10_000, description="Requests with large images that wait for decoding; beyond: 503."),
+        Field(
+            ge=1,
+            le=10_000,
+            description="Requests of several images, or of a large one, that wait for decoding or are in "
+            "it; beyond: 503.",
+        ),
     ] = 64
 
     api_keys: Annotated[
@@ -168,9 +176,22 @@ class Settings(BaseSettings):
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
     def _separated_by_commas(cls, value: object) -> object:
-        return (
-            [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-        )
+        if not isinstance(value, str) or not value:
+            return value or ()
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        if not parts:
+            raise ValueError("there is nothing between the commas; unset it, or leave it empty")
+        return parts
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _as_browsers_send_them(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: expected scheme://host or scheme://host:port, or * for any"
+                )
+        return origins
 
     @model_validator(mode="after")
     def _workers_can_share(self) -> Self:

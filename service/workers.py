@@ -175,7 +175,7 @@ class _Supervisor:
                 raise StartError(f"CAPSNET_PORT: {listener.getsockname()}: {error}") from error
         self._serving = True
         self._share_out()
-        announce(self._listeners[0].getsockname(), f"{self._settings.workers} workers")
+        announce(self._listeners[0].getsockname(), f"{self._settings.workers} workers", self._settings)
 
     def _told_to_stop(self, number: int) -> None:
         self._stopping.set()

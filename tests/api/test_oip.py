@@ -279,7 +279,7 @@ def test_the_encoder_runs_without_the_decoder(serve: Serve) -> None:
     """Who asks for the encoder alone waits for nothing else, and does not fail with it."""
     client = serve()
     graphs = client.app.state.service.engine.default._encoder._run.__self__  # type: ignore[attr-defined] # as above
-    object.__setattr__(graphs, "decoder", None)
+    object.__setattr__(graphs, "drawer", None)
     assert int(np.argmax(lengths(client.post(ENCODER, content=ask(NUMBERS))))) == 6
 
 

@@ -1,5 +1,6 @@
 """The real process: start, serve, drain, exit."""
 
+import gzip
 import io
 import json
 import os
@@ -80,10 +81,17 @@ def test_hostile_requests_take_bounded_memory(tiny_models: Path) -> None:
             (b"{" + b'"a":0,' * 2_000_000 + b'"b":0}', "application/json"),
             (b"--x\r\n" * 3_000_000, "multipart/form-data; boundary=x"),
             (npy(np.zeros(15 * 2**20, np.uint8)), "application/x-npy"),
+            (b'{"images": [' + b"0," * 32_000 + b"0]}", "application/json"),
         ]
         for body, kind in attacks:
             answer = service.client.post("/predict", content=body, headers={"content-type": kind})
             assert 400 <= answer.status_code < 500
+        wrong_tensors = gzip.compress(b'{"inputs": [' + b"{}," * 262_000 + b"{}]}")
+        compressed = {"content-encoding": "gzip"}
+        answer = service.client.post(
+            "/v2/models/tiny-encoder/infer", content=wrong_tensors, headers=compressed
+        )
+        assert answer.status_code == 400
         assert service.predict() == "3"
         assert service.peak_memory() - before < 128 * 2**20
 

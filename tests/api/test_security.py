@@ -10,6 +10,7 @@ from service.settings import Settings
 from tests.api.conftest import Serve, problem
 from tests.api.test_process import start
 from tests.support.encoded import encode
+from tests.support.process import served
 from tests.support.tiny_model import image_of
 
 PNG = encode(image_of(3))
@@ -75,6 +76,31 @@ def test_a_refused_key_is_not_repeated(tiny_models: Path) -> None:
     assert ended.returncode == 2
     assert ended.stderr.startswith("capsnet-serve: CAPSNET_API_KEYS: ")
     assert "short-secret" not in ended.stderr
+
+
+def test_settings_that_contradict_one_another_repeat_no_key(tiny_models: Path) -> None:
+    """The line that says which settings do not go together shows none of their values."""
+    ended = start(tiny_models, api_keys=KEY, max_batch="512")
+    assert ended.returncode == 2
+    assert "queue_length must be at least max_batch" in ended.stderr
+    assert KEY not in ended.stderr
+
+
+def test_keys_that_are_none_stop_the_start(tiny_models: Path) -> None:
+    """Who sets keys and names none is told, instead of serving everybody."""
+    ended = start(tiny_models, api_keys=" , ")
+    assert ended.returncode == 2
+    assert "CAPSNET_API_KEYS: Value error, there is nothing between the commas" in ended.stderr
+
+
+@pytest.mark.parametrize("keys", ["", KEY])
+def test_the_start_says_who_may_call(tiny_models: Path, keys: str) -> None:
+    """An operator sees in the log whether keys are asked for, and that a misspelt variable has no effect."""
+    with served(tiny_models, api_keys=keys, api_key=KEY) as service:
+        log = "".join(service.log)
+    assert ("for who has an API key," if keys else "for everybody,") in log
+    assert "CAPSNET_API_KEY is no setting and has no effect; CAPSNET_API_KEYS is" in log
+    assert KEY not in log
 
 
 def test_the_document_tells_of_keys_where_they_are_needed(guarded: TestClient, client: TestClient) -> None:

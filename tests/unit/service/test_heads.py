@@ -1,6 +1,7 @@
 """Connections after a refusal: what is read of them, and when."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -63,6 +64,52 @@ async def served(
 async def answer(reader: asyncio.StreamReader) -> bytes:
     await reader.readuntil(b"\r\n\r\n")
     return await reader.readexactly(2)
+
+
+@pytest.mark.parametrize("line", [b"a: b\r\n", b"x" * 1000], ids=["many lines", "a long one"])
+async def test_a_head_without_end_is_refused(line: bytes) -> None:
+    """A head beyond the limit is not read on, whatever it is made of: it would take memory without end."""
+    app = App()
+    async with served(app) as (_, reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\n")
+        await refused(line, reader, writer)
+    assert app.requests == 0
+
+
+async def test_a_head_up_to_the_limit_is_read() -> None:
+    """A large cookie is no attack; and a body, whose limit is another, is none either."""
+    app = App()
+    app.refusing = False
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\nCookie: "
+    async with served(app) as (_, reader, writer):
+        for _ in range(2):  # on a kept connection each has the whole limit
+            writer.write(head + b"c" * (heads.MAX_HEAD - len(head) - 4) + b"\r\n\r\n" + bytes(300_000))
+            assert await answer(reader) == b"ok"
+
+
+async def test_trailers_without_end_are_refused() -> None:
+    """What follows a body in chunks has the limit of a head: the request that holds it all ends."""
+    left = asyncio.Event()
+
+    class Reading(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            left.set()
+
+    async with served(Reading()) as (_, reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n")
+        await refused(b"a: b\r\n", reader, writer)
+        await left.wait()
+
+
+async def refused(line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Send the line again and again; return when the connection is closed, before eight times the limit."""
+    with contextlib.suppress(ConnectionError):  # what was still under way when it closed
+        for _ in range(8 * heads.MAX_HEAD // len(line)):
+            writer.write(line)
+            await writer.drain()
+        assert await reader.read() == b""
 
 
 async def test_a_refused_connection_is_read_again_when_its_rest_is_over(

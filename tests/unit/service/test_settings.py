@@ -62,6 +62,13 @@ def test_a_queue_shorter_than_a_batch_is_refused(value: dict[str, int]) -> None:
         Settings.model_validate(value)
 
 
+@pytest.mark.parametrize("origin", ["https://a.example/", "https://a.example/page", "a.example", "https://"])
+def test_what_no_browser_sends_is_no_origin(origin: str) -> None:
+    """An origin that could never match is refused, and says what one looks like."""
+    with pytest.raises(ValidationError, match="expected scheme://host or scheme://host:port"):
+        Settings(cors_origins=f"https://b.example:8443,{origin}")
+
+
 def test_cuda_graphs_and_retiring_versions_exclude_one_another() -> None:
     """Each alone is taken; together they would free memory under a capture."""
     Settings(cuda_graphs=True)
