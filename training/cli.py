@@ -167,14 +167,15 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--reconstruction-weight",
         type=float,
         default=DEFAULTS.reconstruction_weight,
-        help="weight of the summed squared reconstruction error; 0 trains without, "
+        help="weight of the squared reconstruction error, summed over the pixels: give larger images less by as "
+        "much as they have more of them; 0 trains without, "
         f"{AUTHORS_RECONSTRUCTION_WEIGHT} is the ratio of the authors' published code",
     )
     command.add_argument(
         "--validation-images",
         type=int,
-        default=DEFAULTS.validation_images,
-        help="training images held out to watch the error on; 0 trains on all of them",
+        help="training images held out to watch the error on; 0 trains on all of them; unset: a tenth, "
+        f"and {DEFAULTS.validation_images} at most",
     )
     command.add_argument(
         "--schedule",
@@ -258,7 +259,9 @@ def _train(options: argparse.Namespace) -> None:
             augmentation=options.augmentation,
             max_shift=compose.SHIFTS[dataset.layout] if options.max_shift is None else options.max_shift,
             reconstruction_weight=options.reconstruction_weight,
-            validation_images=options.validation_images,
+            validation_images=min(DEFAULTS.validation_images, len(dataset) // 10)
+            if options.validation_images is None
+            else options.validation_images,
             seed=options.seed,
             device=options.device,
             precision=options.precision,

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from service.manifest import read_manifest, write_manifest
+from training import checkpoint as checkpoints
 from training.cli import main
 from training.model_card import meaning, renew_meaning
 
@@ -37,6 +38,13 @@ def test_from_images_to_model(
     }
     printed = capsys.readouterr().out
     assert printed.count("test error") == 4, "training, both evaluations, and the export"
+
+
+def test_few_images_hold_out_a_tenth(mnist_style_folder: Path, tmp_path: Path) -> None:
+    """Of 12 images of one's own, one is held out unless told otherwise."""
+    source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder)]
+    assert main(["train", *source, "--epochs", "1", "--device", "cpu", "--output", str(tmp_path / "run")]) == 0
+    assert checkpoints.read(tmp_path / "run").training_images == 11
 
 
 def test_dimensions_of_a_model_that_names_none(
