@@ -167,8 +167,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--reconstruction-weight",
         type=float,
         default=DEFAULTS.reconstruction_weight,
-        help="weight of the squared reconstruction error, summed over the pixels: give larger images less by as "
-        "much as they have more of them; 0 trains without, "
+        help="weight of the squared reconstruction error, summed over the pixels: the more of them, the "
+        "smaller it should be; 0 trains without, "
         f"{AUTHORS_RECONSTRUCTION_WEIGHT} is the ratio of the authors' published code",
     )
     command.add_argument(
@@ -200,12 +200,19 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         ("--scaled-votes", "divide what primary capsules sum up by the number of their groups"),
         ("--routing-gradients", "let gradients through all routing iterations"),
     ):
-        command.add_argument(switch, action="store_true", help=f"{what}, as the authors' published code does")
-    command.add_argument("--routing-iterations", type=int, default=3, help="rounds of routing by agreement")
+        command.add_argument(
+            switch,
+            action="store_true",
+            help=f"{what}, as the authors' published code does; for capsnet alone",
+        )
+    command.add_argument(
+        "--routing-iterations", type=int, default=3, help="rounds of routing by agreement; for capsnet alone"
+    )
     command.add_argument(
         "--share-weights",
         action="store_true",
-        help="one transformation matrix for each group of primary capsules instead of one for each capsule",
+        help="one transformation matrix for each group of primary capsules instead of one for each capsule; "
+        "for capsnet alone",
     )
     _add_run(command)
 
@@ -230,6 +237,10 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.augmentation == "strong" and options.max_shift is not None:
+        raise ValueError(
+            "--max-shift goes with --augmentation shift; strong shifts by the margin of each image"
+        )
     dataset = _loader(options, "train")()
     height, width, channels = compose.frame(dataset)
     model_config = ModelConfig(

@@ -66,6 +66,18 @@ class ModelConfig(_Stored):
 
     def __post_init__(self) -> None:
         self._require_word("architecture", Architecture)
+        routing = (
+            "shared_weights",
+            "routing_iterations",
+            "capsule_biases",
+            "scaled_votes",
+            "routing_gradients",
+        )
+        for name in routing if self.architecture != "capsnet" else ():
+            if getattr(self, name) != getattr(ModelConfig, name):  # which has the default
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but {self.architecture} has no such choice"
+                )
         smallest = {
             "capsnet": 2 * self.kernel_size - 1,
             "efficient-capsnet": 11,

@@ -113,13 +113,13 @@ def _shape(manifest: Manifest, weights: dict[str, Tensor]) -> ModelConfig:
         "architecture": manifest.architecture,
         "primary_dimensions": manifest.capsules.primary_dimensions,
         "digit_dimensions": manifest.capsules.digit_dimensions,
-        "routing_iterations": manifest.capsules.routing_iterations,
         "decoder_units": (len(weights["decoder.layers.0.bias"]), len(weights["decoder.layers.2.bias"])),
     }
     if manifest.architecture == "capsnet":
         matrices, primary = weights["encoder.digit_capsules.weight"], weights[f"{_PRIMARY}.bias"]
         channels, _, kernel, _ = weights["encoder.conv.weight"].shape
         shape |= {
+            "routing_iterations": manifest.capsules.routing_iterations,
             "conv_channels": channels,
             "kernel_size": kernel,
             "primary_groups": len(primary) // manifest.capsules.primary_dimensions,

@@ -43,7 +43,9 @@ def test_from_images_to_model(
 def test_few_images_hold_out_a_tenth(mnist_style_folder: Path, tmp_path: Path) -> None:
     """Of 12 images of one's own, one is held out unless told otherwise."""
     source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder)]
-    assert main(["train", *source, "--epochs", "1", "--device", "cpu", "--output", str(tmp_path / "run")]) == 0
+    assert (
+        main(["train", *source, "--epochs", "1", "--device", "cpu", "--output", str(tmp_path / "run")]) == 0
+    )
     assert checkpoints.read(tmp_path / "run").training_images == 11
 
 
@@ -78,6 +80,10 @@ def test_dimensions_of_a_model_that_names_none(
         (["dimensions", "nowhere"], "nowhere/manifest.json: cannot be read"),
         (["export", "file", "--models", "models"], "file: not a readable checkpoint"),
         (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere/train: no such folder"),
+        (
+            ["train", "--augmentation", "strong", "--max-shift", "1"],
+            "--max-shift goes with --augmentation shift",
+        ),
     ],
 )
 def test_errors(

@@ -40,6 +40,24 @@ def test_impossible_settings(setting: dict[str, object], message: str) -> None:
         ModelConfig.from_dict({"classes": DIGITS, **setting})
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"shared_weights": True},
+        {"routing_iterations": 7},
+        {"capsule_biases": True},
+        {"scaled_votes": True},
+        {"routing_gradients": True},
+    ],
+)
+@pytest.mark.parametrize("architecture", ["efficient-capsnet", "baseline-cnn"])
+def test_settings_that_an_architecture_would_ignore(setting: dict[str, object], architecture: str) -> None:
+    """What only the paper's routing can do is refused for networks that have none."""
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} is .*, but {architecture} has no such"):
+        ModelConfig.from_dict({"classes": DIGITS, "architecture": architecture, **setting})
+    assert ModelConfig.from_dict({"classes": DIGITS, **setting}).architecture == "capsnet"
+
+
 def test_round_trip() -> None:
     """A shape survives being stored as plain values, lists in place of tuples included."""
     config = ModelConfig(classes=DIGITS, width=40, decoder_units=(7, 9))
