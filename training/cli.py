@@ -29,7 +29,7 @@ from training.data import DataError, Dataset
 from training.dimensions import measure_dimensions
 from training.evaluate import evaluate, require_fit
 from training.experiments import ROWS
-from training.export import ExportError, Name, export
+from training.export import ExportError, Name, calibrate, calibration_set, export
 from training.model_card import renew_meaning
 from training.predictor import OnnxPredictor
 from training.reproduce import RECORDS, SIZES, reproduce
@@ -499,8 +499,8 @@ def _detect(options: argparse.Namespace) -> None:
     if isinstance(trained.predictor, OnnxPredictor):
         calibration = trained.predictor.manifest.calibration
     else:
-        settings = checkpoints.read(options.network).settings()
-        calibration = detection.calibrate(trained.predictor, _loader(options, "train")(), settings)
+        run = checkpoints.read(options.network)
+        calibration = calibrate(trained.predictor, *calibration_set(_loader(options, "train")(), run))
     others, missing = detection.strangers(dataset, options.data_dir)
     found = detection.measure(
         network,
