@@ -128,8 +128,9 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert main(["reproduce", "routing-1", "--epochs", "1", "--seed", "4", "--device", "cpu"]) == 0
     assert "recorded in docs/results/runs/routing-1-epochs1-seed4.json" in capsys.readouterr().out
     assert main(["results"]) == 0
-    line = next(t for t in Path("docs/results/table1.md").read_text().splitlines() if "`routing-1`" in t)
-    assert "| 1 | 1 |" in line, "one run, of one epoch"
+    lines = [t for t in Path("docs/results/table1.md").read_text().splitlines() if "`routing-1`" in t]
+    assert "| 0 | 100 |" in lines[0], "no run of the row's length"
+    assert "| 1 | 1 |" in lines[1], "one run, of one epoch"
 
 
 def test_help_lists_rows(capsys: pytest.CaptureFixture[str]) -> None:
