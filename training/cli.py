@@ -187,7 +187,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--augmentation",
         choices=get_args(Augmentation),
         default=DEFAULTS.augmentation,
-        help="strong: turned, squeezed, shifted and partly erased instead of shifts alone",
+        help="strong: turned, squeezed, shifted and partly erased instead of shifts alone; for ink on a "
+        "plain dark or light ground, not for photographs",
     )
     command.add_argument(
         "--architecture",

@@ -38,7 +38,7 @@ from training.baseline import BaselineCNN
 from training.checkpoint import Checkpoint
 from training.compose import as_seen
 from training.config import TWEAK_RANGE, TWEAK_STEP, ModelConfig
-from training.data import DataError, Dataset, Split, hold_out
+from training.data import DataError, Dataset, Split, hold_out, on_light_ground
 from training.dimensions import measure_dimensions
 from training.evaluate import Evaluation, evaluate
 from training.graphs import LARGE, OPSET, encoder_graph
@@ -293,13 +293,12 @@ def outlier_sets(dataset: Dataset) -> Iterator[tuple[str, Tensor, Tensor]]:
 def image_spec(dataset: Dataset) -> ImageSpec:
     """What an image must look like to be like those of `dataset`; its borders tell the ink's polarity."""
     images = dataset.images
-    border = torch.cat([images[:, 0].flatten(), images[:, -1].flatten()])
     mnist = dataset.name == "mnist"
     return ImageSpec(
         height=images.shape[1],
         width=images.shape[2],
         channels=3 if images.ndim == 4 else 1,
-        polarity="light_on_dark" if border.float().mean() < 128 else "dark_on_light",
+        polarity="dark_on_light" if on_light_ground(images) else "light_on_dark",
         centring="centre_of_mass" if mnist else "none",
         box=20 if mnist else None,  # the side of the box that MNIST's digits were scaled into
     )

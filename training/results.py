@@ -18,8 +18,8 @@ Made by `make results` from the files in `docs/results/runs`; do not edit. `make
 a file, by the settings in [experiments.py](../../training/experiments.py). Test error in per cent after the
 last epoch, which is fixed before the run: mean ± standard deviation over the finished runs, which differ by
 their seeds. Runs of another length are listed by themselves, below the row's own: they are not its beginning,
-as the whole decay of the rate lies within their epochs (but for the authors' schedule). "Uncommitted" are runs
-whose code differed from its commit. The affNIST-like test set is made from MNIST's test digits and is not
+as the whole decay of the rate lies within their epochs (but for the authors' schedule). Code that differed
+from its commit is "uncommitted". The affNIST-like test set is made from MNIST's test digits and is not
 affNIST itself ([decision 8](../decisions/0008-data-sets-made-as-they-are-used.md)).
 
 | row | network | tested on | published | measured | runs | epochs | minutes a run, on |
