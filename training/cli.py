@@ -17,6 +17,7 @@ from training.baseline import BaselineCNN
 from training.checkpoint import CheckpointError
 from training.config import (
     AUTHORS_RECONSTRUCTION_WEIGHT,
+    LEAST_RISE,
     WARM_UP_STEPS,
     Architecture,
     Augmentation,
@@ -154,7 +155,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--warm-up-steps",
         type=int,
-        help=f"steps over which the rate rises to its first value; unset: {WARM_UP_STEPS} for a capsnet "
+        help="steps over which the rate rises to its first value, but a tenth of the run's at most, or "
+        f"{LEAST_RISE}; unset: {WARM_UP_STEPS} for a capsnet "
         "whose images are so large that it has more primary capsules than the paper's, otherwise none",
     )
     command.add_argument(

@@ -37,8 +37,7 @@ class Size:
 
 
 # Of the rows, the baseline CNN is the slowest: ten times the work of the paper's network for each image.
-# Its batches are small, so that so few images make enough steps to see it learn. Where the rate rises over
-# the first 100 steps, a smoke run ends while it rises.
+# Its batches are small, so that so few images make enough steps to see it learn.
 SIZES: dict[SizeName, Size] = {
     "smoke": Size(images=256, training={"epochs": 2, "batch_size": 16}),
     # Enough to learn by, and little enough for the baseline CNN without a GPU: half an hour on two cores.

@@ -101,8 +101,16 @@ def test_learning_rate_decays_exponentially() -> None:
 def test_warm_up() -> None:
     """Over the first steps the rate rises by as much at each, to what it would have been."""
     config = TrainConfig(learning_rate=1e-2, final_learning_rate=1e-2, warm_up_steps=4)
-    rates = [config.learning_rate_at(step, 6) for step in range(6)]
+    rates = [config.learning_rate_at(step, 40) for step in range(6)]
     assert rates == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2, 1e-2])
+
+
+def test_a_short_run_leaves_the_rise() -> None:
+    """The rise takes a tenth of a run's steps at most, or ten of them if that is more."""
+    config = TrainConfig(learning_rate=1e-2, final_learning_rate=1e-2, warm_up_steps=100)
+    for steps, rise in ((20, 10), (100, 10), (500, 50), (9000, 100)):
+        rates = [config.learning_rate_at(step, steps) for step in range(rise + 1)]
+        assert rates == pytest.approx([1e-2 * step / rise for step in range(1, rise + 1)] + [1e-2])
 
 
 @pytest.mark.parametrize(
