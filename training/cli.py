@@ -61,8 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
-    except torch.OutOfMemoryError as error:
-        print(f"capsnet: the device is out of memory; try a smaller --batch-size ({error})", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(f"capsnet: out of memory; try a smaller --batch-size or images ({error})", file=sys.stderr)
         return 1
     except EXPECTED as error:
         print(f"capsnet: {error}", file=sys.stderr)
@@ -71,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ncapsnet: interrupted; what was finished is on disk", file=sys.stderr)
         return 130
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """On the CPU, PyTorch tells it from other faults by its words alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -303,7 +310,10 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 def _evaluate(options: argparse.Namespace) -> None:
     result = evaluate(open_trained(options.network, options.device).predictor, _loader(options, "test")())
     print(f"test error {result.error:.2f} % ({result.mistakes} of {result.images})")
-    print(f"mean reconstruction error {result.reconstruction_errors.mean():.2f} (summed squared, per image)")
+    if len(result.reconstruction_errors):  # a CNN draws nothing
+        print(
+            f"mean reconstruction error {result.reconstruction_errors.mean():.2f} (summed squared, per image)"
+        )
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -87,8 +87,12 @@ def measure(
         others: images of no class, by kind.
 
     Raises:
-        DataError: if the network does not take the images or recognises none, or they show several things.
+        DataError: if the network does not take the images or recognises none, if they show several things, or
+            if none of them is to be attacked, or in no step.
     """
+    for name, number in (("attacked", attacked), ("steps", steps)):
+        if number < 1:
+            raise DataError(f"{name} is {number}, expected at least 1")
     predictor = TorchPredictor(network)
     require_fit(predictor, dataset)
     if dataset.labels.ndim != 1:

@@ -162,9 +162,12 @@ def test_calibrated_as_an_export(network: CapsNet, run: Path, load_split: Load) 
 
 
 def test_what_cannot_be_attacked(network: CapsNet, load_split: Load) -> None:
-    """Images of two things are refused, and those that are mistaken as they are."""
+    """Attacks on nothing, or in no step, are refused; so are images of two things, and mistaken ones."""
     dataset = load_split("test")
     calibration = Calibration(threshold=1, quantile=0.95, images=1, source="training")
+    for none in ("attacked", "steps"):
+        with pytest.raises(DataError, match=f"{none} is 0, expected at least 1"):
+            detection.measure(network, calibration, dataset, {}, **{none: 0})
     two = replace(dataset, labels=dataset.labels[:, None].repeat(1, 2))
     with pytest.raises(DataError, match="expected one class for each"):
         detection.measure(network, calibration, two, {})
