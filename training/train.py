@@ -177,8 +177,7 @@ def _begin_with(network: Network, start: Start) -> None:
     except RuntimeError as error:
         raise TrainingError(
             f"the weights of {start.source} are of another network than the one to train: its image size, "
-            "classes and settings must be the same. An exported network of a few thousand weights has lost "
-            f"the names of some: start from the run's checkpoint. ({error})"
+            f"classes and settings must be the same ({error})"
         ) from error
 
 

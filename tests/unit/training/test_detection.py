@@ -165,9 +165,10 @@ def test_what_cannot_be_attacked(network: CapsNet, load_split: Load) -> None:
     """Attacks on nothing, or in no step, are refused; so are images of two things, and mistaken ones."""
     dataset = load_split("test")
     calibration = Calibration(threshold=1, quantile=0.95, images=1, source="training")
-    for none in ("attacked", "steps"):
-        with pytest.raises(DataError, match=f"{none} is 0, expected at least 1"):
-            detection.measure(network, calibration, dataset, {}, **{none: 0})
+    with pytest.raises(DataError, match="attacked is 0, expected at least 1"):
+        detection.measure(network, calibration, dataset, {}, attacked=0)
+    with pytest.raises(DataError, match="steps is 0, expected at least 1"):
+        detection.measure(network, calibration, dataset, {}, steps=0)
     two = replace(dataset, labels=dataset.labels[:, None].repeat(1, 2))
     with pytest.raises(DataError, match="expected one class for each"):
         detection.measure(network, calibration, two, {})
