@@ -17,6 +17,7 @@ from training.baseline import BaselineCNN
 from training.checkpoint import CheckpointError
 from training.config import (
     AUTHORS_RECONSTRUCTION_WEIGHT,
+    LEAST_RISE,
     WARM_UP_STEPS,
     Architecture,
     Augmentation,
@@ -29,7 +30,7 @@ from training.data import DataError, Dataset
 from training.dimensions import measure_dimensions
 from training.evaluate import evaluate, require_fit
 from training.experiments import ROWS
-from training.export import ExportError, Name, export
+from training.export import ExportError, Name, calibrate, calibration_set, export
 from training.model_card import renew_meaning
 from training.predictor import OnnxPredictor
 from training.reproduce import RECORDS, SIZES, reproduce
@@ -60,8 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
-    except torch.OutOfMemoryError as error:
-        print(f"capsnet: the device is out of memory; try a smaller --batch-size ({error})", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(f"capsnet: out of memory; try a smaller --batch-size or images ({error})", file=sys.stderr)
         return 1
     except EXPECTED as error:
         print(f"capsnet: {error}", file=sys.stderr)
@@ -70,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ncapsnet: interrupted; what was finished is on disk", file=sys.stderr)
         return 130
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """On the CPU, PyTorch tells it from other faults by its words alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -154,7 +162,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--warm-up-steps",
         type=int,
-        help=f"steps over which the rate rises to its first value; unset: {WARM_UP_STEPS} for a capsnet "
+        help="steps over which the rate rises to its first value, but a tenth of the run's at most, or "
+        f"{LEAST_RISE}; unset: {WARM_UP_STEPS} for a capsnet "
         "whose images are so large that it has more primary capsules than the paper's, otherwise none",
     )
     command.add_argument(
@@ -167,14 +176,15 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--reconstruction-weight",
         type=float,
         default=DEFAULTS.reconstruction_weight,
-        help="weight of the summed squared reconstruction error; 0 trains without, "
+        help="weight of the squared reconstruction error, summed over the pixels: the more of them, the "
+        "smaller it should be; 0 trains without, "
         f"{AUTHORS_RECONSTRUCTION_WEIGHT} is the ratio of the authors' published code",
     )
     command.add_argument(
         "--validation-images",
         type=int,
-        default=DEFAULTS.validation_images,
-        help="training images held out to watch the error on; 0 trains on all of them",
+        help="training images held out to watch the error on; 0 trains on all of them; unset: a tenth, "
+        f"and {DEFAULTS.validation_images} at most",
     )
     command.add_argument(
         "--schedule",
@@ -186,7 +196,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--augmentation",
         choices=get_args(Augmentation),
         default=DEFAULTS.augmentation,
-        help="strong: turned, squeezed, shifted and partly erased instead of shifts alone",
+        help="strong: turned, squeezed, shifted and partly erased instead of shifts alone; for ink on a "
+        "plain dark or light ground, not for photographs",
     )
     command.add_argument(
         "--architecture",
@@ -199,12 +210,19 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         ("--scaled-votes", "divide what primary capsules sum up by the number of their groups"),
         ("--routing-gradients", "let gradients through all routing iterations"),
     ):
-        command.add_argument(switch, action="store_true", help=f"{what}, as the authors' published code does")
-    command.add_argument("--routing-iterations", type=int, default=3, help="rounds of routing by agreement")
+        command.add_argument(
+            switch,
+            action="store_true",
+            help=f"{what}, as the authors' published code does; for capsnet alone",
+        )
+    command.add_argument(
+        "--routing-iterations", type=int, default=3, help="rounds of routing by agreement; for capsnet alone"
+    )
     command.add_argument(
         "--share-weights",
         action="store_true",
-        help="one transformation matrix for each group of primary capsules instead of one for each capsule",
+        help="one transformation matrix for each group of primary capsules instead of one for each capsule; "
+        "for capsnet alone",
     )
     _add_run(command)
 
@@ -229,6 +247,10 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.augmentation == "strong" and options.max_shift is not None:
+        raise ValueError(
+            "--max-shift goes with --augmentation shift; strong shifts by the margin of each image"
+        )
     dataset = _loader(options, "train")()
     height, width, channels = compose.frame(dataset)
     model_config = ModelConfig(
@@ -258,7 +280,9 @@ def _train(options: argparse.Namespace) -> None:
             augmentation=options.augmentation,
             max_shift=compose.SHIFTS[dataset.layout] if options.max_shift is None else options.max_shift,
             reconstruction_weight=options.reconstruction_weight,
-            validation_images=options.validation_images,
+            validation_images=min(DEFAULTS.validation_images, len(dataset) // 10)
+            if options.validation_images is None
+            else options.validation_images,
             seed=options.seed,
             device=options.device,
             precision=options.precision,
@@ -286,7 +310,10 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 def _evaluate(options: argparse.Namespace) -> None:
     result = evaluate(open_trained(options.network, options.device).predictor, _loader(options, "test")())
     print(f"test error {result.error:.2f} % ({result.mistakes} of {result.images})")
-    print(f"mean reconstruction error {result.reconstruction_errors.mean():.2f} (summed squared, per image)")
+    if len(result.reconstruction_errors):  # a CNN draws nothing
+        print(
+            f"mean reconstruction error {result.reconstruction_errors.mean():.2f} (summed squared, per image)"
+        )
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -485,8 +512,8 @@ def _detect(options: argparse.Namespace) -> None:
     if isinstance(trained.predictor, OnnxPredictor):
         calibration = trained.predictor.manifest.calibration
     else:
-        settings = checkpoints.read(options.network).settings()
-        calibration = detection.calibrate(trained.predictor, _loader(options, "train")(), settings)
+        run = checkpoints.read(options.network)
+        calibration = calibrate(trained.predictor, *calibration_set(_loader(options, "train")(), run))
     others, missing = detection.strangers(dataset, options.data_dir)
     found = detection.measure(
         network,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training import data
 from training.affine import CANVAS, like_affnist, pad, strongly
-from training.data import DataError, Dataset, Layout, Split, random_shift
+from training.data import DataError, Dataset, Layout, Split, on_light_ground, random_shift
 from training.multimnist import MARGIN, pairs
 
 CANVAS_MARGIN = (CANVAS - 28) // 2
@@ -50,18 +50,22 @@ def composer(dataset: Dataset, most: int, *, strong: bool = False) -> Compose:
 
     Args:
         most: largest shift along each axis, in pixels.
-        strong: augment strongly instead of by shifts.
+        strong: augment strongly instead of by shifts, as ink on a plain ground stands it.
     """
     images, labels, layout = dataset.images, dataset.labels, dataset.layout
     if strong and layout != "plain":
         raise DataError(f"{dataset.name}: strong augmentation is for single digits in their own frame")
+    inverted = strong and on_light_ground(images)  # what strong augmentation brings in is dark
 
     def compose(indices: Tensor, generator: torch.Generator) -> Batch:
         if layout == "pairs":
             made = pairs(images, labels, indices, generator, most)
             return Batch(made.images, made.labels, made.digits)
         chosen = pad(images[indices], CANVAS_MARGIN) if layout == "canvas" else images[indices]
-        moved = strongly(chosen, generator) if strong else random_shift(chosen, most, generator)
+        if inverted:
+            moved = 255 - strongly(255 - chosen, generator)
+        else:
+            moved = strongly(chosen, generator) if strong else random_shift(chosen, most, generator)
         return Batch(moved, labels[indices], moved)
 
     return compose

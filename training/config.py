@@ -66,6 +66,18 @@ class ModelConfig(_Stored):
 
     def __post_init__(self) -> None:
         self._require_word("architecture", Architecture)
+        routing = (
+            "shared_weights",
+            "routing_iterations",
+            "capsule_biases",
+            "scaled_votes",
+            "routing_gradients",
+        )
+        for name in routing if self.architecture != "capsnet" else ():
+            if getattr(self, name) != getattr(ModelConfig, name):  # which has the default
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but {self.architecture} has no such choice"
+                )
         smallest = {
             "capsnet": 2 * self.kernel_size - 1,
             "efficient-capsnet": 11,
@@ -135,7 +147,7 @@ class TrainConfig(_Stored):
     schedule: Schedule = "exponential"
     """`authors`: the published code's instead, which knows no last step (`AUTHORS_DECAY`)."""
     warm_up_steps: int = 0
-    """Over so many first steps the rate rises to what the schedule says, by as much at each."""
+    """Over so many first steps, a tenth of all or `LEAST_RISE` at most, the rate rises to the schedule's."""
     max_shift: int = 2
     """Largest shift of a training image, in pixels, along each axis."""
     augmentation: Augmentation = "shift"
@@ -169,8 +181,8 @@ class TrainConfig(_Stored):
 
     def learning_rate_at(self, step: int, steps: int) -> float:
         """Adam's rate at `step` of a run of `steps`."""
-        risen = min(1.0, (step + 1) / self.warm_up_steps) if self.warm_up_steps else 1.0
-        return risen * self._scheduled(step, steps)
+        rise = max(1, min(self.warm_up_steps, max(LEAST_RISE, steps // 10)))
+        return min(1.0, (step + 1) / rise) * self._scheduled(step, steps)
 
     def _scheduled(self, step: int, steps: int) -> float:
         if self.schedule == "authors":
@@ -187,9 +199,12 @@ WARM_UP_STEPS = 100
 capsules by as much more as there are more of them: every class's capsule becomes as long as can be, where the
 loss has no gradient."""
 
+LEAST_RISE = 10
+"""Of these steps, how many at least are taken in a short run; after 3 or 4 of them that still happens."""
+
 
 def warm_up_steps(model: ModelConfig) -> int:
-    """Steps over which the rate should rise for this network."""
+    """Steps over which the rate should rise for this network, in a run that is long enough."""
     return WARM_UP_STEPS if model.architecture == "capsnet" and model.primary_count > PAPERS_CAPSULES else 0
 
 

@@ -352,6 +352,11 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]
     return take(dataset, order[count:].sort().values), take(dataset, order[:count].sort().values)
 
 
+def on_light_ground(images: Tensor) -> bool:
+    """Whether images (M, H, W[, 3]) show dark ink on a light ground: their top and bottom rows tell."""
+    return bool(torch.cat([images[:, 0].flatten(), images[:, -1].flatten()]).float().mean() >= 128)
+
+
 def shift(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Move each image of (B, H, W[, 3]) down by its `rows` and right by its `columns`, (B,) each.
 
@@ -365,7 +370,11 @@ def shift(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def random_shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """The paper's augmentation: move each image its own way, by up to `most` pixels along each axis."""
+    """The paper's augmentation: move each image its own way, by up to `most` pixels along each axis.
+
+    But for the border: `shift` repeats it, where the paper pads with zeros. That differs for the 813 of
+    MNIST's 60,000 training images that have ink on it.
+    """
 
     def draw() -> Tensor:
         return torch.randint(-most, most + 1, (len(images),), generator=generator, device=images.device)

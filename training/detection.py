@@ -19,13 +19,11 @@ from torch import Tensor
 from service.manifest import Calibration, margins
 from training import data
 from training.attacks import ATTACKS, STEPS, open_to_attack
-from training.compose import as_seen
-from training.config import TrainConfig
-from training.data import DataError, Dataset, hold_out
+from training.data import DataError, Dataset
 from training.evaluate import Evaluation, evaluate, require_fit
-from training.export import CALIBRATION_IMAGES, CALIBRATION_QUANTILE, bounds, outlier_sets
+from training.export import outlier_sets
 from training.model import CapsNet
-from training.predictor import Predictor, TorchPredictor
+from training.predictor import TorchPredictor
 
 Floats = NDArray[np.floating[Any]]
 
@@ -54,22 +52,6 @@ def area(usual: Floats, strange: Floats) -> float:
     """Under the ROC curve: how often a strange score is above a usual one; equal ones count half."""
     false, true = roc(usual, strange)
     return float(np.trapezoid(true, false))
-
-
-def calibrate(predictor: Predictor, training: Dataset, settings: TrainConfig) -> Calibration:
-    """The bounds that an export of this run would have, found on the same images."""
-    held_out = hold_out(training, settings.validation_images, settings.seed)[1]
-    source = held_out if len(held_out) else training
-    few = len(source) <= CALIBRATION_IMAGES
-    images = as_seen(source if few else hold_out(source, CALIBRATION_IMAGES, seed=0)[1])
-    threshold, margin = bounds(evaluate(predictor, images), CALIBRATION_QUANTILE)
-    return Calibration(
-        threshold=threshold,
-        margin=margin,
-        quantile=CALIBRATION_QUANTILE,
-        images=len(images),
-        source="held-out" if len(held_out) else "training",
-    )
 
 
 def strangers(dataset: Dataset, data_dir: Path | None = None) -> tuple[dict[str, Tensor], list[str]]:
@@ -105,8 +87,12 @@ def measure(
         others: images of no class, by kind.
 
     Raises:
-        DataError: if the network does not take the images or recognises none, or they show several things.
+        DataError: if the network does not take the images or recognises none, if they show several things, or
+            if none of them is to be attacked, or in no step.
     """
+    for name, number in (("attacked", attacked), ("steps", steps)):
+        if number < 1:
+            raise DataError(f"{name} is {number}, expected at least 1")
     predictor = TorchPredictor(network)
     require_fit(predictor, dataset)
     if dataset.labels.ndim != 1:

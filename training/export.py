@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -37,7 +38,7 @@ from training.baseline import BaselineCNN
 from training.checkpoint import Checkpoint
 from training.compose import as_seen
 from training.config import TWEAK_RANGE, TWEAK_STEP, ModelConfig
-from training.data import Dataset, Split, hold_out
+from training.data import DataError, Dataset, Split, hold_out, on_light_ground
 from training.dimensions import measure_dimensions
 from training.evaluate import Evaluation, evaluate
 from training.graphs import LARGE, OPSET, encoder_graph
@@ -54,6 +55,7 @@ CALIBRATION_IMAGES = 5000
 RANGE_IMAGES = 1024
 """Of those, how many at most the 8-bit encoder takes its ranges from."""
 CALIBRATION_QUANTILE = 0.95
+CalibrationSource = Literal["held-out", "training"]
 OUTLIERS = 500
 """Images of each kind that is of no class."""
 
@@ -99,6 +101,7 @@ def export(
     Raises:
         ExportError: if the folder exists, if the data are not those of the training run, or if ONNX
             Runtime and PyTorch differ by more than `PARITY_TOLERANCE`.
+        DataError: if the run had fewer images than there are.
     """
     if place.folder.exists():
         raise ExportError(f"{place.folder} exists; a version is never overwritten: choose the next one")
@@ -133,6 +136,7 @@ def _fill(
     network = checkpoint.network()
     if isinstance(network, BaselineCNN):
         raise ExportError("a baseline CNN has no capsules to serve; `capsnet evaluate` takes its checkpoint")
+    calibration_images, source = calibration_set(training, checkpoint)
     round_to_half(network)
     config, train_config = network.config, checkpoint.settings()
     say("writing encoder.onnx and decoder.onnx")
@@ -140,11 +144,6 @@ def _fill(
     decoder = folder / "decoder.onnx"
     write_encoder(network, encoder)
     write_decoder(network, decoder)
-
-    held_out = hold_out(training, train_config.validation_images, train_config.seed)[1]
-    source = held_out if len(held_out) else training
-    few = len(source) <= CALIBRATION_IMAGES
-    calibration_images = as_seen(source if few else hold_out(source, CALIBRATION_IMAGES, seed=0)[1])
 
     manifest = Manifest(
         name=place.name,
@@ -196,14 +195,7 @@ def _fill(
         )
     say(f"measuring on {len(test):,} test and {len(calibration_images):,} calibration images")
     result = evaluate(exported, test)
-    threshold, margin = bounds(evaluate(exported, calibration_images), CALIBRATION_QUANTILE)
-    calibration = Calibration(
-        threshold=threshold,
-        margin=margin,
-        quantile=CALIBRATION_QUANTILE,
-        images=len(calibration_images),
-        source="held-out" if len(held_out) else "training",
-    )
+    calibration = calibrate(exported, calibration_images, source)
     meanings: Dimensions = {}
     if train_config.reconstruction_weight:  # or the decoder has learnt nothing
         say("measuring what each dimension means")
@@ -239,6 +231,37 @@ def _fill(
     return manifest
 
 
+def calibration_set(training: Dataset, checkpoint: Checkpoint) -> tuple[Dataset, CalibrationSource]:
+    """Images of `training` to calibrate on: those that the run held out, or else some that it has seen.
+
+    Raises:
+        DataError: if the run had other images than all of these.
+    """
+    settings = checkpoint.settings()
+    had = checkpoint.training_images + settings.validation_images
+    if had != len(training):
+        raise DataError(
+            f"{training.name}: {len(training)} training images, but the run had {had}; which of them it has "
+            "seen is not known, and so not what to calibrate on: train on all of them"
+        )
+    held_out = hold_out(training, settings.validation_images, settings.seed)[1]
+    images = held_out if len(held_out) else training
+    some = images if len(images) <= CALIBRATION_IMAGES else hold_out(images, CALIBRATION_IMAGES, seed=0)[1]
+    return as_seen(some), "held-out" if len(held_out) else "training"
+
+
+def calibrate(predictor: Predictor, images: Dataset, source: CalibrationSource) -> Calibration:
+    """The bounds within which `images` usually lie."""
+    threshold, margin = bounds(evaluate(predictor, images), CALIBRATION_QUANTILE)
+    return Calibration(
+        threshold=threshold,
+        margin=margin,
+        quantile=CALIBRATION_QUANTILE,
+        images=len(images),
+        source=source,
+    )
+
+
 def bounds(evaluation: Evaluation, share: float) -> tuple[float, float]:
     """Largest error and least margin between which `share` of the images lie, cutting off as many by each."""
     leads = margins(evaluation.lengths)
@@ -270,13 +293,12 @@ def outlier_sets(dataset: Dataset) -> Iterator[tuple[str, Tensor, Tensor]]:
 def image_spec(dataset: Dataset) -> ImageSpec:
     """What an image must look like to be like those of `dataset`; its borders tell the ink's polarity."""
     images = dataset.images
-    border = torch.cat([images[:, 0].flatten(), images[:, -1].flatten()])
     mnist = dataset.name == "mnist"
     return ImageSpec(
         height=images.shape[1],
         width=images.shape[2],
         channels=3 if images.ndim == 4 else 1,
-        polarity="light_on_dark" if border.float().mean() < 128 else "dark_on_light",
+        polarity="dark_on_light" if on_light_ground(images) else "light_on_dark",
         centring="centre_of_mass" if mnist else "none",
         box=20 if mnist else None,  # the side of the box that MNIST's digits were scaled into
     )

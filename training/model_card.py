@@ -39,7 +39,7 @@ many:
 
 {recipe}
 
-{promise}
+{tested}
 
 ## Limits
 {exceptions}- It sees one object on a plain background. An image with none, or with two, still gets a class;
@@ -112,9 +112,7 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
         ),
         meaning=meaning(manifest),
         exceptions=_exceptions(manifest, train),
-        promise="The schedule was fixed before the run began, and nothing was chosen on the test images."
-        if made.epochs == train.epochs
-        else f"The run was not finished: it stands at epoch {made.epochs} of {train.epochs}.",
+        tested=_tested(manifest, train),
         recipe=_table(
             ("setting", "value"),
             [
@@ -193,6 +191,20 @@ def renew_meaning(card: str, manifest: Manifest) -> str:
         before, found, rest = card.partition(RECIPE)
         return f"{before}{meaning(manifest)}\n{found}{rest}"
     return f"{before}{meaning(manifest)}\n{RECIPE}{rest.partition(RECIPE)[2]}"
+
+
+def _tested(manifest: Manifest, train: TrainConfig) -> str:
+    epochs = manifest.provenance.epochs
+    if epochs == train.epochs:
+        tested = "It was tested after the last epoch."
+    else:
+        tested = f"The run was not finished: it stands at epoch {epochs} of {train.epochs}."
+    if not manifest.variants:
+        return tested
+    return (
+        f"{tested} Which precision a service takes by itself (`CAPSNET_PRECISION=auto`) is chosen by the\n"
+        "figures above, which are of the test images."
+    )
 
 
 def _exceptions(manifest: Manifest, train: TrainConfig) -> str:

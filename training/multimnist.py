@@ -13,8 +13,6 @@ MARGIN = 4
 
 The paper's figure; its authors' published code writes files of digits shifted by up to 6.
 """
-BOX = 20
-"""Side of the box that MNIST's digits were scaled into."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,6 @@ class Pairs:
     """(B, 2) int64."""
     digits: Tensor
     """(B, 2, 36, 36) uint8: each digit by itself, where it lies in the image."""
-    moved: Tensor
-    """(B, 2, 2) int64: rows and columns that each digit was moved down and right by."""
 
 
 def pairs(
@@ -45,7 +41,7 @@ def pairs(
     rows, columns = moved.flatten(0, 1).unbind(dim=1)
     digits = shift(pad(images[chosen.flatten()], MARGIN), rows, columns).unflatten(0, chosen.shape)
     together = digits.sum(dim=1, dtype=torch.int32).clamp(max=255).to(torch.uint8)
-    return Pairs(together, labels[chosen], digits, moved)
+    return Pairs(together, labels[chosen], digits)
 
 
 def partners(labels: Tensor, first: Tensor, generator: torch.Generator) -> Tensor:
@@ -61,12 +57,3 @@ def partners(labels: Tensor, first: Tensor, generator: torch.Generator) -> Tenso
     share = torch.rand(len(first), generator=generator, device=labels.device, dtype=torch.float64)
     drawn = (share * others).long()  # counted over the digits of all classes but its own
     return by_class[torch.where(drawn >= begin[own], drawn + counts[own], drawn)]
-
-
-def overlap(made: Pairs) -> float:
-    """Mean share of a digit's 20x20 box that the other's box covers, in per cent.
-
-    The paper says 80 % on average.
-    """
-    apart = (made.moved[:, 0] - made.moved[:, 1]).abs()
-    return float((BOX - apart).clamp(min=0).double().prod(dim=1).mean() / BOX**2 * 100)

@@ -37,8 +37,7 @@ class Size:
 
 
 # Of the rows, the baseline CNN is the slowest: ten times the work of the paper's network for each image.
-# Its batches are small, so that so few images make enough steps to see it learn. Where the rate rises over
-# the first 100 steps, a smoke run ends while it rises.
+# Its batches are small, so that so few images make enough steps to see it learn.
 SIZES: dict[SizeName, Size] = {
     "smoke": Size(images=256, training={"epochs": 2, "batch_size": 16}),
     # Enough to learn by, and little enough for the baseline CNN without a GPU: half an hour on two cores.
@@ -59,8 +58,8 @@ def reproduce(
 ) -> Path:
     """Train and test `row`; return the file of its record, which is written anew after each epoch.
 
-    A full run's record goes among the results, another's beside its checkpoint. All but smoke runs, which
-    begin anew each time, are resumable.
+    A full run's record goes among the results, another's beside its checkpoint; runs of different lengths
+    have files of their own. All but smoke runs, which begin anew each time, are resumable.
 
     Args:
         name: the row's, for the names of files.
@@ -77,8 +76,9 @@ def reproduce(
 
     length = {} if epochs is None else {"epochs": epochs}
     config = row.train_config(**{**SIZES[size].training, **settings, **length})
-    output = RUNS / f"{name}-{size}-seed{config.seed}"
-    record = RECORDS / f"{name}-seed{config.seed}.json" if size == "full" else output / "record.json"
+    run = f"epochs{config.epochs}-seed{config.seed}"
+    output = RUNS / f"{name}-{size}-{run}"
+    record = RECORDS / f"{name}-{run}.json" if size == "full" else output / "record.json"
     if size == "smoke" and not resume:
         shutil.rmtree(output, ignore_errors=True)
     if (output / checkpoints.CHECKPOINT_FILE).exists() and not resume:

@@ -177,8 +177,7 @@ def _begin_with(network: Network, start: Start) -> None:
     except RuntimeError as error:
         raise TrainingError(
             f"the weights of {start.source} are of another network than the one to train: its image size, "
-            "classes and settings must be the same. An exported network of a few thousand weights has lost "
-            f"the names of some: start from the run's checkpoint. ({error})"
+            f"classes and settings must be the same ({error})"
         ) from error
 
 
@@ -250,7 +249,7 @@ def _train_epoch(
                 group["lr"] = config.learning_rate_at(step, steps * config.epochs)
             batch = compose(indices, run.generators["shift"]).part(team.part(len(indices)))
             if isinstance(network, BaselineCNN):  # dropout draws from a generator that is not saved
-                torch.manual_seed((config.seed * 1_000_003 + step) * team.count + team.rank)
+                torch.manual_seed(((config.seed * 1_000_003 + step) * team.count + team.rank) % 2**64)
             scores, margin, reconstruction = losses(joined, batch)
             # The mean over the whole batch: the gradients of the processes will be averaged.
             total = (margin + config.reconstruction_weight * reconstruction).sum()

@@ -84,20 +84,20 @@ def read_exported(folder: Path) -> CapsNet:
 
     Raises:
         ManifestError: if the folder is no complete model, or its files do not hold all that the network
-            needs: Efficient-CapsNet's normalisation is folded away, for one.
+            needs, such as votes that were scaled.
     """
     exported = OnnxPredictor(folder)
     weights = read_start(folder).weights
     try:
         network = build(_shape(exported.manifest, weights))
-        network.load_state_dict(weights, strict=False)  # too few are told apart below
+        network.load_state_dict(weights)
     except (LookupError, RuntimeError, ValueError) as error:
-        raise ManifestError(f"{folder}: no PyTorch network fits its weights ({error})") from error
-    missing = sorted(set(network.state_dict()) - set(weights))
-    if missing or not isinstance(network, CapsNet):
         raise ManifestError(
-            f"{folder}: the exported graphs lack {', '.join(missing[:3])}, …, which the network in PyTorch "
-            "needs; name the run's checkpoint instead"
+            f"{folder}: no PyTorch network fits its weights; name the run's checkpoint instead ({error})"
+        ) from error
+    if not isinstance(network, CapsNet):
+        raise ManifestError(
+            f"{folder}: a model of architecture {exported.manifest.architecture} has no capsules"
         )
     _require_alike(folder, exported, TorchPredictor(network.eval()))
     return network
@@ -113,13 +113,13 @@ def _shape(manifest: Manifest, weights: dict[str, Tensor]) -> ModelConfig:
         "architecture": manifest.architecture,
         "primary_dimensions": manifest.capsules.primary_dimensions,
         "digit_dimensions": manifest.capsules.digit_dimensions,
-        "routing_iterations": manifest.capsules.routing_iterations,
         "decoder_units": (len(weights["decoder.layers.0.bias"]), len(weights["decoder.layers.2.bias"])),
     }
     if manifest.architecture == "capsnet":
         matrices, primary = weights["encoder.digit_capsules.weight"], weights[f"{_PRIMARY}.bias"]
         channels, _, kernel, _ = weights["encoder.conv.weight"].shape
         shape |= {
+            "routing_iterations": manifest.capsules.routing_iterations,
             "conv_channels": channels,
             "kernel_size": kernel,
             "primary_groups": len(primary) // manifest.capsules.primary_dimensions,

@@ -1,8 +1,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from service.manifest import read_manifest, write_manifest
+from training import checkpoint as checkpoints
+from training import cli
 from training.cli import main
 from training.model_card import meaning, renew_meaning
 
@@ -39,6 +42,15 @@ def test_from_images_to_model(
     assert printed.count("test error") == 4, "training, both evaluations, and the export"
 
 
+def test_few_images_hold_out_a_tenth(mnist_style_folder: Path, tmp_path: Path) -> None:
+    """Of 12 images of one's own, one is held out unless told otherwise."""
+    source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder)]
+    assert (
+        main(["train", *source, "--epochs", "1", "--device", "cpu", "--output", str(tmp_path / "run")]) == 0
+    )
+    assert checkpoints.read(tmp_path / "run").training_images == 11
+
+
 def test_dimensions_of_a_model_that_names_none(
     mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +82,10 @@ def test_dimensions_of_a_model_that_names_none(
         (["dimensions", "nowhere"], "nowhere/manifest.json: cannot be read"),
         (["export", "file", "--models", "models"], "file: not a readable checkpoint"),
         (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere/train: no such folder"),
+        (
+            ["train", "--augmentation", "strong", "--max-shift", "1"],
+            "--max-shift goes with --augmentation shift",
+        ),
     ],
 )
 def test_errors(
@@ -86,6 +102,30 @@ def test_errors(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_out_of_memory(
+    mnist_style_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More memory than there is ends the command with a line that says what to change; other faults show."""
+    arguments = ["train", "--dataset", "folder", "--data-dir", str(mnist_style_folder)]
+    monkeypatch.setattr(cli, "train", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    assert main(arguments) == 1
+    assert "out of memory; try a smaller --batch-size" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "train", lambda *_, **__: torch.empty(2) @ torch.empty(3))
+    with pytest.raises(RuntimeError, match="size"):
+        main(arguments)
+
+
+def test_a_cnn(mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A CNN trains with the largest seed there is, and is evaluated without a word of drawings."""
+    source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder), "--device", "cpu"]
+    quick = ["--architecture", "baseline-cnn", "--epochs", "1", "--seed", str(2**63 - 1)]
+    assert main(["train", *source, *quick, "--output", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), *source]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("test error") == 2
+    assert "reconstruction error" not in printed
 
 
 def test_output_that_cannot_be_written(

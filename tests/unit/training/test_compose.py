@@ -43,10 +43,13 @@ def test_pairs_are_two_shifted_digits_clipped(digits: Dataset) -> None:
     total = made.digits.int().sum(dim=1)
     assert total.max() == 255 or total.max() > 255
     assert torch.equal(made.images.int(), total.clamp(max=255))
-    assert made.moved.abs().max() == 4
-    for digit, moved in zip(made.digits.flatten(0, 1), made.moved.flatten(0, 1), strict=True):
-        rows, columns = digit.any(dim=1).nonzero()[0].item(), digit.any(dim=0).nonzero()[0].item()
-        assert (rows, columns) == (8 + moved[0], 8 + moved[1])
+    places = tops(made.digits.flatten(0, 1))
+    assert (places.amin(dim=0).tolist(), places.amax(dim=0).tolist()) == ([4, 4], [12, 12])
+
+
+def tops(boxes: torch.Tensor) -> torch.Tensor:
+    """First row and column of each box (B, H, W): (B, 2)."""
+    return torch.stack([boxes.any(dim=axis).int().argmax(dim=1) for axis in (2, 1)], dim=1)
 
 
 def test_one_class_makes_no_pairs(digits: Dataset) -> None:
@@ -62,9 +65,9 @@ def test_overlap_of_boxes(digits: Dataset) -> None:
     """
     first = torch.arange(40).repeat(250)
     made = multimnist.pairs(digits.images, digits.labels, first, generator())
-    assert multimnist.overlap(made) == pytest.approx(100 * (1 - 80 / 27 / 20) ** 2, abs=0.5)
-    still = replace(made, moved=torch.zeros_like(made.moved))
-    assert multimnist.overlap(still) == 100
+    apart = (tops(made.digits[:, 0]) - tops(made.digits[:, 1])).abs()
+    covered = (20 - apart).double().prod(dim=1).mean() / 20**2
+    assert covered == pytest.approx((1 - 80 / 27 / 20) ** 2, abs=0.005)
 
 
 def test_what_is_measured_on_is_always_the_same(digits: Dataset) -> None:
@@ -128,6 +131,16 @@ def test_strong_augmentation(digits: Dataset) -> None:
     ink = made.bool().flatten(1).sum(dim=1)
     assert ink.min() > 400 * 0.7 - 16
     assert torch.equal(made, affine.strongly(some.repeat(10, 1, 1), generator()))
+
+
+def test_strong_augmentation_on_light_ground(digits: Dataset) -> None:
+    """Dark ink on light ground is treated as light ink on dark: nothing black comes in."""
+    plain = replace(digits, layout="plain")
+    light = replace(plain, images=255 - plain.images)
+    some = torch.arange(40)
+    dark_ink = compose.composer(light, 0, strong=True)(some, generator()).images
+    assert torch.equal(dark_ink, 255 - compose.composer(plain, 0, strong=True)(some, generator()).images)
+    assert dark_ink.min() >= 255 - 140
 
 
 def test_affnist_is_never_trained_on() -> None:

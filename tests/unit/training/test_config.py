@@ -40,6 +40,24 @@ def test_impossible_settings(setting: dict[str, object], message: str) -> None:
         ModelConfig.from_dict({"classes": DIGITS, **setting})
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"shared_weights": True},
+        {"routing_iterations": 7},
+        {"capsule_biases": True},
+        {"scaled_votes": True},
+        {"routing_gradients": True},
+    ],
+)
+@pytest.mark.parametrize("architecture", ["efficient-capsnet", "baseline-cnn"])
+def test_settings_that_an_architecture_would_ignore(setting: dict[str, object], architecture: str) -> None:
+    """What only the paper's routing can do is refused for networks that have none."""
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} is .*, but {architecture} has no such"):
+        ModelConfig.from_dict({"classes": DIGITS, "architecture": architecture, **setting})
+    assert ModelConfig.from_dict({"classes": DIGITS, **setting}).architecture == "capsnet"
+
+
 def test_round_trip() -> None:
     """A shape survives being stored as plain values, lists in place of tuples included."""
     config = ModelConfig(classes=DIGITS, width=40, decoder_units=(7, 9))
@@ -83,8 +101,16 @@ def test_learning_rate_decays_exponentially() -> None:
 def test_warm_up() -> None:
     """Over the first steps the rate rises by as much at each, to what it would have been."""
     config = TrainConfig(learning_rate=1e-2, final_learning_rate=1e-2, warm_up_steps=4)
-    rates = [config.learning_rate_at(step, 6) for step in range(6)]
+    rates = [config.learning_rate_at(step, 40) for step in range(6)]
     assert rates == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2, 1e-2])
+
+
+def test_a_short_run_leaves_the_rise() -> None:
+    """The rise takes a tenth of a run's steps at most, or ten of them if that is more."""
+    config = TrainConfig(learning_rate=1e-2, final_learning_rate=1e-2, warm_up_steps=100)
+    for steps, rise in ((20, 10), (100, 10), (500, 50), (9000, 100)):
+        rates = [config.learning_rate_at(step, steps) for step in range(rise + 1)]
+        assert rates == pytest.approx([1e-2 * step / rise for step in range(1, rise + 1)] + [1e-2])
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from service.manifest import Calibration
+from training import checkpoint as checkpoints
 from training import data, detection
 from training.cli import main
 from training.config import ModelConfig, TrainConfig
 from training.data import DataError, Dataset, Split, sample
 from training.detection import FALSE_ALARMS, area, roc
 from training.evaluate import evaluate
-from training.export import Name, export
+from training.export import Name, calibrate, calibration_set, export
 from training.model import CapsNet
 from training.predictor import TorchPredictor
 from training.train import train
@@ -149,11 +150,10 @@ def test_strangers_of_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing == []
 
 
-def test_calibrated_as_an_export(
-    network: CapsNet, run: Path, train_config: TrainConfig, load_split: Load
-) -> None:
+def test_calibrated_as_an_export(network: CapsNet, run: Path, load_split: Load) -> None:
     """A run is held to the bounds that its export has in the manifest."""
-    found = detection.calibrate(TorchPredictor(network), load_split("train"), train_config)
+    images, source = calibration_set(load_split("train"), checkpoints.read(run))
+    found = calibrate(TorchPredictor(network), images, source)
     manifest = json.loads((run.parent / "models/shapes/1/manifest.json").read_text())
     expected = Calibration.model_validate(manifest["calibration"])
     assert (found.images, found.source, found.quantile) == (expected.images, "held-out", 0.95)
@@ -162,9 +162,13 @@ def test_calibrated_as_an_export(
 
 
 def test_what_cannot_be_attacked(network: CapsNet, load_split: Load) -> None:
-    """Images of two things are refused, and those that are mistaken as they are."""
+    """Attacks on nothing, or in no step, are refused; so are images of two things, and mistaken ones."""
     dataset = load_split("test")
     calibration = Calibration(threshold=1, quantile=0.95, images=1, source="training")
+    with pytest.raises(DataError, match="attacked is 0, expected at least 1"):
+        detection.measure(network, calibration, dataset, {}, attacked=0)
+    with pytest.raises(DataError, match="steps is 0, expected at least 1"):
+        detection.measure(network, calibration, dataset, {}, steps=0)
     two = replace(dataset, labels=dataset.labels[:, None].repeat(1, 2))
     with pytest.raises(DataError, match="expected one class for each"):
         detection.measure(network, calibration, two, {})

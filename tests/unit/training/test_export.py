@@ -12,10 +12,11 @@ from service.manifest import ManifestError, read_manifest, sha256
 from training import export as exporting
 from training.checkpoint import Checkpoint
 from training.config import ModelConfig, TrainConfig
-from training.data import Dataset, Split
+from training.data import DataError, Dataset, Split
 from training.evaluate import Evaluation, evaluate
 from training.export import ExportError, Name, bounds, export, image_spec, parity_error, round_to_half
 from training.model import CapsNet
+from training.model_card import model_card
 from training.predictor import Floats, Labels, OnnxPredictor, TorchPredictor
 from training.train import train
 
@@ -147,6 +148,28 @@ def test_other_data(state: Checkpoint, load_split: Load, place: Name) -> None:
     with pytest.raises(ExportError, match="training images differ"):
         export(state, place, other)
     assert not place.root.exists()
+
+
+def test_a_run_on_a_part_of_the_images(state: Checkpoint, load_split: Load, place: Name) -> None:
+    """Of a run that had the first images alone, as small ones do, nobody can say which it has not seen."""
+    with pytest.raises(DataError, match="66 training images, but the run had 26"):
+        export(replace(state, training_images=20), place, load_split)
+    assert list(place.root.iterdir()) == []
+
+
+def test_a_card_says_what_is_known(state: Checkpoint, exported: Name, load_split: Load) -> None:
+    """A card says when the network was tested, and by what images its precision is chosen; no more."""
+    card = (exported.folder / "MODEL_CARD.md").read_text()
+    assert "It was tested after the last epoch. Which precision a service takes" in card
+    assert "fixed before" not in card
+    manifest, result = (
+        read_manifest(exported.folder),
+        evaluate(OnnxPredictor(exported.folder), load_split("test")),
+    )
+    longer = replace(state.settings(), epochs=9)
+    plain = manifest.model_copy(update={"variants": ()})
+    card = model_card(plain, state.shape(), longer, result)
+    assert "it stands at epoch 6 of 9.\n\n## Limits" in card
 
 
 def test_a_decoder_that_learnt_nothing_has_no_names(state: Checkpoint, load_split: Load, place: Name) -> None:

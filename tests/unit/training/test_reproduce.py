@@ -44,7 +44,7 @@ def few_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_smoke(name: str) -> None:
     """Every row's smoke size trains, tests on all data sets of the row, and leaves the results alone."""
     path = reproduce.reproduce(name, small(ROWS[name]), "smoke", seed=3, device="cpu")
-    assert path == Path(f"runs/reproduce/{name}-smoke-seed3/record.json")
+    assert path == Path(f"runs/reproduce/{name}-smoke-epochs2-seed3/record.json")
     assert not Path("docs").exists()
     record = json.loads(path.read_text())
     assert (record["row"], record["seed"], record["epoch"], record["epochs"]) == (name, 3, 2, 2)
@@ -94,7 +94,7 @@ def test_full_run_is_recorded_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(KeyboardInterrupt):
         reproduce.reproduce("affnist", row, "full", **options)
     monkeypatch.setattr(training, "margin_loss", margin_loss)
-    path = Path("docs/results/runs/affnist-seed0.json")
+    path = Path("docs/results/runs/affnist-epochs2-seed0.json")
     begun = json.loads(path.read_text())
     assert (begun["epoch"], begun["epochs"], begun["tests"]) == (1, 2, {})
 
@@ -105,7 +105,7 @@ def test_full_run_is_recorded_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (ended["epoch"], len(ended["history"])) == (2, 2)
     assert list(ended["tests"]) == ["translated-mnist", "affnist"]
     assert ended["training_images"] == 40, "a full run takes all images"
-    saved = checkpoints.read(Path("runs/reproduce/affnist-full-seed0"))
+    saved = checkpoints.read(Path("runs/reproduce/affnist-full-epochs2-seed0"))
     assert ended["history"] == saved.history
 
     # What was interrupted between the last epoch and the tests is tested then, and not trained again.
@@ -114,14 +114,23 @@ def test_full_run_is_recorded_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert json.loads(path.read_text()) == ended
 
 
+def test_runs_of_other_lengths_keep_apart() -> None:
+    """A run of one length leaves the record and the checkpoint of another as they are."""
+    row = small(ROWS["routing-1"])
+    one, two = (reproduce.reproduce("routing-1", row, "full", device="cpu", epochs=n) for n in (1, 2))
+    assert [json.loads(path.read_text())["epoch"] for path in (one, two)] == [1, 2]
+    assert len(list(Path("runs/reproduce").iterdir())) == 2
+
+
 def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`capsnet reproduce` runs a row by its name, and `capsnet results` puts its record into the table."""
     monkeypatch.setitem(ROWS, "routing-1", small(ROWS["routing-1"]))
     assert main(["reproduce", "routing-1", "--epochs", "1", "--seed", "4", "--device", "cpu"]) == 0
-    assert "recorded in docs/results/runs/routing-1-seed4.json" in capsys.readouterr().out
+    assert "recorded in docs/results/runs/routing-1-epochs1-seed4.json" in capsys.readouterr().out
     assert main(["results"]) == 0
-    line = next(t for t in Path("docs/results/table1.md").read_text().splitlines() if "`routing-1`" in t)
-    assert "| 1 | 1 |" in line, "one run, of one epoch"
+    lines = [t for t in Path("docs/results/table1.md").read_text().splitlines() if "`routing-1`" in t]
+    assert "| 0 | 100 |" in lines[0], "no run of the row's length"
+    assert "| 1 | 1 |" in lines[1], "one run, of one epoch"
 
 
 def test_help_lists_rows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ def add(tmp_path: Path) -> Add:
             "seconds": 600.0 * (seed + 1),
             "machine": "2 CPU threads",
             "precision": "fp32",
+            "code_revision": "0123456789ab",
             "model_config": row.model_config(DIGITS, frame).as_dict(),
             "train_config": row.train_config(
                 epochs=epochs, seed=seed, device="cpu", precision="fp32"
@@ -106,6 +107,23 @@ def test_other_length(add: Add, tmp_path: Path) -> None:
         ["0.30", "1", "100"],
         ["0.50", "1", "20"],
     ]
+
+
+def test_a_short_run_stands_for_no_whole_one(add: Add, tmp_path: Path) -> None:
+    """Where only shorter runs were made, the row's own length is still said to be not run."""
+    add("routing-1", 1, epoch=20, epochs=20, mnist=0.5)
+    assert [row[4:7] for row in cells(document(tmp_path), "routing-1")] == [
+        ["not run", "0", "100"],
+        ["0.50", "1", "20"],
+    ]
+
+
+def test_uncommitted_code(add: Add, tmp_path: Path) -> None:
+    """The table tells which runs were made by code that is in no commit."""
+    path = add("routing-1", 0, epoch=100, epochs=100, mnist=0.3)
+    path.write_text(path.read_text().replace("0123456789ab", "0123456789ab-dirty"))
+    (row,) = cells(document(tmp_path), "routing-1")
+    assert row[-1] == "10, 2 CPU threads in fp32, uncommitted"
 
 
 @pytest.mark.parametrize(

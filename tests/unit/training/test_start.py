@@ -49,11 +49,13 @@ def test_from_a_run(run: Run, tmp_path: Path) -> None:
 def test_from_an_exported_model(
     model_config: ModelConfig, train_config: TrainConfig, load_split: Load, tmp_path: Path
 ) -> None:
-    """The weights of an exported model are the run's, as the export rounded them."""
-    # The exporter computes what depends on small tensors alone, and their names are gone.
-    large = replace(model_config, primary_groups=16)
+    """The weights of an exported model, however small, are all of the run's, as the export rounded them."""
     state = train(
-        load_split("train"), large, train_config, tmp_path / "run", load_test=lambda: load_split("test")
+        load_split("train"),
+        model_config,
+        train_config,
+        tmp_path / "run",
+        load_test=lambda: load_split("test"),
     )
     place = Name(tmp_path / "models", "shapes", "3")
     manifest = export(state, place, load_split)
@@ -96,24 +98,13 @@ def test_epochs_add_up(run: Run, load_split: Load, tmp_path: Path) -> None:
     assert read_start(place.folder).epochs == 3
 
 
-def test_a_small_export(run: Run, load_split: Load, tmp_path: Path) -> None:
-    """An export keeps the names and shapes of all weights, however small the network."""
-    place = Name(tmp_path / "models", "shapes", "1")
-    export(run(tmp_path / "one"), place, load_split)
-    weights = read_start(place.folder).weights
-    assert {name: value.shape for name, value in weights.items()} == {
-        name: value.shape for name, value in read_start(tmp_path / "one").weights.items()
-    }
-
-
-def test_an_export_without_names(run: Run, load_split: Load, tmp_path: Path) -> None:
-    """Of an export that has lost names, the message says what to start from instead."""
-    place = Name(tmp_path / "models", "shapes", "1")
-    export(run(tmp_path / "one"), place, load_split)
-    start = read_start(place.folder)
-    named = {name: value for name, value in start.weights.items() if "digit_capsules" not in name}
-    with pytest.raises(TrainingError, match=r"start from the run's checkpoint(.|\n)*digit_capsules"):
-        run(tmp_path / "two", replace(start, weights=named))
+def test_a_start_that_lacks_a_weight(run: Run, tmp_path: Path) -> None:
+    """Weights that are not all of the network's are refused, and those that lack are named."""
+    run(tmp_path / "one")
+    start = read_start(tmp_path / "one")
+    fewer = {name: value for name, value in start.weights.items() if "digit_capsules" not in name}
+    with pytest.raises(TrainingError, match=r"settings must be the same \((.|\n)*digit_capsules"):
+        run(tmp_path / "two", replace(start, weights=fewer))
 
 
 def test_resuming_needs_the_same_start(run: Run, tmp_path: Path) -> None:

@@ -37,6 +37,23 @@ def run(model_config: ModelConfig, load_split: Load) -> Callable[..., checkpoint
 Run = Callable[..., checkpoints.Checkpoint]
 
 
+def run_interrupted(run: Run, config: TrainConfig, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt a run in its second epoch."""
+    calls = 0
+
+    def interrupted(*arguments: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # four steps an epoch
+            raise KeyboardInterrupt
+        return margin_loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "margin_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, output)
+
+
 def test_it_learns(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
     """A small network learns to tell bars, poles and dots apart, and says so in its result file."""
     state = run(replace(train_config, epochs=15), tmp_path)
@@ -56,19 +73,7 @@ def test_resume_is_exact(
     config = replace(train_config, precision=arithmetic)  # type: ignore[arg-type] # one of the two
     whole = run(config, tmp_path / "whole")
 
-    calls = 0
-
-    def interrupted(*arguments: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 6:  # four steps an epoch
-            raise KeyboardInterrupt
-        return margin_loss(*arguments)
-
-    monkeypatch.setattr(training, "margin_loss", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "parts")
-    monkeypatch.setattr(training, "margin_loss", margin_loss)
+    run_interrupted(run, config, tmp_path / "parts", monkeypatch)
     assert checkpoints.read(tmp_path / "parts").epoch == 1
     torch.manual_seed(999)  # whatever state the new process is in
     parts = run(config, tmp_path / "parts", resume=True)
@@ -271,14 +276,15 @@ def test_layout(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
     assert weights["encoder.digit_capsules.weight"].is_contiguous()
 
 
-def test_log(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
-    """TensorBoard's log holds the validation error of every epoch, once, after a resumption too."""
-    run(replace(train_config, epochs=3), tmp_path)
-    run(replace(train_config, epochs=3), tmp_path, resume=True)
+def test_log(run: Run, train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's log of a run that was interrupted and resumed holds each of its steps once."""
+    monkeypatch.setattr(training, "LOG_EVERY", 1)
+    run_interrupted(run, train_config, tmp_path, monkeypatch)
+    run(train_config, tmp_path, resume=True)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.step for event in events.Scalars("error/validation")] == [3, 7, 11]
-    assert "loss/margin" in events.Tags()["scalars"]
+    assert [event.step for event in events.Scalars("loss/margin")] == list(range(12))
 
 
 def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
