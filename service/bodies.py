@@ -96,12 +96,13 @@ def _matches(name: str, media: str) -> bool:
 
 
 async def read_body(request: Request, settings: Settings, *, may_be_empty: bool = False) -> bytes:
-    """The whole body, which never takes more memory than the limit.
+    """The whole body, decompressed if it came compressed; it never takes more memory than the limit.
 
     Raises:
-        TooLarge: by its Content-Length, or as soon as more has arrived.
+        TooLarge: by its Content-Length, or as soon as more has arrived or been decompressed.
         BodyTimeout: not complete in time.
-        MalformedBody: empty, where it may not be.
+        MalformedBody: empty, where it may not be, or not compressed as it says.
+        UnsupportedMediaType: compressed in another way than ours.
     """
     limit = settings.max_body
     length = request.headers.get("content-length", "0")
@@ -126,9 +127,18 @@ async def read_body(request: Request, settings: Settings, *, may_be_empty: bool 
             received=f"{len(body)} bytes in {settings.body_timeout:g} s",
             expected=f"the whole body within {settings.body_timeout:g} s",
         ) from error
-    if not body and not may_be_empty:
+    content = bytes(body)
+    encoding = _list_header(request, "content-encoding", "identity").strip().lower()
+    if content and encoding != "identity":
+        content = await asyncio.to_thread(inflate, content, encoding, limit)
+    if not content and not may_be_empty:
         raise MalformedBody("The body is empty.", received="0 bytes", expected="a body as /docs describes it")
-    return bytes(body)
+    return content
+
+
+def _list_header(request: Request, name: str, absent: str) -> str:
+    """A header that is a list, whose members may come in several lines (RFC 9110, 5.3)."""
+    return ", ".join(request.headers.getlist(name) or [absent])
 
 
 def _body_too_large(received: str, limit: int) -> TooLarge:

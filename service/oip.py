@@ -12,7 +12,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from service import openapi, protocol
-from service.bodies import JSON, inflate, parse_json, read_body
+from service.bodies import JSON, parse_json, read_body
 from service.errors import InvalidInput, MalformedBody, ShuttingDown
 from service.handling import answer_in_time, service_of
 from service.oip_schemas import (
@@ -143,8 +143,7 @@ _INFER = openapi.protocol_operation(
 _RUN = """Run one graph on a batch.
 
 Tensors are numbers in the JSON object, or bytes after it: then `Inference-Header-Content-Length` gives
-the object's length, in the request and in the answer alike. The body may be compressed (`gzip` or
-`deflate`); its length after decompression has the same limit.
+the object's length, in the request and in the answer alike.
 """
 
 
@@ -173,7 +172,7 @@ async def _infer(request: Request, name: str, version: str | None) -> Response:
         body = await read_body(request, service.settings)
 
         async def work() -> Response:
-            text, raw = _split(await _plain(request, body, service.settings.max_body), request)
+            text, raw = _split(body, request)
             arguments = graph, text, raw, service.settings.max_images
             small = len(text) <= _SMALL_TEXT
             asked = _parse(*arguments) if small else await asyncio.to_thread(_parse, *arguments)
@@ -184,13 +183,6 @@ async def _infer(request: Request, name: str, version: str | None) -> Response:
             return await asyncio.to_thread(_answer, graph, asked, outputs)
 
         return await answer_in_time(request, work())
-
-
-async def _plain(request: Request, body: bytes, limit: int) -> bytes:
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding == "identity":
-        return body
-    return await asyncio.to_thread(inflate, body, encoding, limit)
 
 
 def _split(body: bytes, request: Request) -> tuple[bytes, memoryview]:
