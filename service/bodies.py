@@ -61,7 +61,7 @@ def accepted(request: Request, offered: Sequence[str]) -> str:
     Raises:
         NotAcceptable: the caller accepts none of them.
     """
-    header = request.headers.get("accept", "*/*")
+    header = list_header(request, "accept", "*/*")
     if header == "*/*":
         return offered[0]
     ranges = [_media_range(entry) for entry in header.split(",")[:100]]
@@ -128,7 +128,7 @@ async def read_body(request: Request, settings: Settings, *, may_be_empty: bool 
             expected=f"the whole body within {settings.body_timeout:g} s",
         ) from error
     content = bytes(body)
-    encoding = _list_header(request, "content-encoding", "identity").strip().lower()
+    encoding = list_header(request, "content-encoding", "identity").strip().lower()
     if content and encoding != "identity":
         content = await asyncio.to_thread(inflate, content, encoding, limit)
     if not content and not may_be_empty:
@@ -136,7 +136,7 @@ async def read_body(request: Request, settings: Settings, *, may_be_empty: bool 
     return content
 
 
-def _list_header(request: Request, name: str, absent: str) -> str:
+def list_header(request: Request, name: str, absent: str) -> str:
     """A header that is a list, whose members may come in several lines (RFC 9110, 5.3)."""
     return ", ".join(request.headers.getlist(name) or [absent])
 

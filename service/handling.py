@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from fastapi import Request
+from fastapi import APIRouter, Request
 
 from service.decoding import Decoder
 from service.engine import Engine
@@ -23,6 +23,17 @@ Result = TypeVar("Result")
 
 # A caller who leaves is noticed after this time: watching costs a task, and most answers are ready sooner.
 _UNWATCHED = 0.05  # seconds
+
+
+class Router(APIRouter):
+    """Answers HEAD wherever it answers GET (RFC 9110, 9.1), which only a GET is documented for."""
+
+    def add_api_route(self, path: str, endpoint: Callable[..., Any], **parts: Any) -> None:
+        if parts.get("methods") == ["GET"]:
+            # Comes first and takes both, so that a refused method hears of both. The server sends no body after HEAD.
+            both = {**parts, "methods": ["GET", "HEAD"], "include_in_schema": False}
+            super().add_api_route(path, endpoint, **both)
+        super().add_api_route(path, endpoint, **parts)
 
 
 @dataclass(frozen=True)

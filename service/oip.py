@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from service import openapi, protocol
 from service.bodies import JSON, parse_json, read_body
 from service.errors import InvalidInput, MalformedBody, ShuttingDown
-from service.handling import answer_in_time, service_of
+from service.handling import Router, answer_in_time, service_of
 from service.oip_schemas import (
     InferAnswer,
     InferRequest,
@@ -29,7 +29,7 @@ from service.protocol import ServedGraph
 from service.repository import EXTENSION
 from service.tensors import Array, check_tensor, from_bytes, from_values, to_bytes
 
-router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+router = Router(prefix="/v2", tags=["Open Inference Protocol"])
 
 OCTETS = "application/octet-stream"
 HEADER_LENGTH = "Inference-Header-Content-Length"

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from numpy.typing import NDArray
 
 from service import openapi
@@ -20,6 +20,7 @@ from service.bodies import (
     PNG,
     accepted,
     file_parts,
+    list_header,
     media_type,
     only_part,
     parse_json,
@@ -30,7 +31,7 @@ from service.bodies import (
 from service.engine import Float, Model, Predictions
 from service.errors import InvalidInput, ShuttingDown
 from service.figures import sweep_figure
-from service.handling import Service, answer_in_time, service_of
+from service.handling import Router, Service, answer_in_time, service_of
 from service.images import FORMATS, Pixels, data_url, decode_base64, encode_png, read_npy, to_uint8
 from service.schemas import (
     LiveAnswer,
@@ -53,7 +54,7 @@ from service.schemas import (
 from service.settings import Settings
 from service.tweaks import apply_tweaks, default_deltas
 
-router = APIRouter()
+router = Router()
 
 Result = TypeVar("Result")
 
@@ -465,7 +466,7 @@ async def ready(request: Request) -> ReadyAnswer:
 async def metrics(request: Request) -> Response:
     """Counts and durations since the start, in Prometheus' text form or, if accepted, OpenMetrics."""
     body, kind = await asyncio.to_thread(
-        service_of(request).metrics.exposition, request.headers.get("accept", "")
+        service_of(request).metrics.exposition, list_header(request, "accept", "")
     )
     return Response(body, headers={"Content-Type": kind})
 

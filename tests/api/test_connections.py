@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import socket
 import threading
@@ -129,6 +130,17 @@ def test_slow_bodies_hold_up_nobody(tiny_models: Path) -> None:
             answer = until_closed(connection)
             assert answer.startswith(b"HTTP/1.1 408")
             assert b"connection: close" in answer
+
+
+@pytest.mark.parametrize("path", ["/livez", "/models", "/docs", "/metrics", "/v2/health/ready"])
+def test_no_body_comes_after_head(tiny_models: Path, path: str) -> None:
+    """What comes after an answer to HEAD is the answer to the next request, and GET's length is told."""
+    with served(tiny_models) as service, connected(service) as connection:
+        head, get = (f"{method} {path} HTTP/1.1\r\nHost: x\r\n" for method in ("HEAD", "GET"))
+        connection.sendall(f"{head}\r\n".encode())
+        assert re.search(rb"^http/1.1 200 .*content-length: [1-9]", head_of(connection), re.DOTALL)
+        connection.sendall(f"{get}Connection: close\r\n\r\n".encode())
+        assert until_closed(connection).startswith(b"HTTP/1.1 200 OK")
 
 
 def test_an_ordinary_connection_is_kept(tiny_models: Path) -> None:

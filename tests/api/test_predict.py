@@ -189,6 +189,13 @@ def test_the_best_accepted_form_is_chosen(client: TestClient, accept: str, kind:
     assert answer.headers["content-type"] == kind
 
 
+def test_accept_may_come_in_several_lines(client: TestClient) -> None:
+    """They count as one list (RFC 9110, 5.3)."""
+    headers = [("content-type", "image/png"), ("accept", "text/html"), ("accept", "application/x-npy")]
+    answer = client.post("/predict", content=PNG, headers=headers)
+    assert answer.headers["content-type"] == "application/x-npy"
+
+
 @pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("Deflate", zlib.compress)])
 def test_a_compressed_body_is_taken(
     client: TestClient, encoding: str, compress: Callable[[bytes], bytes]
