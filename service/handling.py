@@ -30,7 +30,7 @@ class Router(APIRouter):
 
     def add_api_route(self, path: str, endpoint: Callable[..., Any], **parts: Any) -> None:
         if parts.get("methods") == ["GET"]:
-            # Comes first and takes both, so that a refused method hears of both. The server sends no body after HEAD.
+            # First, so that a refused method hears of both. The server sends no body after HEAD.
             both = {**parts, "methods": ["GET", "HEAD"], "include_in_schema": False}
             super().add_api_route(path, endpoint, **both)
         super().add_api_route(path, endpoint, **parts)

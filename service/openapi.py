@@ -32,7 +32,10 @@ from service.settings import Settings
 
 Schema = dict[str, Any]
 
-_COMPRESSED = "May be compressed, with `Content-Encoding: gzip` or `deflate`; its length after decompression has the same limit."
+_COMPRESSED = (
+    "May be compressed, with `Content-Encoding: gzip` or `deflate`; "
+    "its length after decompression has the same limit."
+)
 
 BINARY: Schema = {"type": "string", "format": "binary"}
 

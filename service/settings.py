@@ -154,6 +154,14 @@ class Settings(BaseSettings):
         float,
         Field(gt=0, le=3600, description="Seconds for a request's head to arrive; beyond: closed."),
     ] = 10
+    keep_alive: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=3600,
+            description="Seconds that a connection may idle between requests; a proxy has to close it sooner.",
+        ),
+    ] = 75
     body_timeout: Annotated[
         float, Field(gt=0, le=3600, description="Seconds for a request body to arrive; beyond: 408.")
     ] = 10
