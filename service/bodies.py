@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from service.body_room import Share
 from service.errors import (
     BodyTimeout,
     InvalidInput,
@@ -95,10 +96,16 @@ def _matches(name: str, media: str) -> bool:
     return name in ("*/*", media) or (name.endswith("/*") and media.startswith(name[:-1]))
 
 
-async def read_body(request: Request, settings: Settings, *, may_be_empty: bool = False) -> bytes:
+async def read_body(
+    request: Request, settings: Settings, share: Share, *, may_be_empty: bool = False
+) -> bytes:
     """The whole body, decompressed if it came compressed; it never takes more memory than the limit.
 
+    Args:
+        share: counts the bytes that are held, for as long as the caller keeps the body.
+
     Raises:
+        Overloaded: all bodies together would be over their limit.
         TooLarge: by its Content-Length, or as soon as more has arrived or been decompressed.
         BodyTimeout: not complete in time.
         MalformedBody: empty, where it may not be, or not compressed as it says.
@@ -119,6 +126,7 @@ async def read_body(request: Request, settings: Settings, *, may_be_empty: bool 
                 chunk = message.get("body", b"")
                 if len(body) + len(chunk) > limit:
                     raise _body_too_large(f"more than {limit} bytes", limit)
+                share.resize(len(body) + len(chunk))
                 body += chunk
                 more = message.get("more_body", False)
     except TimeoutError as error:
@@ -127,10 +135,15 @@ async def read_body(request: Request, settings: Settings, *, may_be_empty: bool 
             received=f"{len(body)} bytes in {settings.body_timeout:g} s",
             expected=f"the whole body within {settings.body_timeout:g} s",
         ) from error
+    except BaseException:
+        body.clear()  # the error's traceback holds it for as long as the rest is thrown away
+        raise
     content = bytes(body)
     encoding = list_header(request, "content-encoding", "identity").strip().lower()
     if content and encoding != "identity":
+        # Counted when it is there: before, at most a limit's bytes for each of asyncio's threads.
         content = await asyncio.to_thread(inflate, content, encoding, limit)
+        share.resize(len(content))
     if not content and not may_be_empty:
         raise MalformedBody("The body is empty.", received="0 bytes", expected="a body as /docs describes it")
     return content

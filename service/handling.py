@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Request
 
+from service.body_room import BodyRoom
 from service.decoding import Decoder
 from service.engine import Engine
 from service.errors import TimedOut
@@ -47,6 +48,7 @@ class Service:
     tracing: Tracing | None
     repository: Repository | None
     """None where its extension is off."""
+    body_room: BodyRoom
 
 
 def service_of(request: Request) -> Service:

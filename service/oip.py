@@ -13,6 +13,7 @@ from fastapi import Request, Response
 
 from service import openapi, protocol
 from service.bodies import JSON, parse_json, read_body
+from service.body_room import Share
 from service.errors import InvalidInput, MalformedBody, ShuttingDown
 from service.handling import Router, answer_in_time, service_of
 from service.oip_schemas import (
@@ -168,8 +169,8 @@ async def model_infer(request: Request, name: str) -> Response:
 async def _infer(request: Request, name: str, version: str | None) -> Response:
     service = service_of(request)
     graph = protocol.find_graph(service.engine, name, version)
-    with graph.model.in_use():
-        body = await read_body(request, service.settings)
+    with graph.model.in_use(), Share(service.body_room) as share:
+        body = await read_body(request, service.settings, share)
 
         async def work() -> Response:
             text, raw = _split(body, request)

@@ -28,6 +28,7 @@ from service.bodies import (
     parse_query,
     read_body,
 )
+from service.body_room import Share
 from service.engine import Float, Model, Predictions
 from service.errors import InvalidInput, ShuttingDown
 from service.figures import sweep_figure
@@ -96,8 +97,8 @@ async def predict(request: Request) -> Response:
     query = parse_query(PredictQuery, request)
     answer = accepted(request, PREDICT_ANSWERS)
     kind = media_type(request, PREDICT_BODIES)
-    with service.engine.choose(query.model or None).in_use() as model:
-        body = await read_body(request, service.settings)
+    with service.engine.choose(query.model or None).in_use() as model, Share(service.body_room) as share:
+        body = await read_body(request, service.settings, share)
         model.require_room()
 
         async def work() -> Response:
@@ -193,8 +194,8 @@ async def reconstruct(request: Request) -> Response:
     query = parse_query(ReconstructQuery, request)
     answer = accepted(request, RECONSTRUCT_ANSWERS)
     kind = media_type(request, RECONSTRUCT_BODIES)
-    with service.engine.choose(query.model or None).in_use() as model:
-        body = await read_body(request, service.settings)
+    with service.engine.choose(query.model or None).in_use() as model, Share(service.body_room) as share:
+        body = await read_body(request, service.settings, share)
 
         async def work() -> Response:
             choice, image = await _source(request, kind, body, ReconstructRequest, ReconstructChoice)
@@ -251,8 +252,8 @@ async def sweep(request: Request) -> Response:
     query = parse_query(SweepQuery, request)
     answer = accepted(request, SWEEP_ANSWERS)
     kind = media_type(request, RECONSTRUCT_BODIES)
-    with service.engine.choose(query.model or None).in_use() as model:
-        body = await read_body(request, service.settings)
+    with service.engine.choose(query.model or None).in_use() as model, Share(service.body_room) as share:
+        body = await read_body(request, service.settings, share)
 
         async def work() -> Response:
             choice, image = await _source(request, kind, body, SweepRequest, SweepChoice)

@@ -109,6 +109,15 @@ class Settings(BaseSettings):
     max_body: Annotated[
         int, Field(ge=1024, le=1024 * MIB, description="Bytes of a request body; beyond: 413.")
     ] = 16 * MIB
+    max_bodies: Annotated[
+        int,
+        Field(
+            ge=1024,
+            le=1 << 40,
+            description="Bytes of all request bodies that a process holds at a time; beyond: 503. "
+            "At least max_body.",
+        ),
+    ] = 256 * MIB
     max_pixels: Annotated[
         int, Field(ge=1, le=1 << 30, description="Pixels of one image, read from its header; beyond: 413.")
     ] = 1 << 24
@@ -159,7 +168,7 @@ class Settings(BaseSettings):
         Field(
             ge=1,
             le=3600,
-            description="Seconds that a connection may idle between requests; a proxy has to close it sooner.",
+            description="Seconds that a connection may idle between requests; a proxy must close it sooner.",
         ),
     ] = 75
     body_timeout: Annotated[
@@ -221,6 +230,12 @@ class Settings(BaseSettings):
                 "cuda_graphs needs repository to be off: memory of a retired version may not be freed while "
                 "a graph is captured"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _bodies_have_room(self) -> Self:
+        if self.max_bodies < self.max_body:
+            raise ValueError("max_bodies must be at least max_body, or a full body could never be taken")
         return self
 
     @model_validator(mode="after")
