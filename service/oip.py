@@ -14,7 +14,7 @@ from fastapi import Request, Response
 from service import openapi, protocol
 from service.bodies import JSON, parse_json, read_body
 from service.body_room import Share
-from service.errors import InvalidInput, MalformedBody, ShuttingDown
+from service.errors import InvalidInput, MalformedBody
 from service.handling import Router, answer_in_time, service_of
 from service.oip_schemas import (
     InferAnswer,
@@ -54,7 +54,7 @@ async def server_live() -> ServerLive:
 
 @router.get("/health/ready", summary="Whether all models are ready", responses=openapi.protocol_errors(503))
 async def server_ready(request: Request) -> ServerReady:
-    _require_ready(request)
+    service_of(request).engine.require_ready()
     return ServerReady(ready=True)
 
 
@@ -64,11 +64,6 @@ async def server_metadata(request: Request) -> ServerMetadata:
     if service_of(request).repository:
         extensions.append(EXTENSION)
     return ServerMetadata(name=protocol.SERVER_NAME, version=protocol.SERVER_VERSION, extensions=extensions)
-
-
-def _require_ready(request: Request) -> None:
-    if not service_of(request).engine.ready:
-        raise ShuttingDown("The service is stopping; another instance has to take new requests.")
 
 
 # Models ----------------------------------------------------------------------------------------------
@@ -116,8 +111,9 @@ async def model_ready(request: Request, name: str) -> ModelReady:
 
 
 def _ready(request: Request, name: str, version: str | None) -> ModelReady:
-    graph = protocol.find_graph(service_of(request).engine, name, version)
-    _require_ready(request)
+    engine = service_of(request).engine
+    graph = protocol.find_graph(engine, name, version)
+    engine.require_ready(graph.model)
     return ModelReady(name=graph.name, ready=True)
 
 

@@ -30,7 +30,7 @@ from service.bodies import (
 )
 from service.body_room import Share
 from service.engine import Float, Model, Predictions
-from service.errors import InvalidInput, ShuttingDown
+from service.errors import InvalidInput
 from service.figures import sweep_figure
 from service.handling import Router, Service, answer_in_time, service_of
 from service.images import FORMATS, Pixels, data_url, decode_base64, encode_png, read_npy, to_uint8
@@ -433,10 +433,12 @@ async def live() -> LiveAnswer:
 
 @router.get("/readyz", summary="Whether requests should be sent here", responses=openapi.problems(503))
 async def ready(request: Request) -> ReadyAnswer:
-    """Ready once every model has been warmed up on its device, until the service begins to stop."""
+    """Ready once every model has been warmed up on its device, until the service begins to stop.
+
+    Not ready either while a model's runs fail, three in a row, or one takes longer than a request may.
+    """
     engine = service_of(request).engine
-    if not engine.ready:
-        raise ShuttingDown("The service is stopping; another instance has to take new requests.")
+    engine.require_ready()
     return ReadyAnswer(
         status="ready",
         models=[

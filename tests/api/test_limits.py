@@ -156,6 +156,49 @@ async def test_a_failing_model_is_a_500_without_its_insides(tiny_models: Path) -
         assert (await service.predict()).status_code == 200
 
 
+READY = ["/readyz", "/v2/health/ready", "/v2/models/tiny-encoder/ready", "/v2/models/tiny-decoder/ready"]
+
+
+async def statuses(service: Running, paths: Iterable[str]) -> set[int]:
+    return {(await service.client.get(path)).status_code for path in paths}
+
+
+async def test_failing_runs_make_it_unready_until_one_succeeds(tiny_models: Path) -> None:
+    """After three failures in a row readiness fails; asking for it finds out that it works again."""
+    async with running(tiny_models) as service:
+        healthy = service._run
+
+        def broken(_: Arrays) -> Arrays:
+            raise RuntimeError("broken")
+
+        service._run = broken
+        for _ in range(2):
+            problem(await service.predict(), 500)
+        assert await statuses(service, READY) == {200}
+        problem(await service.predict(), 500)
+        assert await statuses(service, READY) == {503}
+        assert "not-working" in problem(await service.client.get("/readyz"), 503)["type"]
+        assert await statuses(service, ["/livez", "/v2/health/live", "/v2/models/colour-encoder/ready"]) == {
+            200
+        }
+        service._run = healthy
+        while await statuses(service, READY) != {200}:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_run_that_does_not_end_makes_it_unready(tiny_models: Path) -> None:
+    """Beyond the time that a request has, readiness fails; it is back when the run has ended."""
+    async with running(tiny_models, request_timeout=0.1) as service:
+        problem(await (await service.busy()), 503)
+        await asyncio.sleep(0.05)  # the run began after the request did
+        assert await statuses(service, READY) == {503}
+        assert await statuses(service, ["/livez"]) == {200}
+        service.go_on.set()
+        while await statuses(service, READY) != {200}:
+            await asyncio.sleep(0.01)
+    assert service.rows == [1, 1]  # of many who asked, one set off a trial
+
+
 async def test_an_unforeseen_error_is_a_500_without_its_insides(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
