@@ -14,7 +14,6 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from service.oip_grpc import SERVICE
 from tests.container.conftest import DIGIT, ROOT
 from tests.container.docker import Container, docker, run, start, wait_until_ready
 
@@ -235,7 +234,9 @@ def test_extras_are_built_in_where_asked_for(image: str, models: Path) -> None:
         wait_until_ready(started.url, log=("docker", "logs", started.name))
         address = docker("port", started.name, "8001/tcp").splitlines()[0]
         with grpc.insecure_channel(address) as channel:
-            answer = HealthStub(channel).Check(HealthCheckRequest(service=SERVICE), timeout=STOP_LIMIT)
+            answer = HealthStub(channel).Check(
+                HealthCheckRequest(service="inference.GRPCInferenceService"), timeout=STOP_LIMIT
+            )
         assert answer.status == HealthCheckResponse.SERVING
     finally:
         docker("rm", "--force", started.name)

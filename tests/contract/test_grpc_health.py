@@ -9,7 +9,6 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from service import oip_pb2 as pb
 from tests.support.process import IMAGE, LIMIT, PNG, Served, served
 
 OIP = "inference.GRPCInferenceService"
@@ -63,17 +62,14 @@ def test_health_follows_what_runs_do(tiny_models: Path) -> None:
     ):
         watch = HealthStub(open_channel).Watch(HealthCheckRequest(service=OIP), timeout=60)
         assert next(watch).status == HealthCheckResponse.SERVING
-        ask_ready = open_channel.unary_unary(
-            f"/{OIP}/ServerReady",
-            request_serializer=pb.ServerReadyRequest.SerializeToString,
-            response_deserializer=pb.ServerReadyResponse.FromString,
-        )
-        assert ask_ready(pb.ServerReadyRequest(), timeout=LIMIT).ready
+        # By hand, since tritonclient's tests register the same messages in this process: ready is field 1.
+        ask_ready = open_channel.unary_unary(f"/{OIP}/ServerReady", None, b"\x08\x01".__eq__)
+        assert ask_ready(b"", timeout=LIMIT)
         assert process.client.post("/predict", content=PNG, headers=IMAGE).status_code == 503
         assert next(watch).status == HealthCheckResponse.NOT_SERVING
-        assert not ask_ready(pb.ServerReadyRequest(), timeout=LIMIT).ready
+        assert not ask_ready(b"", timeout=LIMIT)
         assert next(watch).status == HealthCheckResponse.SERVING
-        assert ask_ready(pb.ServerReadyRequest(), timeout=LIMIT).ready
+        assert ask_ready(b"", timeout=LIMIT)
 
 
 @pytest.mark.parametrize(("needs_key", "allowed"), [("false", True), ("true", False)])
