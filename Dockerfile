@@ -2,6 +2,7 @@
 #
 #   docker build -t capsnet .                           for any machine
 #   docker build -t capsnet --build-arg RUNTIME=gpu .   for NVIDIA GPUs, run with `--gpus all`
+#   docker build -t capsnet --build-arg EXTRAS=grpc,otel .   with gRPC and traces
 #
 # Plain instructions only, without cache mounts: the classic builder and BuildKit both make it, and neither fetches
 # anything but the base image and the pinned packages.
@@ -9,13 +10,14 @@ ARG BASE=python:3.13-slim
 
 FROM ${BASE} AS dependencies
 ARG RUNTIME=cpu
+ARG EXTRAS=
 WORKDIR /build
 # The environment has no pip of its own: the base image's fills it.
 RUN python -m venv --without-pip /opt/capsnet
 COPY pyproject.toml constraints.txt ./
 # The project without its code: metadata and dependencies, in a layer that outlives every change of the code.
 RUN case "$RUNTIME" in cpu | gpu) ;; *) echo "RUNTIME is '$RUNTIME', expected cpu or gpu" >&2; exit 1 ;; esac; \
-    pip --python /opt/capsnet/bin/python install --no-cache-dir --no-compile --constraint constraints.txt ".[$RUNTIME]"
+    pip --python /opt/capsnet/bin/python install --no-cache-dir --no-compile --constraint constraints.txt ".[$RUNTIME${EXTRAS:+,$EXTRAS}]"
 # More than a quarter of what was installed is never opened here: the packages' own tests and type stubs, what others
 # compile against NumPy with, the tools with which ONNX Runtime edits models, its second copy of itself, for C
 # programs, Pillow's decoder for AVIF, which the service does not take, and our commands, since the code runs from /app.
@@ -51,10 +53,12 @@ WORKDIR /app
 USER 65532:65532
 EXPOSE 8000
 # http.client and not urllib.request, which would send this through a proxy that the engine sets in the environment.
+# It knows the environment alone: in here the port comes by CAPSNET_PORT, and keys by CAPSNET_API_KEYS, not by options.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["python", "-c", "\
 import http.client, os, sys; \
 connection = http.client.HTTPConnection('127.0.0.1', int(os.environ['CAPSNET_PORT']), timeout=4); \
-connection.request('GET', '/readyz'); \
+keys = [key.strip() for key in os.environ.get('CAPSNET_API_KEYS', '').split(',') if key.strip()]; \
+connection.request('GET', '/readyz', headers={'X-API-Key': keys[0].encode()} if keys else {}); \
 sys.exit(connection.getresponse().status != 200)"]
 # The server itself is process 1 and gets SIGTERM; what follows the image's name on the command line are its options.
 ENTRYPOINT ["python", "-m", "service.main"]

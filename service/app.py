@@ -12,6 +12,7 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
 from service import docs, oip, oip_repository, openapi, problems, routes, security
+from service.body_room import BodyRoom
 from service.connections import Connections
 from service.decoding import Decoder
 from service.direct import Direct
@@ -69,7 +70,9 @@ def create_app(settings: Settings) -> FastAPI:
         async with open_engine(settings, metrics) as engine:
             decoder = Decoder(settings)
             repository = Repository(settings, engine, metrics) if settings.repository else None
-            app.state.service = Service(settings, engine, decoder, metrics, tracing, repository)
+            app.state.service = Service(
+                settings, engine, decoder, metrics, tracing, repository, BodyRoom(settings.max_bodies)
+            )
             try:
                 yield
             finally:

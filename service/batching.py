@@ -29,6 +29,10 @@ Arrays = tuple[NDArray[Any], ...]
 """Arrays that share their first axis: one row for each image or capsule set."""
 
 
+# One or two may be a passing lack of memory.
+_MOST_FAILURES = 2  # runs in a row
+
+
 @dataclass(eq=False, slots=True)
 class _Item:
     """One caller's rows."""
@@ -80,6 +84,8 @@ class Batcher:
         self._depth = 0
         self._running: list[_Slice] = []
         self._closing = False
+        self._began: float | None = None  # when the run that is under way did; set by the thread alone
+        self._failures = 0  # runs that failed since one succeeded; set by the thread alone
         self._seconds_per_row = 0.0  # moving average, for Retry-After
         self._stopped = asyncio.Event()
         self._thread = threading.Thread(target=self._work, name=f"batcher-{name}", daemon=True)
@@ -89,6 +95,12 @@ class Batcher:
     def depth(self) -> int:
         """Rows that wait for the device; of a large item only those of its next turn."""
         return self._depth
+
+    def works(self, limit: float) -> bool:
+        """Whether answers can be expected: not after runs that failed, nor `limit` seconds into one."""
+        began = self._began
+        hangs = began is not None and time.perf_counter() - began > limit
+        return self._failures <= _MOST_FAILURES and not hangs
 
     async def submit(self, *inputs: NDArray[Any]) -> Arrays:
         """Run `inputs` (each with R rows) together with whatever else is waiting; R output rows.
@@ -167,14 +179,17 @@ class Batcher:
 
     def _work(self) -> None:
         while batch := self._take():
-            started = time.perf_counter()
+            started = self._began = time.perf_counter()
             stages = begin_record()
             try:
                 outputs = self._run(_gather(batch))
+                self._failures = 0
             except Exception:
+                self._failures += 1
                 logger.exception("%s: a batch of %d items failed", self.name, len(batch))
                 self._metrics.failures.inc()
                 outputs = None
+            self._began = None
             self._call_loop(self._deliver, batch, outputs, stages, time.perf_counter() - started)
         self._call_loop(self._stopped.set)
 

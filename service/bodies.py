@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from service.body_room import Share
 from service.errors import (
     BodyTimeout,
     InvalidInput,
@@ -61,7 +62,7 @@ def accepted(request: Request, offered: Sequence[str]) -> str:
     Raises:
         NotAcceptable: the caller accepts none of them.
     """
-    header = request.headers.get("accept", "*/*")
+    header = list_header(request, "accept", "*/*")
     if header == "*/*":
         return offered[0]
     ranges = [_media_range(entry) for entry in header.split(",")[:100]]
@@ -95,13 +96,20 @@ def _matches(name: str, media: str) -> bool:
     return name in ("*/*", media) or (name.endswith("/*") and media.startswith(name[:-1]))
 
 
-async def read_body(request: Request, settings: Settings, *, may_be_empty: bool = False) -> bytes:
-    """The whole body, which never takes more memory than the limit.
+async def read_body(
+    request: Request, settings: Settings, share: Share, *, may_be_empty: bool = False
+) -> bytes:
+    """The whole body, decompressed if it came compressed; it never takes more memory than the limit.
+
+    Args:
+        share: counts the bytes that are held, for as long as the caller keeps the body.
 
     Raises:
-        TooLarge: by its Content-Length, or as soon as more has arrived.
+        Overloaded: all bodies together would be over their limit.
+        TooLarge: by its Content-Length, or as soon as more has arrived or been decompressed.
         BodyTimeout: not complete in time.
-        MalformedBody: empty, where it may not be.
+        MalformedBody: empty, where it may not be, or not compressed as it says.
+        UnsupportedMediaType: compressed in another way than ours.
     """
     limit = settings.max_body
     length = request.headers.get("content-length", "0")
@@ -118,6 +126,7 @@ async def read_body(request: Request, settings: Settings, *, may_be_empty: bool 
                 chunk = message.get("body", b"")
                 if len(body) + len(chunk) > limit:
                     raise _body_too_large(f"more than {limit} bytes", limit)
+                share.resize(len(body) + len(chunk))
                 body += chunk
                 more = message.get("more_body", False)
     except TimeoutError as error:
@@ -126,9 +135,23 @@ async def read_body(request: Request, settings: Settings, *, may_be_empty: bool 
             received=f"{len(body)} bytes in {settings.body_timeout:g} s",
             expected=f"the whole body within {settings.body_timeout:g} s",
         ) from error
-    if not body and not may_be_empty:
+    except BaseException:
+        body.clear()  # the error's traceback holds it for as long as the rest is thrown away
+        raise
+    content = bytes(body)
+    encoding = list_header(request, "content-encoding", "identity").strip().lower()
+    if content and encoding != "identity":
+        # Counted when it is there: before, at most a limit's bytes for each of asyncio's threads.
+        content = await asyncio.to_thread(inflate, content, encoding, limit)
+        share.resize(len(content))
+    if not content and not may_be_empty:
         raise MalformedBody("The body is empty.", received="0 bytes", expected="a body as /docs describes it")
-    return bytes(body)
+    return content
+
+
+def list_header(request: Request, name: str, absent: str) -> str:
+    """A header that is a list, whose members may come in several lines (RFC 9110, 5.3)."""
+    return ", ".join(request.headers.getlist(name) or [absent])
 
 
 def _body_too_large(received: str, limit: int) -> TooLarge:

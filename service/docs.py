@@ -3,10 +3,11 @@
 from importlib.resources import files
 from pathlib import Path
 
-from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
-router = APIRouter(include_in_schema=False)
+from service.handling import Router
+
+router = Router(include_in_schema=False)
 
 _WEB = Path(str(files("service"))) / "web"
 _SWAGGER_UI = Path(str(files("fastapi_offline"))) / "static"  # the package is used for these files alone

@@ -7,7 +7,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from contextvars import Context
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from service.batching import Arrays, Batcher
 from service.binding import BoundSession, fetched
 from service.context import Measured
-from service.errors import DeviceError, StartError, UnknownModel
+from service.errors import DeviceError, NotWorking, ShuttingDown, StartError, UnableToAnswer, UnknownModel
 from service.manifest import MANIFEST_FILE, Graph, Manifest, ManifestError, Precision, read_manifest
 from service.metrics import Metrics
 from service.sessions import (
@@ -174,6 +175,8 @@ class Model:
         served = self.manifest.name, self.manifest.version
         name = "/".join(served)
         self._forget = partial(metrics.forget, *served, self.device, self.threads)
+        self._limit = settings.request_timeout
+        self._trial: asyncio.Task[None] | None = None
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -204,6 +207,24 @@ class Model:
             self._users -= 1
             if not self._users:
                 self._unused.set()
+
+    def works(self) -> bool:
+        """Whether answers can be expected of it.
+
+        Where they cannot, whoever asks sets off a trial, since callers may have been sent elsewhere. Once a
+        run succeeds, this is true again.
+        """
+        if all(queue.works(self._limit) for queue in (self._encoder, self._decoder)):
+            return True
+        if self._trial is None or self._trial.done():
+            self._trial = asyncio.create_task(self._try(), context=Context())  # not the request's own
+        return False
+
+    async def _try(self) -> None:
+        blank = np.zeros((1, *self.manifest.image_shape), np.uint8)
+        with suppress(UnableToAnswer):
+            found = await self.predict(blank)
+            await self.reconstruct(found.capsules, found.index)
 
     def require_room(self) -> None:
         """Refuse an image that could not be admitted before it is decoded.
@@ -307,6 +328,20 @@ class Engine:
                 expected=f"a name or name/version among {served}",
             )
         return versions[version]
+
+    def require_ready(self, model: Model | None = None) -> None:
+        """Refuse where requests should not be sent: to this model, or to any.
+
+        Raises:
+            ShuttingDown: the service has begun to stop.
+            NotWorking: runs of a model fail, or one of them does not end.
+        """
+        if not self.ready:
+            raise ShuttingDown("The service is stopping; another instance has to take new requests.")
+        broken = [asked for asked in ((model,) if model else self) if not asked.works()]
+        if broken:
+            names = ", ".join(f"{found.manifest.name}/{found.manifest.version}" for found in broken)
+            raise NotWorking(f"Runs of {names} fail or do not end; the log says more.")
 
     def _newest_first(self, name: str) -> list[str]:
         return sorted(self._models[name], key=int, reverse=True)

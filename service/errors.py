@@ -16,6 +16,7 @@ ServiceError
     │   └── InvalidInput         422   can be parsed, but is not what the model takes
     └── UnableToAnswer                 ours: the same request may succeed later
         ├── InferenceFailed      500
+        ├── NotWorking           503   the models' runs fail or hang: what readiness says
         ├── Overloaded           503
         ├── ShuttingDown         503
         └── TimedOut             503
@@ -118,6 +119,10 @@ class UnableToAnswer(RequestError):
 
 class InferenceFailed(UnableToAnswer):
     status, title, slug = 500, "Inference failed", "inference-failed"
+
+
+class NotWorking(UnableToAnswer):
+    status, title, slug = 503, "Inference does not work", "not-working"
 
 
 class Overloaded(UnableToAnswer):

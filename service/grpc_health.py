@@ -13,7 +13,7 @@ SERVICE = "grpc.health.v1.Health"
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc] # published without type information
-    """SERVING until the service begins to stop.
+    """SERVING while the service is ready, until it begins to stop.
 
     Args:
         check_key: raises Unauthorized for callers without an API key, where health needs one.
@@ -23,12 +23,25 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc] # published witho
         super().__init__()
         self._check_key = check_key
         self._ending = asyncio.Event()
+        self._services: tuple[str, ...] = ()
 
     async def serve(self, server: grpc.aio.Server, *services: str) -> None:
         """Answer for the server as a whole and for these services of it."""
+        self._services = ("", *services)
         for service in services:
             await self.set(service, health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
+
+    async def follow(self, is_ready: Callable[[], bool]) -> None:
+        """Look every second whether it is ready; to be cancelled at the stop."""
+        before = True
+        while True:
+            if (now := is_ready()) != before:
+                status = "SERVING" if now else "NOT_SERVING"
+                for service in self._services:
+                    await self.set(service, health_pb2.HealthCheckResponse.ServingStatus.Value(status))
+            before = now
+            await asyncio.sleep(1)
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 # gRPC's name
         await self._admit("Check", context)

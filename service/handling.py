@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from fastapi import Request
+from fastapi import APIRouter, Request
 
+from service.body_room import BodyRoom
 from service.decoding import Decoder
 from service.engine import Engine
 from service.errors import TimedOut
@@ -25,6 +26,17 @@ Result = TypeVar("Result")
 _UNWATCHED = 0.05  # seconds
 
 
+class Router(APIRouter):
+    """Answers HEAD wherever it answers GET (RFC 9110, 9.1), which only a GET is documented for."""
+
+    def add_api_route(self, path: str, endpoint: Callable[..., Any], **parts: Any) -> None:
+        if parts.get("methods") == ["GET"]:
+            # First, so that a refused method hears of both. The server sends no body after HEAD.
+            both = {**parts, "methods": ["GET", "HEAD"], "include_in_schema": False}
+            super().add_api_route(path, endpoint, **both)
+        super().add_api_route(path, endpoint, **parts)
+
+
 @dataclass(frozen=True)
 class Service:
     """What the routes stand on, kept in the application's state."""
@@ -36,6 +48,7 @@ class Service:
     tracing: Tracing | None
     repository: Repository | None
     """None where its extension is off."""
+    body_room: BodyRoom
 
 
 def service_of(request: Request) -> Service:

@@ -77,6 +77,7 @@ class TimedHeads(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         self._stop_resting()
+        self._unset_keepalive_if_required()  # after a reset uvicorn would keep the connection for that long
         super().connection_lost(exc)
         self._closed()
 

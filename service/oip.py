@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from service import openapi, protocol
-from service.bodies import JSON, inflate, parse_json, read_body
-from service.errors import InvalidInput, MalformedBody, ShuttingDown
-from service.handling import answer_in_time, service_of
+from service.bodies import JSON, parse_json, read_body
+from service.body_room import Share
+from service.errors import InvalidInput, MalformedBody
+from service.handling import Router, answer_in_time, service_of
 from service.oip_schemas import (
     InferAnswer,
     InferRequest,
@@ -29,7 +30,7 @@ from service.protocol import ServedGraph
 from service.repository import EXTENSION
 from service.tensors import Array, check_tensor, from_bytes, from_values, to_bytes
 
-router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+router = Router(prefix="/v2", tags=["Open Inference Protocol"])
 
 OCTETS = "application/octet-stream"
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -53,7 +54,7 @@ async def server_live() -> ServerLive:
 
 @router.get("/health/ready", summary="Whether all models are ready", responses=openapi.protocol_errors(503))
 async def server_ready(request: Request) -> ServerReady:
-    _require_ready(request)
+    service_of(request).engine.require_ready()
     return ServerReady(ready=True)
 
 
@@ -63,11 +64,6 @@ async def server_metadata(request: Request) -> ServerMetadata:
     if service_of(request).repository:
         extensions.append(EXTENSION)
     return ServerMetadata(name=protocol.SERVER_NAME, version=protocol.SERVER_VERSION, extensions=extensions)
-
-
-def _require_ready(request: Request) -> None:
-    if not service_of(request).engine.ready:
-        raise ShuttingDown("The service is stopping; another instance has to take new requests.")
 
 
 # Models ----------------------------------------------------------------------------------------------
@@ -115,8 +111,9 @@ async def model_ready(request: Request, name: str) -> ModelReady:
 
 
 def _ready(request: Request, name: str, version: str | None) -> ModelReady:
-    graph = protocol.find_graph(service_of(request).engine, name, version)
-    _require_ready(request)
+    engine = service_of(request).engine
+    graph = protocol.find_graph(engine, name, version)
+    engine.require_ready(graph.model)
     return ModelReady(name=graph.name, ready=True)
 
 
@@ -143,8 +140,7 @@ _INFER = openapi.protocol_operation(
 _RUN = """Run one graph on a batch.
 
 Tensors are numbers in the JSON object, or bytes after it: then `Inference-Header-Content-Length` gives
-the object's length, in the request and in the answer alike. The body may be compressed (`gzip` or
-`deflate`); its length after decompression has the same limit.
+the object's length, in the request and in the answer alike.
 """
 
 
@@ -169,11 +165,11 @@ async def model_infer(request: Request, name: str) -> Response:
 async def _infer(request: Request, name: str, version: str | None) -> Response:
     service = service_of(request)
     graph = protocol.find_graph(service.engine, name, version)
-    with graph.model.in_use():
-        body = await read_body(request, service.settings)
+    with graph.model.in_use(), Share(service.body_room) as share:
+        body = await read_body(request, service.settings, share)
 
         async def work() -> Response:
-            text, raw = _split(await _plain(request, body, service.settings.max_body), request)
+            text, raw = _split(body, request)
             arguments = graph, text, raw, service.settings.max_images
             small = len(text) <= _SMALL_TEXT
             asked = _parse(*arguments) if small else await asyncio.to_thread(_parse, *arguments)
@@ -184,13 +180,6 @@ async def _infer(request: Request, name: str, version: str | None) -> Response:
             return await asyncio.to_thread(_answer, graph, asked, outputs)
 
         return await answer_in_time(request, work())
-
-
-async def _plain(request: Request, body: bytes, limit: int) -> bytes:
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding == "identity":
-        return body
-    return await asyncio.to_thread(inflate, body, encoding, limit)
 
 
 def _split(body: bytes, request: Request) -> tuple[bytes, memoryview]:

@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from service import grpc_health, protocol
 from service import oip_pb2 as pb
 from service.context import begin_record, request_id
+from service.engine import Model
 from service.errors import (
     CallerError,
     InferenceFailed,
@@ -98,19 +99,24 @@ async def start_server(service: Service) -> "Server":
             f"CAPSNET_GRPC_PORT: {host}:{settings.grpc_port} cannot be taken: {error}"
         ) from error
     await server.start()
+    following = asyncio.create_task(health.follow(inference.is_ready))
     logger.info("serving the Open Inference Protocol over gRPC on %s:%d", host, port)
-    return Server(server, health)
+    return Server(server, health, following)
 
 
 class Server:
     """A gRPC server that serves."""
 
-    def __init__(self, server: grpc.aio.Server, health: grpc_health.Health) -> None:
+    def __init__(
+        self, server: grpc.aio.Server, health: grpc_health.Health, following: asyncio.Task[None]
+    ) -> None:
         self._server = server
         self._health = health
+        self._following = following
 
     async def leave(self) -> None:
         """Say to whoever asks or watches that new calls belong elsewhere."""
+        self._following.cancel()
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace: float) -> None:
@@ -221,11 +227,19 @@ class _Inference:
         return pb.ServerLiveResponse(live=True)
 
     async def _server_ready(self, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=self._engine.ready)
+        return pb.ServerReadyResponse(ready=self.is_ready())
 
     async def _model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
-        protocol.find_graph(self._engine, request.name, request.version)
-        return pb.ModelReadyResponse(ready=self._engine.ready)
+        graph = protocol.find_graph(self._engine, request.name, request.version)
+        return pb.ModelReadyResponse(ready=self.is_ready(graph.model))
+
+    def is_ready(self, model: Model | None = None) -> bool:
+        """Whether requests should be sent to this model, or to any."""
+        try:
+            self._engine.require_ready(model)
+        except UnableToAnswer:
+            return False
+        return True
 
     async def _server_metadata(self, _: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from service import openapi
 from service.bodies import parse_json, read_body
+from service.body_room import Share
 from service.handling import answer_in_time, service_of
 from service.oip_schemas import ChangeRequest, IndexEntry, IndexRequest
 from service.repository import Repository
@@ -69,8 +70,10 @@ def _repository(request: Request) -> Repository:
 
 
 async def _form(form: type[Form], request: Request) -> Form:
-    body = await read_body(request, service_of(request).settings, may_be_empty=True)
-    return parse_json(form, body) if body else form()
+    service = service_of(request)
+    with Share(service.body_room) as share:
+        body = await read_body(request, service.settings, share, may_be_empty=True)
+        return parse_json(form, body) if body else form()
 
 
 async def _done(request: Request, change: Awaitable[None]) -> Response:

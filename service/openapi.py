@@ -32,6 +32,11 @@ from service.settings import Settings
 
 Schema = dict[str, Any]
 
+_COMPRESSED = (
+    "May be compressed, with `Content-Encoding: gzip` or `deflate`; "
+    "its length after decompression has the same limit."
+)
+
 BINARY: Schema = {"type": "string", "format": "binary"}
 
 # Headers that an answer has by its status; every answer has the first two.
@@ -136,7 +141,7 @@ def operation(
     return {
         "openapi_extra": {
             "parameters": parameters,
-            "requestBody": {"required": True, "content": bodies},
+            "requestBody": {"description": _COMPRESSED, "required": True, "content": bodies},
         },
         "responses": {
             200: {"content": {media: {"schema": answer} for media, answer in answers.items()}},
@@ -178,7 +183,7 @@ def protocol_operation(
                     "schema": {"type": "integer", "minimum": 1},
                 }
             ],
-            "requestBody": {"required": True, "content": bodies},
+            "requestBody": {"description": _COMPRESSED, "required": True, "content": bodies},
         },
         "responses": {
             200: {
@@ -197,10 +202,11 @@ def protocol_operation(
 
 def repository_operation(form: type[BaseModel]) -> dict[str, Any]:
     """Keyword arguments of a route of the protocol's repository extension, whose body may be absent."""
-    responses = protocol_errors(400, 404, 408, 413, 503)
+    responses = protocol_errors(400, 404, 408, 413, 415, 503)
     responses[400]["description"] += f" or {RepositoryRefused.title}"
     content = {"application/json": {"schema": form.model_json_schema()}}
-    return {"openapi_extra": {"requestBody": {"required": False, "content": content}}, "responses": responses}
+    taken = {"description": _COMPRESSED, "required": False, "content": content}
+    return {"openapi_extra": {"requestBody": taken}, "responses": responses}
 
 
 def install(app: FastAPI, settings: Settings, *, open_paths: Collection[str] | None) -> None:

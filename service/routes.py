@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from numpy.typing import NDArray
 
 from service import openapi
@@ -20,6 +20,7 @@ from service.bodies import (
     PNG,
     accepted,
     file_parts,
+    list_header,
     media_type,
     only_part,
     parse_json,
@@ -27,10 +28,11 @@ from service.bodies import (
     parse_query,
     read_body,
 )
+from service.body_room import Share
 from service.engine import Float, Model, Predictions
-from service.errors import InvalidInput, ShuttingDown
+from service.errors import InvalidInput
 from service.figures import sweep_figure
-from service.handling import Service, answer_in_time, service_of
+from service.handling import Router, Service, answer_in_time, service_of
 from service.images import FORMATS, Pixels, data_url, decode_base64, encode_png, read_npy, to_uint8
 from service.schemas import (
     LiveAnswer,
@@ -53,7 +55,7 @@ from service.schemas import (
 from service.settings import Settings
 from service.tweaks import apply_tweaks, default_deltas
 
-router = APIRouter()
+router = Router()
 
 Result = TypeVar("Result")
 
@@ -95,8 +97,8 @@ async def predict(request: Request) -> Response:
     query = parse_query(PredictQuery, request)
     answer = accepted(request, PREDICT_ANSWERS)
     kind = media_type(request, PREDICT_BODIES)
-    with service.engine.choose(query.model or None).in_use() as model:
-        body = await read_body(request, service.settings)
+    with service.engine.choose(query.model or None).in_use() as model, Share(service.body_room) as share:
+        body = await read_body(request, service.settings, share)
         model.require_room()
 
         async def work() -> Response:
@@ -192,8 +194,8 @@ async def reconstruct(request: Request) -> Response:
     query = parse_query(ReconstructQuery, request)
     answer = accepted(request, RECONSTRUCT_ANSWERS)
     kind = media_type(request, RECONSTRUCT_BODIES)
-    with service.engine.choose(query.model or None).in_use() as model:
-        body = await read_body(request, service.settings)
+    with service.engine.choose(query.model or None).in_use() as model, Share(service.body_room) as share:
+        body = await read_body(request, service.settings, share)
 
         async def work() -> Response:
             choice, image = await _source(request, kind, body, ReconstructRequest, ReconstructChoice)
@@ -250,8 +252,8 @@ async def sweep(request: Request) -> Response:
     query = parse_query(SweepQuery, request)
     answer = accepted(request, SWEEP_ANSWERS)
     kind = media_type(request, RECONSTRUCT_BODIES)
-    with service.engine.choose(query.model or None).in_use() as model:
-        body = await read_body(request, service.settings)
+    with service.engine.choose(query.model or None).in_use() as model, Share(service.body_room) as share:
+        body = await read_body(request, service.settings, share)
 
         async def work() -> Response:
             choice, image = await _source(request, kind, body, SweepRequest, SweepChoice)
@@ -431,10 +433,12 @@ async def live() -> LiveAnswer:
 
 @router.get("/readyz", summary="Whether requests should be sent here", responses=openapi.problems(503))
 async def ready(request: Request) -> ReadyAnswer:
-    """Ready once every model has been warmed up on its device, until the service begins to stop."""
+    """Ready once every model has been warmed up on its device, until the service begins to stop.
+
+    Not ready either while a model's runs fail, three in a row, or one takes longer than a request may.
+    """
     engine = service_of(request).engine
-    if not engine.ready:
-        raise ShuttingDown("The service is stopping; another instance has to take new requests.")
+    engine.require_ready()
     return ReadyAnswer(
         status="ready",
         models=[
@@ -465,7 +469,7 @@ async def ready(request: Request) -> ReadyAnswer:
 async def metrics(request: Request) -> Response:
     """Counts and durations since the start, in Prometheus' text form or, if accepted, OpenMetrics."""
     body, kind = await asyncio.to_thread(
-        service_of(request).metrics.exposition, request.headers.get("accept", "")
+        service_of(request).metrics.exposition, list_header(request, "accept", "")
     )
     return Response(body, headers={"Content-Type": kind})
 

@@ -165,6 +165,7 @@ async def _serve(settings: Settings, channel: socket | None) -> None:
         log_config=None,
         access_log=False,  # ours has the request's id and its stages
         server_header=False,
+        timeout_keep_alive=settings.keep_alive,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout + _LAST_ANSWERS),
     )
     async with app.router.lifespan_context(app):

@@ -109,6 +109,15 @@ class Settings(BaseSettings):
     max_body: Annotated[
         int, Field(ge=1024, le=1024 * MIB, description="Bytes of a request body; beyond: 413.")
     ] = 16 * MIB
+    max_bodies: Annotated[
+        int,
+        Field(
+            ge=1024,
+            le=1 << 40,
+            description="Bytes of all request bodies that a process holds at a time; beyond: 503. "
+            "At least max_body.",
+        ),
+    ] = 256 * MIB
     max_pixels: Annotated[
         int, Field(ge=1, le=1 << 30, description="Pixels of one image, read from its header; beyond: 413.")
     ] = 1 << 24
@@ -154,6 +163,14 @@ class Settings(BaseSettings):
         float,
         Field(gt=0, le=3600, description="Seconds for a request's head to arrive; beyond: closed."),
     ] = 10
+    keep_alive: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=3600,
+            description="Seconds that a connection may idle between requests; a proxy must close it sooner.",
+        ),
+    ] = 75
     body_timeout: Annotated[
         float, Field(gt=0, le=3600, description="Seconds for a request body to arrive; beyond: 408.")
     ] = 10
@@ -213,6 +230,12 @@ class Settings(BaseSettings):
                 "cuda_graphs needs repository to be off: memory of a retired version may not be freed while "
                 "a graph is captured"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _bodies_have_room(self) -> Self:
+        if self.max_bodies < self.max_body:
+            raise ValueError("max_bodies must be at least max_body, or a full body could never be taken")
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """Whatever is sent, the answer is a problem document in bounded time, and the next request is served."""
 
 import base64
+import gzip
 import json
 import time
 from collections.abc import Iterator
@@ -244,6 +245,26 @@ def test_preprocess_none_needs_the_models_size(client: TestClient) -> None:
     document = problem(answer, 422)
     assert document["received"] == "100x100 pixels"
     assert document["expected"].startswith("28x28 pixels")
+
+
+@pytest.mark.parametrize("path", ["/predict", "/reconstruct", "/reconstruct/sweep"])
+@pytest.mark.parametrize(
+    ("encoding", "body", "status", "says"),
+    [
+        ("gzip", gzip.compress(bytes(17 * 1024 * 1024)), 413, "too large"),
+        ("gzip", gzip.compress(PNG)[:-9], 400, "decompressed"),
+        ("deflate", b"no zlib stream", 400, "decompressed"),
+        ("gzip", gzip.compress(b""), 400, "empty"),
+        ("br", b"x", 415, "compression"),
+        ("gzip, gzip", gzip.compress(gzip.compress(PNG)), 415, "compression"),
+    ],
+)
+def test_bad_compressed_bodies(
+    client: TestClient, path: str, encoding: str, body: bytes, status: int, says: str
+) -> None:
+    """Compressed bodies are bounded after decompression, whole, and compressed as is taken here."""
+    headers = {"content-type": JSON, "content-encoding": encoding}
+    assert says in problem(client.post(path, content=body, headers=headers), status)["detail"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ import httpx2
 import numpy as np
 import pytest
 
+from service.settings import Settings
 from tests.support.process import LIMIT, PNG, Served, connected, served, until_closed
 from tests.support.tiny_model import image_of
 
@@ -129,6 +131,30 @@ def test_slow_bodies_hold_up_nobody(tiny_models: Path) -> None:
             answer = until_closed(connection)
             assert answer.startswith(b"HTTP/1.1 408")
             assert b"connection: close" in answer
+
+
+def test_an_idle_connection_is_kept_as_long_as_the_settings_say(tiny_models: Path) -> None:
+    """For that time it serves another request; then it is closed. By default it outlives a proxy's pool."""
+    with served(tiny_models, keep_alive="1") as service, connected(service) as connection:
+        for pause in (0.5, 0):
+            connection.sendall(REQUEST)
+            assert b"200 ok" in head_of(connection)
+            time.sleep(pause)
+        started = time.monotonic()
+        until_closed(connection)
+        assert 0.5 < time.monotonic() - started < 4  # uvicorn's own limit is 5
+    assert Settings().keep_alive > 60
+
+
+@pytest.mark.parametrize("path", ["/livez", "/models", "/docs", "/metrics", "/v2/health/ready"])
+def test_no_body_comes_after_head(tiny_models: Path, path: str) -> None:
+    """What comes after an answer to HEAD is the answer to the next request, and GET's length is told."""
+    with served(tiny_models) as service, connected(service) as connection:
+        head, get = (f"{method} {path} HTTP/1.1\r\nHost: x\r\n" for method in ("HEAD", "GET"))
+        connection.sendall(f"{head}\r\n".encode())
+        assert re.search(rb"^http/1.1 200 .*content-length: [1-9]", head_of(connection), re.DOTALL)
+        connection.sendall(f"{get}Connection: close\r\n\r\n".encode())
+        assert until_closed(connection).startswith(b"HTTP/1.1 200 OK")
 
 
 def test_an_ordinary_connection_is_kept(tiny_models: Path) -> None:

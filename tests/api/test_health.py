@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from starlette.testclient import TestClient
 
 from service.manifest import read_manifest
@@ -45,6 +46,16 @@ def test_models_are_listed_with_their_manifests(client: TestClient, tiny_models:
     manifest = read_manifest(tiny_models / "tiny" / "2")
     assert models[1]["manifest"] == manifest.model_dump(mode="json")
     assert models[1]["threads"] >= 1
+
+
+@pytest.mark.parametrize(
+    "path", ["/livez", "/readyz", "/models", "/metrics", "/docs", "/openapi.json", "/v2", "/v2/health/ready"]
+)
+def test_head_is_answered_as_get(client: TestClient, path: str) -> None:
+    """Status and media type are those of GET, and both methods are allowed."""
+    asked, got = client.head(path), client.get(path)
+    assert (asked.status_code, asked.headers["content-type"]) == (200, got.headers["content-type"])
+    assert set(client.put(path).headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
 def test_the_documentation_is_served(client: TestClient) -> None:

@@ -1,6 +1,7 @@
 """Overload, time limits, slow and vanishing callers, and failures of our own."""
 
 import asyncio
+import gzip
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -155,6 +156,49 @@ async def test_a_failing_model_is_a_500_without_its_insides(tiny_models: Path) -
         assert (await service.predict()).status_code == 200
 
 
+READY = ["/readyz", "/v2/health/ready", "/v2/models/tiny-encoder/ready", "/v2/models/tiny-decoder/ready"]
+
+
+async def statuses(service: Running, paths: Iterable[str]) -> set[int]:
+    return {(await service.client.get(path)).status_code for path in paths}
+
+
+async def test_failing_runs_make_it_unready_until_one_succeeds(tiny_models: Path) -> None:
+    """After three failures in a row readiness fails; asking for it finds out that it works again."""
+    async with running(tiny_models) as service:
+        healthy = service._run
+
+        def broken(_: Arrays) -> Arrays:
+            raise RuntimeError("broken")
+
+        service._run = broken
+        for _ in range(2):
+            problem(await service.predict(), 500)
+        assert await statuses(service, READY) == {200}
+        problem(await service.predict(), 500)
+        assert await statuses(service, READY) == {503}
+        assert "not-working" in problem(await service.client.get("/readyz"), 503)["type"]
+        assert await statuses(service, ["/livez", "/v2/health/live", "/v2/models/colour-encoder/ready"]) == {
+            200
+        }
+        service._run = healthy
+        while await statuses(service, READY) != {200}:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_run_that_does_not_end_makes_it_unready(tiny_models: Path) -> None:
+    """Beyond the time that a request has, readiness fails; it is back when the run has ended."""
+    async with running(tiny_models, request_timeout=0.1) as service:
+        problem(await (await service.busy()), 503)
+        await asyncio.sleep(0.05)  # the run began after the request did
+        assert await statuses(service, READY) == {503}
+        assert await statuses(service, ["/livez"]) == {200}
+        service.go_on.set()
+        while await statuses(service, READY) != {200}:
+            await asyncio.sleep(0.01)
+    assert service.rows == [1, 1]  # of many who asked, one set off a trial
+
+
 async def test_an_unforeseen_error_is_a_500_without_its_insides(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +274,61 @@ async def test_a_declared_length_over_the_limit_is_refused_unread(tiny_models: P
     async with running(tiny_models, max_body=10_000, body_timeout=0.05) as service:
         assert await ask(service.app, [], [(b"content-length", b"10001")]) == (413, 0)
         assert await ask(service.app, [], [(b"content-length", b"9" * 30)]) == (413, 0)
+
+
+@pytest.mark.parametrize(
+    "path", ["/predict", "/reconstruct", "/reconstruct/sweep", "/v2/models/tiny-encoder/infer"]
+)
+async def test_all_bodies_together_have_a_limit(tiny_models: Path, path: str) -> None:
+    """A body that would exceed it is refused with 503 and Retry-After, until one of the others has ended."""
+    async with running(tiny_models, max_body=6000, max_bodies=10_000, body_timeout=0.3) as service:
+        room = service.app.state.service.body_room
+        first = asyncio.create_task(ask(service.app, [chunk(6000, more=True)]))
+        while room.taken != 6000:
+            await asyncio.sleep(0)
+        kind = {"content-type": "application/json"}
+        refused = await service.client.post(path, content=bytes(4001), headers=kind)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert (await service.client.post(path, content=bytes(4000), headers=kind)).status_code == 400
+        assert room.taken == 6000
+        assert (await first)[0] == 408
+        assert (await service.client.post(path, content=bytes(4001), headers=kind)).status_code == 400
+        assert room.taken == 0
+
+
+async def test_what_a_body_inflates_to_counts(tiny_models: Path) -> None:
+    """A small compressed body takes as much room as what comes out of it."""
+    async with running(tiny_models, max_body=6000, max_bodies=10_000, body_timeout=0.3) as service:
+        first = asyncio.create_task(ask(service.app, [chunk(5000, more=True)]))
+        headers = {**IMAGE, "content-encoding": "gzip"}
+        for size, status in ((5001, 503), (5000, 422)):
+            body = gzip.compress(bytes(size))
+            answer = await service.client.post("/predict", content=body, headers=headers)
+            assert answer.status_code == status
+        await first
+
+
+async def test_every_end_of_a_request_gives_back_its_room(tiny_models: Path) -> None:
+    """Answered, refused, timed out, left or cancelled: afterwards there is as much room as before."""
+    async with running(tiny_models, max_body=6000, body_timeout=0.05, request_timeout=0.2) as service:
+        room = service.app.state.service.body_room
+        for messages, status in (
+            ([{"type": "http.request", "body": PNG}], 200),
+            ([chunk(5000, more=False)], 422),
+            ([chunk(5000, more=True)], 408),
+            ([chunk(5000, more=True), chunk(5000, more=True), chunk(0, more=False)], 413),
+            ([chunk(5000, more=True), {"type": "http.disconnect"}], 499),
+        ):
+            assert (await ask(service.app, messages))[0] == status
+            assert room.taken == 0
+        problem(await (await service.busy()), 503)
+        assert room.taken == 0
+        cancelled = asyncio.create_task(ask(service.app, [chunk(5000, more=True)]))
+        while not room.taken:
+            await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        assert room.taken == 0
 
 
 async def test_a_body_that_does_not_arrive_is_a_408(tiny_models: Path) -> None:

@@ -1,6 +1,9 @@
 """POST /predict takes every kind of body and answers in every form that it promises."""
 
+import gzip
 import io
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -184,6 +187,23 @@ def test_the_best_accepted_form_is_chosen(client: TestClient, accept: str, kind:
     """Qualities and specificity of Accept decide, as RFC 9110 has it."""
     answer = client.post("/predict", content=PNG, headers={"content-type": "image/png", "accept": accept})
     assert answer.headers["content-type"] == kind
+
+
+def test_accept_may_come_in_several_lines(client: TestClient) -> None:
+    """They count as one list (RFC 9110, 5.3)."""
+    headers = [("content-type", "image/png"), ("accept", "text/html"), ("accept", "application/x-npy")]
+    answer = client.post("/predict", content=PNG, headers=headers)
+    assert answer.headers["content-type"] == "application/x-npy"
+
+
+@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("Deflate", zlib.compress)])
+def test_a_compressed_body_is_taken(
+    client: TestClient, encoding: str, compress: Callable[[bytes], bytes]
+) -> None:
+    """Content-Encoding is undone before the body is looked at, whatever its media type."""
+    for kind, body in (("image/png", PNG), ("application/x-npy", npy(image_of(3)[None]))):
+        headers = {"content-type": kind, "content-encoding": encoding}
+        assert labels(client.post("/predict", content=compress(body), headers=headers)) == ["3"]
 
 
 def test_concurrent_callers_get_their_own_answers(client: TestClient) -> None:

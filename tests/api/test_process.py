@@ -1,5 +1,6 @@
 """The real process: start, serve, drain, exit."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -64,6 +65,27 @@ def test_an_idle_process_stops_at_once(tiny_models: Path, number: signal.Signals
         service.process.send_signal(number)
         assert service.process.wait(5) == 0
     assert not any("Traceback" in line for line in service.log)
+
+
+@pytest.mark.parametrize("extra", [-1, 1], ids=["never whole", "too large"])
+def test_unended_bodies_take_bounded_memory_together(tiny_models: Path, extra: int) -> None:
+    """However many connections send large bodies and never end them, what they hold has one limit."""
+    with (
+        served(tiny_models, max_body=str(2**23), max_bodies=str(2**24), body_timeout="5") as service,
+        contextlib.ExitStack() as stack,
+    ):
+        assert service.predict() == "3"
+        before = service.peak_memory()
+        head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        chunk = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % 2**24 + bytes(2**23 + extra)
+        for _ in range(16):
+            connection = stack.enter_context(
+                socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT)
+            )
+            connection.sendall(head + chunk)
+        assert service.peak_memory() - before < 64 * 2**20
+        time.sleep(5)
+        assert service.predict() == "3"
 
 
 def test_hostile_requests_take_bounded_memory(tiny_models: Path) -> None:

@@ -1,5 +1,6 @@
 """POST /reconstruct and /reconstruct/sweep draw what the tiny decoder's arithmetic gives by hand."""
 
+import gzip
 import io
 import json
 from typing import Any
@@ -20,6 +21,16 @@ def ask(client: TestClient, path: str = "/reconstruct", /, **body: Any) -> dict[
     assert answer.status_code == 200, answer.text
     document: dict[str, Any] = answer.json()
     return document
+
+
+@pytest.mark.parametrize("path", ["/reconstruct", "/reconstruct/sweep"])
+def test_a_compressed_body_is_taken(client: TestClient, path: str) -> None:
+    """A body that says gzip gives what the same body gives as it is."""
+    body = json.dumps({"image": ENCODED, "class": "3"}).encode()
+    headers = {"content-type": "application/json"}
+    packed = client.post(path, content=gzip.compress(body), headers={**headers, "content-encoding": "gzip"})
+    assert packed.status_code == 200, packed.text
+    assert packed.json() == client.post(path, content=body, headers=headers).json()
 
 
 def light(drawn: Any, index: int) -> float:

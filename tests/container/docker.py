@@ -59,11 +59,11 @@ class Container:
         return done.stdout + done.stderr
 
 
-def start(image: str, models: Path, *options: str) -> Container:
-    """Run `image` in the background, hardened, with `models` in place of its own."""
+def start(image: str, models: Path, *options: str, port: int = 8000) -> Container:
+    """Run `image` in the background, hardened, with `models` in place of its own; it listens on `port`."""
     name = docker(
-        *("run", "--detach", "--publish", "127.0.0.1::8000", "--volume", f"{models}:/models:ro"),
+        *("run", "--detach", "--publish", f"127.0.0.1::{port}", "--volume", f"{models}:/models:ro"),
         *(*HARDENED, *options, image),
     )
-    port = docker("port", name, "8000/tcp").splitlines()[0].rpartition(":")[2]
-    return Container(name, int(port))
+    published = docker("port", name, f"{port}/tcp").splitlines()[0].rpartition(":")[2]
+    return Container(name, int(published))

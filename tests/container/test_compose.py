@@ -17,7 +17,7 @@ FILES = ("--file", str(ROOT / "docker-compose.yml"))
 GPU_FILES = (*FILES, "--file", str(ROOT / "docker-compose.gpu.yml"))
 # These have another meaning inside the container, where the image sets them.
 SET_INSIDE = {"CAPSNET_HOST", "CAPSNET_PORT", "CAPSNET_MODELS"}
-# The image is made without the extra `grpc`, so this could only stop it from starting.
+# Compose makes the image without the extra `grpc`, and a port that may not be there cannot be published.
 NOT_IN_THE_IMAGE = {"CAPSNET_GRPC_PORT"}
 
 

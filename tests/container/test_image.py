@@ -8,8 +8,11 @@ import threading
 import time
 from pathlib import Path
 
+import grpc
 import httpx2
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from tests.container.conftest import DIGIT, ROOT
 from tests.container.docker import Container, docker, run, start, wait_until_ready
@@ -49,6 +52,26 @@ def test_reconstructs_with_a_read_only_root_and_no_capabilities(container: Conta
 
 def test_becomes_healthy(container: Container) -> None:
     """The image's own health check finds the service."""
+    _wait_until_healthy(container)
+
+
+def test_becomes_healthy_where_health_needs_a_key(image: str, models: Path) -> None:
+    """The health check finds the port and a key where the service finds them."""
+    settings = {
+        "CAPSNET_PORT": "9000",
+        "CAPSNET_API_KEYS": " ,the first key of all, another-key-to-have",
+        "CAPSNET_HEALTH_NEEDS_KEY": "true",
+    }
+    options = [part for name, value in settings.items() for part in ("--env", f"{name}={value}")]
+    started = start(image, models, *options, port=9000)
+    try:
+        _wait_until_healthy(started)
+        assert httpx2.get(f"{started.url}/readyz").status_code == 401
+    finally:
+        docker("rm", "--force", started.name)
+
+
+def _wait_until_healthy(container: Container) -> None:
     deadline = time.monotonic() + 30
     while (health := container.inspect("{{.State.Health.Status}}")) == "starting":
         assert time.monotonic() < deadline, container.inspect("{{json .State.Health}}")
@@ -198,6 +221,25 @@ def test_is_small(image: str) -> None:
     size = int(docker("image", "inspect", "--format", "{{.Size}}", image))
 
     assert size < SIZE_LIMIT, f"{size / 1e6:.0f} MB"
+
+
+def test_extras_are_built_in_where_asked_for(image: str, models: Path) -> None:
+    """With EXTRAS=grpc the container answers over gRPC too; the image as it is made otherwise has none."""
+    assert python(image, "import importlib.util as u; print(u.find_spec('grpc'))") == "None"
+    docker("build", "--tag", "capsnet:test-grpc", "--build-arg", "EXTRAS=grpc", str(ROOT), timeout=900)
+    started = start(
+        "capsnet:test-grpc", models, "--env", "CAPSNET_GRPC_PORT=8001", "--publish", "127.0.0.1::8001"
+    )
+    try:
+        wait_until_ready(started.url, log=("docker", "logs", started.name))
+        address = docker("port", started.name, "8001/tcp").splitlines()[0]
+        with grpc.insecure_channel(address) as channel:
+            answer = HealthStub(channel).Check(
+                HealthCheckRequest(service="inference.GRPCInferenceService"), timeout=STOP_LIMIT
+            )
+        assert answer.status == HealthCheckResponse.SERVING
+    finally:
+        docker("rm", "--force", started.name)
 
 
 def test_misspelt_runtime_is_refused(image: str) -> None:

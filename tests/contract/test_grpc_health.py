@@ -9,7 +9,7 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from tests.support.process import LIMIT, Served, served
+from tests.support.process import IMAGE, LIMIT, PNG, Served, served
 
 OIP = "inference.GRPCInferenceService"
 
@@ -36,6 +36,40 @@ def test_health_follows_readiness_until_the_stop(tiny_models: Path) -> None:
         assert list(watch) == []  # ended, and in order
         assert process.process.wait(LIMIT) == 0
         assert not any("Traceback" in line for line in process.log)
+
+
+HANGS_ONCE = """
+import sys, time
+from service.engine import Graphs
+from service.main import main
+run, runs = Graphs.predict, []
+def predict(graphs, inputs):
+    runs.append(0)
+    if len(runs) == 1:
+        time.sleep(3)
+    return run(graphs, inputs)
+Graphs.predict = predict
+sys.exit(main())
+"""
+
+
+def test_health_follows_what_runs_do(tiny_models: Path) -> None:
+    """A watcher hears that a run does not end, and that it has ended; so do those who ask."""
+    program = ("-c", HANGS_ONCE)
+    with (
+        served(tiny_models, program=program, grpc_port="0", request_timeout="0.5") as process,
+        channel(process) as open_channel,
+    ):
+        watch = HealthStub(open_channel).Watch(HealthCheckRequest(service=OIP), timeout=60)
+        assert next(watch).status == HealthCheckResponse.SERVING
+        # By hand, since tritonclient's tests register the same messages in this process: ready is field 1.
+        ask_ready = open_channel.unary_unary(f"/{OIP}/ServerReady", None, b"\x08\x01".__eq__)
+        assert ask_ready(b"", timeout=LIMIT)
+        assert process.client.post("/predict", content=PNG, headers=IMAGE).status_code == 503
+        assert next(watch).status == HealthCheckResponse.NOT_SERVING
+        assert not ask_ready(b"", timeout=LIMIT)
+        assert next(watch).status == HealthCheckResponse.SERVING
+        assert ask_ready(b"", timeout=LIMIT)
 
 
 @pytest.mark.parametrize(("needs_key", "allowed"), [("false", True), ("true", False)])

@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 
 LIMIT = 60.0  # seconds after which an answer counts as lost
 
-# The service closes what is idle for 5 s, uvicorn's default; a request that is on its way then is lost.
+# Well below CAPSNET_KEEP_ALIVE, as for every client: a request that is on its way when it ends is lost.
 IDLE = 2.0  # seconds
 
 

@@ -1,6 +1,7 @@
 """Every promise of the batcher, on a device that starts and ends each run when the test says so."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -248,6 +249,33 @@ async def test_a_failing_run_fails_only_its_batch() -> None:
         assert (await healthy)[0].tolist() == [[6]]
     assert [type(result) for result in results] == [InferenceFailed, InferenceFailed]
     assert results[0] is not results[1]  # a shared exception would collect every caller's traceback
+
+
+async def test_three_failed_runs_in_a_row_are_known() -> None:
+    """After the third it does not work, whatever came before, and after one that succeeds it does again."""
+    device = Device()
+    device.go_on(100)
+    seen = []
+    async with batcher(device) as made:
+        for broken in (True, True, False, True, True, True, True, False):
+            device.broken = broken
+            with contextlib.suppress(InferenceFailed):
+                await made.submit(rows(1))
+            seen.append(made.works(LIMIT))
+    assert seen == [True, True, True, True, True, False, False, True]
+
+
+async def test_a_run_that_does_not_end_is_known() -> None:
+    """While a run lasts longer than the limit it does not work; waiting for work is no run."""
+    device = Device()
+    async with batcher(device) as made:
+        assert made.works(0)
+        task = await busy(made, device)
+        assert made.works(LIMIT)
+        assert not made.works(0)
+        device.go_on()
+        await task
+        assert made.works(0)
 
 
 async def test_a_large_item_with_a_failed_part_is_dropped() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -159,6 +161,23 @@ async def test_a_connection_that_does_not_rest_is_not_read_on() -> None:
         connection.read_on()
         assert not connection.transport.is_reading()
         app.go_on.set()
+
+
+async def test_a_connection_that_was_reset_is_forgotten() -> None:
+    """Nothing waits for the end of the idle time of a connection that is gone."""
+    app = App()
+    app.refusing = False
+    async with served(app) as (server, reader, writer):
+        writer.write(REQUEST)
+        assert await answer(reader) == b"ok"
+        (connection,) = cast("set[TimedHeads]", server.server_state.connections)
+        assert connection.timeout_keep_alive_task is not None
+        linger_not = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_not)
+        writer.transport.abort()
+        while server.server_state.connections:
+            await asyncio.sleep(0.01)
+        assert connection.timeout_keep_alive_task is None
 
 
 async def test_an_answer_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:

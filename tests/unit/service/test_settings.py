@@ -55,6 +55,13 @@ def test_a_value_out_of_bounds_is_refused(name: str, value: object) -> None:
     assert refused.value.errors()[0]["loc"] == (name,)
 
 
+def test_bodies_have_room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bodies together may be as large as the largest one, and no smaller."""
+    assert Settings(max_body=5000, max_bodies=5000).max_bodies == 5000
+    with pytest.raises(ValidationError, match="max_bodies must be at least max_body"):
+        Settings(max_body=5000, max_bodies=4999)
+
+
 @pytest.mark.parametrize("value", [{"queue_length": 31}, {"decoder_queue_length": 255}])
 def test_a_queue_shorter_than_a_batch_is_refused(value: dict[str, int]) -> None:
     """A queue that no full batch fits into would refuse large items for ever."""
