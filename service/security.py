@@ -23,6 +23,7 @@ _READABLE_HEADERS = (
 )
 _SENDABLE_HEADERS = (
     "Authorization",
+    "Content-Encoding",
     "Content-Type",
     "Inference-Header-Content-Length",
     "X-API-Key",

@@ -129,7 +129,8 @@ def test_named_origins_may_call(serve: Serve) -> None:
     """A preflight needs no key; what follows does, and its refusal can be read by the page."""
     client = serve(api_keys=KEY, cors_origins="https://a.example,https://b.example")
     preflight = client.options(
-        "/predict", headers={**PREFLIGHT, "access-control-request-headers": "content-type,x-api-key"}
+        "/predict",
+        headers={**PREFLIGHT, "access-control-request-headers": "content-encoding,content-type,x-api-key"},
     )
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
