@@ -177,7 +177,8 @@ def markdown(part: dict[str, Any], table: Callable[[list[str], list[list[Any]]],
         )
     head = ["", "1 caller, p50, ms", *(f"{callers} callers, answers/s" for callers in CONCURRENCIES[1:])]
     head += ["share of raw at 32", "64 callers, p99, ms"]
-    settings_head = ["best setting", *(f"{callers} callers" for callers in CONCURRENCIES)]
+    numbers = ("1 caller", *(f"{callers} callers" for callers in CONCURRENCIES[1:]))
+    settings_head = ["best setting", *numbers]
     best = [[name, *(choice["settings"].values())] for name, choice in chosen.items()]
     return "\n".join(
         [
