@@ -129,16 +129,15 @@ async def read_body(
                 share.resize(len(body) + len(chunk))
                 body += chunk
                 more = message.get("more_body", False)
+        content = bytes(body)
     except TimeoutError as error:
         raise BodyTimeout(
             "The body did not arrive in time.",
             received=f"{len(body)} bytes in {settings.body_timeout:g} s",
             expected=f"the whole body within {settings.body_timeout:g} s",
         ) from error
-    except BaseException:
-        body.clear()  # the error's traceback holds it for as long as the rest is thrown away
-        raise
-    content = bytes(body)
+    finally:
+        body.clear()  # an error's traceback holds it for as long as the rest is thrown away
     encoding = list_header(request, "content-encoding", "identity").strip().lower()
     if content and encoding != "identity":
         # Counted when it is there: before, at most a limit's bytes for each of asyncio's threads.

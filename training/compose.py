@@ -55,17 +55,21 @@ def composer(dataset: Dataset, most: int, *, strong: bool = False) -> Compose:
     images, labels, layout = dataset.images, dataset.labels, dataset.layout
     if strong and layout != "plain":
         raise DataError(f"{dataset.name}: strong augmentation is for single digits in their own frame")
-    inverted = strong and on_light_ground(images)  # what strong augmentation brings in is dark
+    inverted = strong and on_light_ground(images)
+
+    def augment(chosen: Tensor, generator: torch.Generator) -> Tensor:
+        if not strong:
+            return random_shift(chosen, most, generator)
+        if inverted:  # what strong augmentation brings in is dark
+            return 255 - strongly(255 - chosen, generator)
+        return strongly(chosen, generator)
 
     def compose(indices: Tensor, generator: torch.Generator) -> Batch:
         if layout == "pairs":
             made = pairs(images, labels, indices, generator, most)
             return Batch(made.images, made.labels, made.digits)
         chosen = pad(images[indices], CANVAS_MARGIN) if layout == "canvas" else images[indices]
-        if inverted:
-            moved = 255 - strongly(255 - chosen, generator)
-        else:
-            moved = strongly(chosen, generator) if strong else random_shift(chosen, most, generator)
+        moved = augment(chosen, generator)
         return Batch(moved, labels[indices], moved)
 
     return compose

@@ -75,6 +75,11 @@ class Running:
             await asyncio.sleep(0)
 
 
+def broken(*_: object) -> Any:
+    """Fails in place of anything of ours."""
+    raise RuntimeError("/secret/path is broken")
+
+
 @asynccontextmanager
 async def running(models: Path, **changes: Any) -> AsyncIterator[Running]:
     values = {"models": models, "device": "cpu", "default_model": "tiny", **changes}
@@ -142,10 +147,6 @@ async def test_a_failing_model_is_a_500_without_its_insides(tiny_models: Path) -
     """What the runtime complains of is logged and not told, and the connection serves the next request."""
     async with running(tiny_models) as service:
         healthy = service._run
-
-        def broken(_: Arrays) -> Arrays:
-            raise RuntimeError("/secret/path is broken")
-
         service._run = broken
         answer = await service.predict()
         assert "secret" not in answer.text
@@ -167,10 +168,6 @@ async def test_failing_runs_make_it_unready_until_one_succeeds(tiny_models: Path
     """After three failures in a row readiness fails; asking for it finds out that it works again."""
     async with running(tiny_models) as service:
         healthy = service._run
-
-        def broken(_: Arrays) -> Arrays:
-            raise RuntimeError("broken")
-
         service._run = broken
         for _ in range(2):
             problem(await service.predict(), 500)
@@ -203,10 +200,6 @@ async def test_an_unforeseen_error_is_a_500_without_its_insides(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault in our own code is a problem document too, and says that the server then hangs up."""
-
-    def broken(*_: object) -> None:
-        raise RuntimeError("/secret/path is broken")
-
     async with running(tiny_models) as service:
         monkeypatch.setattr(service.engine, "choose", broken)
         monkeypatch.setattr(type(service.engine), "default", property(broken))

@@ -14,6 +14,12 @@ from training.train import losses
 CAPSULES = [name for name, row in ROWS.items() if row.model.get("architecture", "capsnet") == "capsnet"]
 
 
+def dataset(name: str, images: torch.Tensor) -> Dataset:
+    """These images of 28x28 pixels, of one class after the other, laid out as this data set's."""
+    labels = torch.arange(len(images)) % 10
+    return Dataset(name, DIGITS, images, labels, {}, layout=LAYOUTS.get(name, "plain"))
+
+
 @pytest.mark.parametrize("name", sorted({ROWS[name].dataset for name in CAPSULES}))
 def test_first_steps_leave_the_capsules_room(name: str) -> None:
     """A first step on a data set does not make all capsules as long as they can be, where they would stay.
@@ -25,7 +31,7 @@ def test_first_steps_leave_the_capsules_room(name: str) -> None:
     images = torch.zeros(40, 28, 28, dtype=torch.uint8)
     for label, image in enumerate(images):
         image[4 + label % 10 : 14 + label % 10, 8:20] = 200
-    digits = Dataset(name, DIGITS, images, torch.arange(40) % 10, {}, layout=LAYOUTS.get(name, "plain"))
+    digits = dataset(name, images)
     config = row.train_config()
     torch.manual_seed(0)
     network = build(row.model_config(digits.classes, compose.frame(digits))).train()
@@ -45,14 +51,6 @@ def test_first_steps_leave_the_capsules_room(name: str) -> None:
 def test_a_row_begins_as_its_network_needs(name: str) -> None:
     """Every row of capsules rises as `make train` would for a network of its size."""
     row = ROWS[name]
-    images = torch.zeros(1, 28, 28, dtype=torch.uint8)
-    digits = Dataset(
-        row.dataset,
-        DIGITS,
-        images,
-        torch.zeros(1, dtype=torch.long),
-        {},
-        layout=LAYOUTS.get(row.dataset, "plain"),
-    )
+    digits = dataset(row.dataset, torch.zeros(1, 28, 28, dtype=torch.uint8))
     model = row.model_config(digits.classes, compose.frame(digits))
     assert row.train_config().warm_up_steps == warm_up_steps(model)

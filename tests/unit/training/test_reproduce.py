@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.interruption import interrupted_at
 from training import checkpoint as checkpoints
 from training import data, reproduce
-from training import train as training
 from training.cli import main
 from training.data import DIGITS, Dataset, Split
 from training.experiments import ROWS, Row
-from training.losses import margin_loss
 from training.reproduce import Size
 from training.train import TrainingError
 
@@ -81,19 +80,8 @@ def test_full_run_is_recorded_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> Non
     """An interrupted full run stands in the results with its epoch, and ends as if it had not been."""
     row = small(ROWS["affnist"])
     options: dict[str, Any] = {"device": "cpu", "epochs": 2}
-    calls = 0
-
-    def interrupted(*arguments: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 2:  # one step an epoch
-            raise KeyboardInterrupt
-        return margin_loss(*arguments)
-
-    monkeypatch.setattr(training, "margin_loss", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(2, monkeypatch):  # in its second epoch, of one step
         reproduce.reproduce("affnist", row, "full", **options)
-    monkeypatch.setattr(training, "margin_loss", margin_loss)
     path = Path("docs/results/runs/affnist-epochs2-seed0.json")
     begun = json.loads(path.read_text())
     assert (begun["epoch"], begun["epochs"], begun["tests"]) == (1, 2, {})

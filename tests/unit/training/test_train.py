@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.support.interruption import interrupted_at
 from training import checkpoint as checkpoints
 from training import train as training
 from training.checkpoint import CheckpointError
@@ -37,23 +38,6 @@ def run(model_config: ModelConfig, load_split: Load) -> Callable[..., checkpoint
 Run = Callable[..., checkpoints.Checkpoint]
 
 
-def run_interrupted(run: Run, config: TrainConfig, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupt a run in its second epoch."""
-    calls = 0
-
-    def interrupted(*arguments: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 6:  # four steps an epoch
-            raise KeyboardInterrupt
-        return margin_loss(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "margin_loss", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(config, output)
-
-
 def test_it_learns(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
     """A small network learns to tell bars, poles and dots apart, and says so in its result file."""
     state = run(replace(train_config, epochs=15), tmp_path)
@@ -73,7 +57,8 @@ def test_resume_is_exact(
     config = replace(train_config, precision=arithmetic)  # type: ignore[arg-type] # one of the two
     whole = run(config, tmp_path / "whole")
 
-    run_interrupted(run, config, tmp_path / "parts", monkeypatch)
+    with interrupted_at(6, monkeypatch):  # in its second epoch, of four steps
+        run(config, tmp_path / "parts")
     assert checkpoints.read(tmp_path / "parts").epoch == 1
     torch.manual_seed(999)  # whatever state the new process is in
     parts = run(config, tmp_path / "parts", resume=True)
@@ -279,7 +264,8 @@ def test_layout(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
 def test_log(run: Run, train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorBoard's log of a run that was interrupted and resumed holds each of its steps once."""
     monkeypatch.setattr(training, "LOG_EVERY", 1)
-    run_interrupted(run, train_config, tmp_path, monkeypatch)
+    with interrupted_at(6, monkeypatch):  # in its second epoch, of four steps
+        run(train_config, tmp_path)
     run(train_config, tmp_path, resume=True)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
