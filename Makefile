@@ -24,7 +24,7 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-container fuzz soak check lint types imports audit format train evaluate export dimensions \
+.PHONY: help serve test test-container picture fuzz soak check lint types imports audit format train evaluate export dimensions \
 	visualize robustness detect results bench image constraints proto clean
 
 help: ## this list
@@ -62,6 +62,9 @@ test-container: $(EVERYTHING) ## build the image and test the running container;
 		echo "make: no Docker engine answers at $${DOCKER_HOST:-its default address}: start one, or set DOCKER_HOST." >&2; \
 		exit 1; }
 	$(PY) -m pytest tests/container $(ARGS)
+
+picture: $(EVERYTHING) ## take docs/playground.png; needs Chromium or Chrome
+	$(PY) -m tests.browser.picture docs/playground.png
 
 fuzz: $(EVERYTHING) ## schemathesis against a served process; ARGS="--max-examples 1000 --seed 7 --models models"
 	$(PY) -m tests.fuzz.run $(ARGS)

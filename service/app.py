@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
-from service import docs, oip, oip_repository, openapi, problems, routes, security
+from service import oip, oip_repository, openapi, pages, problems, routes, security
 from service.body_room import BodyRoom
 from service.connections import Connections
 from service.decoding import Decoder
@@ -88,12 +88,12 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("capsnet"),
         description="Class predictions, capsule vectors, reconstructions and perturbed reconstructions.",
         lifespan=lifespan,
-        docs_url=None,  # ours is in `docs`
+        docs_url=None,  # ours is in `pages`
         redoc_url=None,
         redirect_slashes=False,  # what /docs does not list is not there
     )
     app.include_router(routes.router)
-    app.include_router(docs.router)
+    app.include_router(pages.router)
     app.include_router(oip.router)
     if settings.repository:
         app.include_router(oip_repository.router)

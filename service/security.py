@@ -5,9 +5,9 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import problems
-from service.docs import DOCS_PATHS
 from service.errors import Unauthorized
 from service.keys import KeyRing
+from service.pages import PAGE_PATHS
 from service.settings import Settings
 
 _HEALTH_PATHS = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
@@ -44,8 +44,8 @@ _SECURITY_HEADERS = (
 
 
 def open_paths(settings: Settings) -> frozenset[str]:
-    """Paths that nobody needs a key for: the documentation, and by settings health and metrics."""
-    paths = DOCS_PATHS
+    """Paths that nobody needs a key for: the pages, and by settings health and metrics."""
+    paths = PAGE_PATHS
     if not settings.health_needs_key:
         paths |= _HEALTH_PATHS
     if not settings.metrics_needs_key:

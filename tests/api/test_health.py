@@ -49,7 +49,8 @@ def test_models_are_listed_with_their_manifests(client: TestClient, tiny_models:
 
 
 @pytest.mark.parametrize(
-    "path", ["/livez", "/readyz", "/models", "/metrics", "/docs", "/openapi.json", "/v2", "/v2/health/ready"]
+    "path",
+    ["/livez", "/readyz", "/models", "/metrics", "/", "/docs", "/openapi.json", "/v2", "/v2/health/ready"],
 )
 def test_head_is_answered_as_get(client: TestClient, path: str) -> None:
     """Status and media type are those of GET, and both methods are allowed."""
@@ -58,7 +59,8 @@ def test_head_is_answered_as_get(client: TestClient, path: str) -> None:
     assert set(client.put(path).headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
-def test_the_documentation_is_served(client: TestClient) -> None:
-    """/docs is a page and /openapi.json the document behind it."""
+def test_pages_are_served(client: TestClient) -> None:
+    """/ and /docs are pages, and /openapi.json is the document behind the latter."""
+    assert client.get("/").headers["content-type"].startswith("text/html")
     assert client.get("/docs").headers["content-type"].startswith("text/html")
     assert client.get("/openapi.json").json()["info"]["title"]

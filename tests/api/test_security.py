@@ -16,6 +16,7 @@ from tests.support.tiny_model import image_of
 PNG = encode(image_of(3))
 IMAGE = {"content-type": "image/png"}
 KEY = "sesame-sesame-sesame"
+ROOT = Path(__file__).parents[2]
 OTHER = "another-key-another-key"
 KEYED = {"x-api-key": KEY}
 
@@ -36,7 +37,8 @@ def test_a_valid_key_admits(guarded: TestClient, given: dict[str, str]) -> None:
 )
 def test_without_a_key_there_is_only_a_401(guarded: TestClient, path: str) -> None:
     """Whether a path is there, nobody learns without a key."""
-    answer = guarded.get(path, headers={"authorization": "Bearer wrong"})
+    whole = f"http://testserver{path}"  # or //livez would be a host
+    answer = guarded.get(whole, headers={"authorization": "Bearer wrong"})
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
     assert answer.headers["x-request-id"]
@@ -51,7 +53,7 @@ def test_the_refusal_is_a_problem_document(guarded: TestClient) -> None:
 
 def test_health_and_documentation_are_open(guarded: TestClient) -> None:
     """An orchestrator's probes and a newcomer's browser need no key."""
-    for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"):
+    for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/", "/docs", "/openapi.json"):
         assert guarded.get(path).status_code == 200
 
 
@@ -140,7 +142,7 @@ def test_named_origins_may_call(serve: Serve) -> None:
     assert "access-control-allow-origin" not in other.headers
 
 
-@pytest.mark.parametrize("path", ["/livez", "/docs", "/nowhere"])
+@pytest.mark.parametrize("path", ["/livez", "/", "/docs", "/nowhere"])
 def test_every_answer_keeps_browsers_careful(client: TestClient, path: str) -> None:
     """No sniffing, no framing, no foreign scripts, no referrer."""
     headers = client.get(path).headers
@@ -152,14 +154,34 @@ def test_every_answer_keeps_browsers_careful(client: TestClient, path: str) -> N
     assert "script-src" not in policy, "scripts fall under default-src: no inline script, no eval"
 
 
-def test_the_documentation_comes_from_here_alone(client: TestClient) -> None:
-    """Every script and style that /docs names is served by us, and none stands in the page itself."""
-    page = client.get("/docs").text
-    assert "://" not in page
-    assert not re.search(r"<script(?![^>]*\bsrc=)", page)
-    names = re.findall(r'(?:src|href)="(docs/[^"]+)"', page)
-    assert len(names) == 3
+@pytest.mark.parametrize(("page", "folder", "count"), [("/", "playground", 2), ("/docs", "docs", 3)])
+def test_pages_come_from_here_alone(guarded: TestClient, page: str, folder: str, count: int) -> None:
+    """Every script and style that they name is served by us, without a key; none stands in the page."""
+    text = guarded.get(page).text
+    assert "://" not in text
+    assert not re.search(r"<script(?![^>]*\bsrc=)", text)
+    assert not re.search(r"<style|\bstyle=|\bon[a-z]+=", text)
+    names = re.findall(rf'(?:src|href)="({folder}/[^"]+)"', text)
+    assert len(names) == count
     for name in names:
-        answer = client.get(f"/{name}")
+        answer = guarded.get(f"/{name}")
         assert answer.status_code == 200
         assert "javascript" in answer.headers["content-type"] or "css" in answer.headers["content-type"]
+
+
+def test_every_file_of_the_playground_is_served(guarded: TestClient) -> None:
+    """The page's scripts find what they import."""
+    files = sorted((ROOT / "service/web/playground").iterdir())
+    assert len(files) > 2
+    for file in files:
+        path = "/" if file.name == "index.html" else f"/playground/{file.name}"
+        assert guarded.get(path).content == file.read_bytes()
+
+
+def test_a_page_is_asked_for_again_but_sent_once(client: TestClient) -> None:
+    """A browser never meets scripts of another release than the page's, and loads nothing twice."""
+    first = client.get("/playground/pad.js")
+    assert first.headers["cache-control"] == "no-cache"
+    again = client.get("/playground/pad.js", headers={"if-none-match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert again.headers["cache-control"] == "no-cache"

@@ -1,0 +1,118 @@
+// What the playground asks of the service. Paths are relative, so that a proxy may serve it below a prefix.
+
+const KEY = "capsnet-api-key";
+
+/** An answer that is no success, as the problem document says it (RFC 9457). */
+export class Problem extends Error {
+  constructor(status, document) {
+    super(document.detail ?? document.title ?? `The service answered ${status}.`);
+    this.status = status;
+    this.received = document.received;
+    this.expected = document.expected;
+  }
+}
+
+/** Keep an API key for the requests to come, as long as this tab lives. */
+export function useKey(key) {
+  sessionStorage.setItem(KEY, key);
+}
+
+export function hasKey() {
+  return sessionStorage.getItem(KEY) !== null;
+}
+
+async function ask(path, options = {}) {
+  const headers = new Headers(options.headers);
+  if (hasKey()) headers.set("X-API-Key", sessionStorage.getItem(KEY));
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, headers });
+  } catch {
+    throw new Problem(0, { detail: "The service does not answer. Is it running?" });
+  }
+  if (answer.ok) return answer;
+  throw new Problem(answer.status, await answer.json().catch(() => ({})));
+}
+
+async function post(path, document, accept = "application/json") {
+  const headers = { "Content-Type": "application/json", Accept: accept };
+  return ask(path, { method: "POST", headers, body: JSON.stringify(document) });
+}
+
+/** @returns the served models, each `{name, version, default, device, precision, manifest}` */
+export async function models() {
+  return (await (await ask("models")).json()).models;
+}
+
+/** A served model as requests name it. */
+export function reference(model) {
+  return `${model.name}/${model.version}`;
+}
+
+function of(path, model, query = {}) {
+  return `${path}?${new URLSearchParams({ model: reference(model), ...query })}`;
+}
+
+/**
+ * @param {Blob} picture an encoded image
+ * @returns the prediction with its capsules, its reconstruction and the image as the network saw it
+ */
+export async function predict(model, picture) {
+  const path = of("predict", model, { capsules: true, reconstruction: true, image: true });
+  const answer = await ask(path, {
+    method: "POST",
+    headers: { "Content-Type": picture.type },
+    body: picture,
+  });
+  return (await answer.json()).predictions[0];
+}
+
+/** @param {string} drawing a data URL of the model's own size, taken as it is */
+export async function predictDrawing(model, drawing) {
+  const answer = await post(of("predict", model, { preprocess: "none" }), { images: [drawing] });
+  return (await answer.json()).predictions[0];
+}
+
+/**
+ * @param capsules one vector for each class, as `predict` gave them
+ * @param tweaks `[{dimension, delta}]`
+ * @returns {Promise<string>} the reconstruction, a data URL
+ */
+export async function reconstruct(model, capsules, label, tweaks) {
+  const answer = await post(of("reconstruct", model), { capsules, class: label, tweaks });
+  return (await answer.json()).reconstruction;
+}
+
+/** @returns `{deltas, reconstructions}`: a row of data URLs for each dimension, one for each delta */
+export async function sweep(model, capsules, label) {
+  return (await post(of("reconstruct/sweep", model), { capsules, class: label })).json();
+}
+
+/** @returns {Promise<Blob>} the sweep as the labelled figure, with the tweaks done before */
+export async function sweepFigure(model, capsules, label, tweaks) {
+  const answer = await post(
+    of("reconstruct/sweep", model),
+    { capsules, class: label, tweaks },
+    "image/png",
+  );
+  return answer.blob();
+}
+
+/** `work`, one run at a time: asked for again while it runs, it runs once more afterwards, however often. */
+export function oneAtATime(work) {
+  let running = false;
+  let again = false;
+  return async () => {
+    again = true;
+    if (running) return;
+    running = true;
+    try {
+      while (again) {
+        again = false;
+        await work();
+      }
+    } finally {
+      running = false;
+    }
+  };
+}

@@ -1,0 +1,132 @@
+// The drawing pad: strokes of a pointer, or a picture that was opened, as an encoded image.
+
+const SIDE = 100; // the pad's own unit is a hundredth of its side
+const BRUSH = 8; // once laid out in 20 of 28 pixels, about as thick as MNIST's strokes
+
+export class Pad {
+  #canvas;
+  #context;
+  #strokes = []; // Path2D
+  #opened = null; // ImageBitmap
+  #ink = "#fff";
+  #ground = "#000";
+  #changed;
+  #turn = 0; // counts what was drawn
+  #told = 0; // the last of them that `changed` heard of
+
+  /** @param {(picture: Blob | null, settled: boolean) => void} changed gets the picture, or null if there is
+   *    none, and whether the pointer is up */
+  constructor(canvas, changed) {
+    this.#canvas = canvas;
+    this.#context = canvas.getContext("2d");
+    this.#changed = changed;
+    canvas.addEventListener("pointerdown", (event) => this.#begin(event));
+  }
+
+  /** Draw as the training images are: light on dark, or dark on light. */
+  usePolarity(polarity) {
+    [this.#ink, this.#ground] = polarity === "dark_on_light" ? ["#000", "#fff"] : ["#fff", "#000"];
+    this.#paint();
+  }
+
+  clear() {
+    this.#strokes = [];
+    this.#opened = null;
+    this.#draw();
+  }
+
+  undo() {
+    if (this.#opened) this.#opened = null;
+    else this.#strokes.pop();
+    this.#draw();
+  }
+
+  /** @param {string} path an SVG path in a square of 100 by 100 */
+  show(path) {
+    this.#opened = null;
+    this.#strokes = [new Path2D(path)];
+    this.#draw();
+  }
+
+  /** Show a picture, which is sent as it is; false, and nothing changed, if no browser could show it. */
+  async open(file) {
+    let bitmap;
+    try {
+      bitmap = await createImageBitmap(file);
+    } catch {
+      return false;
+    }
+    this.#strokes = [];
+    this.#opened = bitmap;
+    this.#paint();
+    this.#tell(++this.#turn, file, true);
+    return true;
+  }
+
+  #begin(event) {
+    if (event.button !== 0) return;
+    event.preventDefault();
+    this.#canvas.setPointerCapture(event.pointerId);
+    this.#opened = null;
+    const stroke = new Path2D();
+    const [x, y] = this.#place(event);
+    stroke.moveTo(x, y);
+    stroke.lineTo(x + 0.01, y); // a tap is a dot: lines without length are not drawn
+    this.#strokes.push(stroke);
+    this.#draw(false);
+
+    const listening = new AbortController();
+    const on = (type, listen) => this.#canvas.addEventListener(type, listen, { signal: listening.signal });
+    on("pointermove", (moved) => {
+      if (moved.pointerId !== event.pointerId) return;
+      for (const point of moved.getCoalescedEvents?.() ?? [moved]) stroke.lineTo(...this.#place(point));
+      this.#draw(false);
+    });
+    const end = (ended) => {
+      if (ended.pointerId !== event.pointerId) return;
+      listening.abort();
+      this.#draw();
+    };
+    on("pointerup", end);
+    on("pointercancel", end);
+  }
+
+  #place(event) {
+    const box = this.#canvas.getBoundingClientRect();
+    return [((event.clientX - box.left) / box.width) * SIDE, ((event.clientY - box.top) / box.height) * SIDE];
+  }
+
+  #draw(settled = true) {
+    this.#paint();
+    const turn = ++this.#turn;
+    if (this.#strokes.length === 0) this.#tell(turn, null, settled);
+    else this.#canvas.toBlob((picture) => this.#tell(turn, picture, settled), "image/png");
+  }
+
+  /** Pictures may be encoded out of order: what comes after a newer one is old. */
+  #tell(turn, picture, settled) {
+    if (turn < this.#told) return;
+    this.#told = turn;
+    this.#changed(picture, settled);
+  }
+
+  #paint() {
+    const { width, height } = this.#canvas;
+    const context = this.#context;
+    context.resetTransform();
+    context.fillStyle = this.#ground;
+    context.fillRect(0, 0, width, height);
+    if (this.#opened) {
+      const zoom = Math.min(width / this.#opened.width, height / this.#opened.height);
+      const [w, h] = [this.#opened.width * zoom, this.#opened.height * zoom];
+      context.imageSmoothingEnabled = zoom < 1;
+      context.drawImage(this.#opened, (width - w) / 2, (height - h) / 2, w, h);
+      return;
+    }
+    context.scale(width / SIDE, height / SIDE);
+    context.strokeStyle = this.#ink;
+    context.lineWidth = BRUSH;
+    context.lineCap = context.lineJoin = "round";
+    for (const stroke of this.#strokes) context.stroke(stroke);
+  }
+}

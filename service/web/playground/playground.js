@@ -1,0 +1,308 @@
+// The page: what it knows is in `state`, every event changes that, and `render` shows it.
+
+import * as api from "./api.js";
+import { Dimensions } from "./dimensions.js";
+import { EXAMPLES } from "./examples.js";
+import { Pad } from "./pad.js";
+
+const FIRST = "5"; // the example that a visitor finds
+
+const state = {
+  models: [],
+  model: null, // the chosen one of them
+  picture: null, // Blob: the image to look at
+  settled: true, // false while a stroke is being drawn
+  found: null, // the prediction for it
+  label: "", // the class whose capsule is drawn from
+  deltas: [], // tweak of each dimension
+  tweaked: null, // data URL: the reconstruction with these tweaks
+  readAgain: null, // the prediction for that
+};
+
+const byId = (id) => document.getElementById(id);
+const pad = new Pad(byId("pad"), (picture, settled) => {
+  Object.assign(state, { picture, settled });
+  showProblem(null);
+  if (picture) look();
+  else forget();
+});
+const dimensions = new Dimensions(byId("dimensions"), (deltas) => {
+  state.deltas = deltas;
+  showProblem(null);
+  render();
+  draw();
+});
+
+// What is asked of the service -----------------------------------------------------------------------
+// Each of these asks for what the state says at its beginning, and forgets an answer that came too late.
+
+const look = asked(async () => {
+  const { model, picture } = state;
+  if (!picture) return;
+  const found = await api.predict(model, picture);
+  if (state.model !== model || !state.picture) return;
+  state.found = found;
+  choose(found.label);
+});
+
+const draw = asked(async () => {
+  const { model, found, label, deltas } = state;
+  if (!found) return;
+  const tweaked = await api.reconstruct(model, found.capsules, label, tweaks());
+  if (state.found !== found || state.label !== label) return;
+  state.tweaked = tweaked;
+  if (state.deltas === deltas) readAgain();
+  render();
+});
+
+const readAgain = asked(async () => {
+  const { model, tweaked } = state;
+  if (!tweaked) return;
+  const read = await api.predictDrawing(model, tweaked);
+  if (state.tweaked !== tweaked) return;
+  state.readAgain = read;
+  render();
+});
+
+const sweep = asked(async () => {
+  const { model, found, label } = state;
+  if (!found || !state.settled) return;
+  const swept = await api.sweep(model, found.capsules, label);
+  if (state.found === found && state.label === label) dimensions.showStrips(swept.reconstructions);
+});
+
+/** `work`, one run at a time, with its errors shown. */
+function asked(work) {
+  return api.oneAtATime(async () => {
+    try {
+      await work();
+    } catch (error) {
+      showProblem(error);
+    }
+  });
+}
+
+function tweaks() {
+  return state.deltas.flatMap((delta, dimension) => (delta ? [{ dimension, delta }] : []));
+}
+
+// What changes the state -----------------------------------------------------------------------------
+
+async function start() {
+  let models;
+  try {
+    models = await api.models();
+  } catch (error) {
+    showProblem(error);
+    return;
+  }
+  byId("key-form").hidden = true;
+  if (models.length === 0) {
+    showProblem(new api.Problem(0, { detail: "No model is served at present." }));
+    return;
+  }
+  byId("playground").hidden = false;
+  state.models = models;
+  const choice = byId("model");
+  choice.replaceChildren(...models.map((model) => new Option(`${model.name} ${model.version}`, api.reference(model))));
+  byId("model-choice").hidden = models.length < 2;
+  const first = models.find((model) => model.default) ?? models[0];
+  choice.value = api.reference(first);
+  useModel(first);
+  if (first.manifest.classes.includes(FIRST)) pad.show(EXAMPLES[FIRST]);
+}
+
+function useModel(model) {
+  showProblem(null);
+  forget();
+  state.model = model;
+  const { classes, image } = model.manifest;
+  document.documentElement.style.setProperty("--shape", `${image.width} / ${image.height}`);
+  pad.usePolarity(image.polarity);
+  byId("classes").replaceChildren(...classes.map(classItem));
+  const examples = Object.keys(EXAMPLES).filter((label) => classes.includes(label));
+  byId("examples").hidden = examples.length === 0;
+  byId("examples").replaceChildren(...examples.map(exampleButton));
+  dimensions.show(model.manifest, classes[0]);
+  render();
+  look();
+}
+
+function forget() {
+  Object.assign(state, { found: null, label: "", deltas: [], tweaked: null, readAgain: null });
+  dimensions.reset();
+  render();
+}
+
+function choose(label) {
+  Object.assign(state, { label, deltas: [], tweaked: null, readAgain: null });
+  if (label === state.found.label) state.tweaked = state.found.reconstruction;
+  dimensions.show(state.model.manifest, label);
+  render();
+  if (state.tweaked) readAgain();
+  else draw();
+  sweep();
+}
+
+// What shows it --------------------------------------------------------------------------------------
+
+function render() {
+  const { model, found, label, tweaked, readAgain: read } = state;
+  if (!model) return;
+  byId("model-facts").textContent = facts(model);
+  byId("output").classList.toggle("empty", !found);
+  byId("verdict").textContent = verdict();
+  for (const input of document.querySelectorAll("#classes input")) {
+    const length = found?.lengths[model.manifest.classes.indexOf(input.value)] ?? 0;
+    const item = input.closest("label");
+    item.style.setProperty("--length", length);
+    item.querySelector(".length").textContent = found ? length.toFixed(2) : "";
+    input.disabled = !found;
+    input.checked = input.value === label;
+  }
+  show("seen", found?.image);
+  show("reconstruction", found?.reconstruction);
+  show("tweaked", tweaked);
+  byId("error").textContent = found ? `, error ${found.reconstruction_error.toFixed(1)}` : "";
+  byId("tweaked-caption").textContent = tweaked
+    ? `“${label}”, ${tweaks().length ? "bent" : "as it is"}${read ? `: read again as “${read.label}”, ${read.length.toFixed(2)}` : ""}`
+    : "";
+  byId("curl").textContent = found ? curl() : "";
+  for (const control of document.querySelectorAll("#output button, #output input")) control.disabled = !found;
+  link("save", tweaked);
+  link("save-seen", found?.image);
+}
+
+function show(id, source) {
+  const image = byId(id);
+  if (source) image.src = source;
+  else image.removeAttribute("src");
+}
+
+function link(id, target) {
+  const anchor = byId(id);
+  if (target) anchor.href = target;
+  else anchor.removeAttribute("href");
+  anchor.setAttribute("aria-disabled", String(!target));
+}
+
+function facts({ device, precision, manifest }) {
+  const { test_images: images, test_mistakes: mistakes } = manifest.measured;
+  const millions = (manifest.provenance.parameters / 1e6).toFixed(1);
+  const routing = manifest.capsules.routing_iterations;
+  const network =
+    manifest.architecture === "capsnet"
+      ? `CapsNet, ${routing} routing iteration${routing === 1 ? "" : "s"}`
+      : "Efficient-CapsNet";
+  const error = images ? `, ${((100 * mistakes) / images).toFixed(2)} % test error` : "";
+  return `${network}, ${millions} million parameters${error}; runs on ${device} in ${precision}`;
+}
+
+function verdict() {
+  const { found, model } = state;
+  if (!found) return "Draw something.";
+  const count = model.manifest.labels_per_image;
+  const labels = found.top.slice(0, count).map((each) => `“${each.label}”`);
+  const doubt = found.in_distribution ? "" : " But it is unusual, and perhaps no class at all.";
+  return `This is ${labels.join(" and ")}.${doubt}`;
+}
+
+function curl() {
+  const { model, label } = state;
+  const url = new URL("reconstruct", document.baseURI);
+  if (!model.default) url.searchParams.set("model", api.reference(model));
+  const request = JSON.stringify({ class: label, tweaks: tweaks() });
+  return [
+    `curl ${quoted(url.href)}`,
+    ...(api.hasKey() ? ["-H 'X-API-Key: YOUR-KEY'"] : []),
+    "-H 'Accept: image/png'",
+    "-F image=@image.png",
+    `-F ${quoted(`request=${request}`)}`,
+    "-o tweaked.png",
+  ].join(" \\\n  ");
+}
+
+/** As one word of a shell's command. */
+function quoted(text) {
+  return `'${text.replaceAll("'", `'\\''`)}'`;
+}
+
+function classItem(label) {
+  const item = document.createElement("label");
+  const input = Object.assign(document.createElement("input"), { type: "radio", name: "class", value: label });
+  const name = Object.assign(document.createElement("span"), { textContent: label });
+  const length = Object.assign(document.createElement("span"), { className: "length" });
+  item.append(input, name, length);
+  input.addEventListener("change", () => {
+    showProblem(null);
+    choose(label);
+  });
+  return item;
+}
+
+function exampleButton(label) {
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: label });
+  button.setAttribute("aria-label", `Example ${label}`);
+  button.addEventListener("click", () => pad.show(EXAMPLES[label]));
+  return button;
+}
+
+/** @param {api.Problem | null} problem null when the visitor goes on to something else */
+function showProblem(problem) {
+  if (problem && !(problem instanceof api.Problem)) throw problem; // a fault of this page's: for the console
+  const { message, received, expected, status } = problem ?? {};
+  const lines = [message, received && `Received: ${received}`, expected && `Expected: ${expected}`];
+  const paragraphs = lines.filter(Boolean).map((textContent) => Object.assign(document.createElement("p"), { textContent }));
+  byId("problem").replaceChildren(...paragraphs);
+  byId("problem").hidden = !problem;
+  if (status === 401) byId("key-form").hidden = false;
+}
+
+// Events ---------------------------------------------------------------------------------------------
+
+async function open(file) {
+  if (file && !(await pad.open(file))) {
+    showProblem(new api.Problem(0, {
+      detail: "This file is no picture.",
+      received: file.type || file.name,
+      expected: "PNG, JPEG, WebP, BMP or GIF",
+    }));
+  }
+}
+
+byId("undo").addEventListener("click", () => pad.undo());
+byId("clear").addEventListener("click", () => pad.clear());
+byId("file").addEventListener("change", (event) => {
+  open(event.target.files[0]);
+  event.target.value = ""; // so that the same file can be opened again
+});
+document.addEventListener("paste", (event) => open([...event.clipboardData.files][0]));
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  open(event.dataTransfer.files[0]);
+});
+byId("model").addEventListener("change", (event) => {
+  useModel(state.models.find((model) => api.reference(model) === event.target.value));
+});
+byId("reset").addEventListener("click", () => choose(state.label));
+byId("figure").addEventListener("click", saveFigure);
+byId("copy").addEventListener("click", () => navigator.clipboard.writeText(byId("curl").textContent));
+byId("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  api.useKey(byId("key").value);
+  start();
+});
+
+async function saveFigure() {
+  try {
+    const figure = await api.sweepFigure(state.model, state.found.capsules, state.label, tweaks());
+    const url = URL.createObjectURL(figure);
+    Object.assign(document.createElement("a"), { href: url, download: `sweep-${state.label}.png` }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 60_000);
+  } catch (error) {
+    showProblem(error);
+  }
+}
+
+start();

@@ -1,0 +1,334 @@
+"""The playground as a visitor has it: drawn, bent and read again in a real browser."""
+
+import base64
+import json
+import re
+import subprocess
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import FilePayload, Page, expect
+
+from service.manifest import read_manifest
+from tests.browser.conftest import LIMIT, Opened
+from tests.support.encoded import encode
+from tests.support.process import served
+from tests.support.tiny_model import DIMENSIONS, image_of, write_tiny_model
+
+expect.set_options(timeout=LIMIT)
+
+KEY = "sesame-sesame-sesame"
+
+
+def file_of(index: int, level: int = 255) -> FilePayload:
+    return {"name": "image.png", "mimeType": "image/png", "buffer": encode(image_of(index, level))}
+
+
+def give(page: Page, index: int, level: int = 255) -> None:
+    """Open the picture of a class, and wait until it is read."""
+    page.locator("#file").set_input_files(file_of(index, level))
+    expect(page.locator("#verdict")).to_contain_text(f"“{index}”")
+    expect(page.get_by_role("radio", name=f"{index} {level / 255:.2f}")).to_be_checked()
+
+
+def move(page: Page, dimension: int, value: float) -> None:
+    page.locator(f"#dimension-{dimension}").fill(str(value))
+
+
+def source(page: Page, picture: str) -> bytes:
+    """The bytes of a picture that stands in the page as a data URL."""
+    return base64.b64decode((page.locator(f"#{picture}").get_attribute("src") or "").partition(",")[2])
+
+
+def ask(service: str, path: str, document: dict[str, Any]) -> dict[str, Any]:
+    answer = httpx2.post(f"{service}/{path}", json=document)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def decoded(picture: str) -> bytes:
+    return base64.b64decode(picture.partition(",")[2])
+
+
+def test_a_visitor_finds_an_example_that_was_read(page: Page) -> None:
+    """Nobody has to draw first to see what the page is for."""
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    expect(page.locator("#seen")).to_have_attribute("src", re.compile("^data:image/png;base64,"))
+    expect(page.locator("#dimensions li")).to_have_count(DIMENSIONS)
+
+
+def test_a_file_is_read(page: Page) -> None:
+    """Class, capsule lengths and the three pictures are those of the service's answer."""
+    give(page, 3, level=204)
+    expect(page.locator("#verdict")).to_have_text("This is “3”.")
+    lengths = page.locator("#classes label").all_text_contents()
+    assert lengths == [f"{index}{'0.80' if index == 3 else '0.00'}" for index in range(10)]
+    expect(page.locator("#tweaked-caption")).to_contain_text("read again as “3”, 0.80")
+    assert np.array_equal(np.asarray(Image.open(BytesIO(source(page, "seen")))), image_of(3, 204))
+    assert source(page, "tweaked") == source(page, "reconstruction")
+
+
+def test_an_unusual_image_is_called_so(page: Page, service: str) -> None:
+    """The page says so of what the service does not find in distribution."""
+    odd = image_of(3)
+    odd[0, :] = odd[1, :] = 255  # light that the decoder never draws
+    answer = httpx2.post(
+        f"{service}/predict?preprocess=none", content=encode(odd), headers={"content-type": "image/png"}
+    )
+    assert answer.json()["predictions"][0]["in_distribution"] is False
+    page.route("**/predict?*", lambda route: route.continue_(url=f"{route.request.url}&preprocess=none"))
+    page.locator("#file").set_input_files(
+        {"name": "odd.png", "mimeType": "image/png", "buffer": encode(odd)},
+    )
+    expect(page.locator("#verdict")).to_contain_text("“3”. But it is unusual")
+
+
+def test_sliders_have_the_names_and_effects_of_the_chosen_class(page: Page) -> None:
+    """They are the manifest's, and change with the class whose capsule is drawn."""
+    give(page, 3)
+    named = page.get_by_role("slider", name="4 light 4 of 3")
+    expect(named).to_have_accessible_description("ink +50.0 %")
+    page.get_by_role("radio", name="7 0.00").check()
+    expect(named).to_have_count(0)
+    expect(page.get_by_role("slider", name=re.compile("light .* of 7"))).to_have_count(DIMENSIONS)
+
+
+def test_a_slider_bends_the_picture(page: Page, service: str) -> None:
+    """The picture is what /reconstruct draws with the same tweaks, and it is read again."""
+    give(page, 3, level=102)
+    move(page, 5, 0.2)
+    move(page, 9, -0.1)
+    expect(page.locator("#tweaked-caption")).to_have_text("“3”, bent: read again as “3”, 0.50")
+    image = base64.b64encode(encode(image_of(3, 102))).decode()
+    tweaks = [{"dimension": 5, "delta": 0.2}, {"dimension": 9, "delta": -0.1}]
+    drawn = ask(service, "reconstruct", {"image": image, "tweaks": tweaks})
+    assert source(page, "tweaked") == decoded(drawn["reconstruction"])
+    page.get_by_role("button", name="Reset the sliders").click()
+    expect(page.locator("#dimension-5")).to_have_value("0")
+    expect(page.locator("#tweaked-caption")).to_have_text("“3”, as it is: read again as “3”, 0.40")
+
+
+def test_another_class_draws_from_its_own_capsule(page: Page) -> None:
+    """The capsule of a class that is not there draws nothing, until a slider lengthens it."""
+    give(page, 3)
+    page.get_by_role("radio", name="8 0.00").check()
+    expect(page.locator("#tweaked-caption")).to_contain_text("“8”, as it is")
+    move(page, 0, 0.25)
+    expect(page.locator("#tweaked-caption")).to_have_text("“8”, bent: read again as “8”, 0.25")
+
+
+def test_strips_are_the_sweep_and_set_their_slider(page: Page, service: str) -> None:
+    """Each drawing is that of the sweep, and stands for the value under it."""
+    give(page, 3, level=102)
+    image = base64.b64encode(encode(image_of(3, 102))).decode()
+    swept = ask(service, "reconstruct/sweep", {"image": image})
+    strips = page.locator("#dimensions .strip")
+    expect(strips.nth(DIMENSIONS - 1).locator("img")).to_have_count(len(swept["deltas"]))
+    for dimension in (0, DIMENSIONS - 1):
+        shown = strips.nth(dimension).locator("img")
+        for column, drawing in enumerate(swept["reconstructions"][dimension]):
+            expect(shown.nth(column)).to_have_attribute("src", drawing)
+    strips.nth(6).locator("img").nth(9).click()
+    expect(page.locator("#dimension-6")).to_have_value(str(swept["deltas"][9]))
+    expect(page.locator("#tweaked-caption")).to_contain_text("0.60")
+    assert source(page, "tweaked") == decoded(swept["reconstructions"][6][9])
+
+
+def test_a_slider_stands_under_the_drawing_of_its_value(page: Page) -> None:
+    """At either end of its range the handle's middle is below that of the first and the last drawing."""
+    give(page, 3)
+    images = page.locator("#dimensions .strip").first.locator("img")
+    expect(images).to_have_count(11)
+    first, last = images.first.bounding_box(), images.last.bounding_box()
+    track = page.locator("#dimension-0").bounding_box()
+    assert first
+    assert last
+    assert track
+    handle = 16  # pixels wide, and inside the track at both ends
+    assert track["x"] + handle / 2 == pytest.approx(first["x"] + first["width"] / 2, abs=1)
+    assert track["x"] + track["width"] - handle / 2 == pytest.approx(last["x"] + last["width"] / 2, abs=1)
+
+
+def test_keys_move_a_slider(page: Page) -> None:
+    """Nobody needs a pointer to bend a picture: an arrow is a fifth of the strip's step."""
+    give(page, 3, level=102)
+    page.locator("#dimension-2").focus()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#dimension-2")).to_have_value("0.24")
+    expect(page.locator("#dimension-2")).to_have_attribute("aria-valuetext", "+0.24")
+    expect(page.locator("#tweaked-caption")).to_contain_text("0.64")
+
+
+def test_strokes_are_read_while_they_are_drawn(page: Page) -> None:
+    """A stroke is an image as the network sees it; without any there is nothing to bend."""
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    expect(page.locator("#dimension-0")).to_be_disabled()
+    box = page.locator("#pad").bounding_box()
+    assert box
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 40, middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 40, middle, steps=5)
+    expect(page.locator("#verdict")).to_contain_text("This is")  # the pointer is still down
+    page.mouse.up()
+    expect(page.locator("#dimension-0")).to_be_enabled()
+    expect(page.locator("#seen")).to_have_attribute("src", re.compile("^data:"))
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+
+
+def test_a_tap_is_a_dot(page: Page) -> None:
+    """A press without a movement leaves ink."""
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    page.locator("#pad").click()
+    expect(page.locator("#verdict")).to_contain_text("This is")
+
+
+def test_a_model_is_chosen(page: Page) -> None:
+    """Another model reads the same picture; one without measured dimensions has them by number."""
+    give(page, 3)
+    page.get_by_label("Model").select_option("tiny 1")
+    expect(page.get_by_role("slider", name="4 dimension 4")).to_have_count(1)
+    expect(page.get_by_role("radio", name="3 1.00")).to_be_checked()
+    expect(page.locator("#curl")).to_contain_text("model=tiny%2F1")
+    page.get_by_label("Model").select_option("colour 1")
+    expect(page.locator("#curl")).to_contain_text("model=colour%2F1")
+
+
+def test_the_request_can_be_repeated(page: Page, tmp_path: Path) -> None:
+    """The command line that is shown, run by a shell beside the saved image, makes the same picture."""
+    give(page, 3, level=102)
+    move(page, 5, 0.2)
+    expect(page.locator("#tweaked-caption")).to_contain_text("0.60")
+    repeat(page, tmp_path)
+
+
+def repeat(page: Page, place: Path) -> None:
+    with page.expect_download() as downloading:
+        page.get_by_role("link", name="Save what the network saw").click()
+    downloading.value.save_as(place / "image.png")
+    command = page.locator("#curl").text_content()
+    assert command
+    subprocess.run(["bash", "-c", command], cwd=place, check=True, capture_output=True)  # noqa: S603, S607
+    assert (place / "tweaked.png").read_bytes() == source(page, "tweaked")
+
+
+def test_a_class_may_have_any_name(opened: Opened, tmp_path: Path) -> None:
+    """Quotes and markup in a label are text, in the page and in the command line."""
+    label = 'it\'s <b>$HOME</b> "3"'
+    folder = write_tiny_model(tmp_path / "models")
+    written = json.loads((folder / "manifest.json").read_text())
+    written["classes"][3] = label
+    (folder / "manifest.json").write_text(json.dumps(written))
+    assert label in read_manifest(folder).classes
+    with served(tmp_path / "models") as process:
+        page = opened(f"http://127.0.0.1:{process.port}")
+        page.locator("#file").set_input_files(file_of(3, 102))
+        expect(page.locator("#verdict")).to_have_text(f"This is “{label}”.")
+        expect(page.locator("#tweaked-caption")).to_contain_text("0.40")
+        repeat(page, tmp_path)
+
+
+def test_the_sweep_is_saved_as_a_figure(page: Page, service: str, tmp_path: Path) -> None:
+    """It is the labelled grid of /reconstruct/sweep."""
+    give(page, 3, level=102)
+    with page.expect_download() as downloading:
+        page.get_by_role("button", name="Save the sweep as a figure").click()
+    assert downloading.value.suggested_filename == "sweep-3.png"
+    downloading.value.save_as(tmp_path / "sweep.png")
+    image = base64.b64encode(encode(image_of(3, 102))).decode()
+    figure = httpx2.post(
+        f"{service}/reconstruct/sweep", json={"image": image}, headers={"accept": "image/png"}
+    )
+    assert (tmp_path / "sweep.png").read_bytes() == figure.content
+
+
+def test_a_file_that_is_no_picture_is_refused(page: Page) -> None:
+    """The page says so, keeps what it had, and forgets the complaint at the next picture."""
+    give(page, 3)
+    page.locator("#file").set_input_files({"name": "a.txt", "mimeType": "text/plain", "buffer": b"text"})
+    expect(page.get_by_role("alert")).to_contain_text("Received: text/plain")
+    expect(page.locator("#verdict")).to_have_text("This is “3”.")
+    give(page, 4)
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_a_refusal_says_what_is_expected(opened: Opened, tiny_models: Path) -> None:
+    """What the service says against a picture stands in the page."""
+    with served(tiny_models, max_pixels="800") as process:
+        page = opened(f"http://127.0.0.1:{process.port}")
+        alert = page.get_by_role("alert")  # the example has more pixels
+        expect(alert).to_contain_text("Received: 280x280")
+        expect(alert).to_contain_text("Expected: at most 800 pixels")
+
+
+def test_a_service_that_stopped_is_said(opened: Opened, tiny_models: Path) -> None:
+    """Nobody looks at a page that does nothing and says nothing."""
+    with served(tiny_models) as process:
+        page = opened(f"http://127.0.0.1:{process.port}")
+        give(page, 3)
+        process.process.kill()
+        process.process.wait()
+        page.route("**/*", lambda route: route.abort())
+        move(page, 5, 0.2)
+        expect(page.get_by_role("alert")).to_contain_text("does not answer")
+
+
+def test_a_key_is_asked_for(opened: Opened, tiny_models: Path) -> None:
+    """Where the service wants a key the page asks for it, and keeps it for the tab alone."""
+    with served(tiny_models, api_keys=KEY) as process:
+        page = opened(f"http://127.0.0.1:{process.port}")
+        page.get_by_label("asks for an API key").fill("not the right key")
+        page.get_by_role("button", name="Use it").click()
+        expect(page.get_by_role("alert")).to_contain_text("This needs an API key")
+        page.get_by_label("asks for an API key").fill(KEY)
+        page.get_by_role("button", name="Use it").click()
+        expect(page.get_by_label("asks for an API key")).to_be_hidden()
+        give(page, 3)
+        expect(page.locator("#curl")).to_contain_text("X-API-Key: YOUR-KEY")
+        page.reload()
+        give(page, 4)
+        assert page.evaluate("localStorage.length") == 0
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_no_screen_scrolls_sideways(opened: Opened, service: str, width: int) -> None:
+    """From a small telephone to a desk everything is within the width."""
+    page = opened(service, viewport={"width": width, "height": 800})
+    give(page, 3)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_swagger_ui_shows_every_route(opened: Opened, service: str) -> None:
+    """/docs works in a browser under the same policy."""
+    page = opened(f"{service}/docs")
+    for path in ("/predict", "/reconstruct", "/reconstruct/sweep"):
+        expect(page.locator(f'[data-path="{path}"]')).to_have_count(1)
+
+
+@pytest.mark.parametrize("how", ["paste", "drop"])
+def test_a_picture_is_pasted_or_dropped(page: Page, how: str) -> None:
+    """A picture comes by clipboard or mouse as it does by file."""
+    give(page, 3)
+    page.evaluate(
+        """([how, text]) => {
+            const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], "image.png", { type: "image/png" }));
+            const event = how === "paste"
+                ? new ClipboardEvent("paste", { clipboardData: data, bubbles: true })
+                : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+            document.body.dispatchEvent(event);
+        }""",
+        [how, base64.b64encode(encode(image_of(6))).decode()],
+    )
+    expect(page.locator("#verdict")).to_have_text("This is “6”.")
