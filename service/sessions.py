@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import platform
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -113,9 +112,6 @@ def choose_precision(
     """
     if wanted == "auto":
         fastest = "int8" if device == "cpu" else "fp16"
-        if fastest == "int8" and not multiplies_bytes():
-            logger.info("8-bit encoders are not in use, fp32 is: this processor has no instruction for them")
-            return "fp32"
         good = (found.precision for found in manifest.variants if manifest.as_good(found))
         return next((precision for precision in good if precision == fastest), "fp32")
     if not manifest.variants:  # a smaller model beside a larger one, which has some
@@ -135,18 +131,6 @@ def choose_precision(
             "set CAPSNET_PRECISION=auto or CAPSNET_DEVICE=cpu"
         )
     return wanted
-
-
-def multiplies_bytes(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether one instruction sums products of bytes in 32 bits: VNNI on x86, the dot product on ARM.
-
-    Without it, ONNX Runtime on x86 sums pairs of them in 16 bits, which overflow.
-    """
-    try:
-        words = set(cpuinfo.read_text(encoding="ascii", errors="replace").split())
-    except OSError:  # not Linux
-        return platform.machine() == "arm64"
-    return not words.isdisjoint(("avx512_vnni", "avx_vnni", "asimddp"))
 
 
 def cuda_options(settings: Settings, precision: Precision) -> dict[str, str]:

@@ -31,6 +31,9 @@ Arithmetic = Literal["fp32", "fp16", "int8"]
 """Of the convolutions; capsules and routing are always computed in single precision."""
 FEW = 4
 """Images up to which storing u_hat is faster on a CPU; measured, see docs/decisions/0020."""
+WEIGHT_STEPS = 64
+"""Of an 8-bit convolution's weights, to either side of 0: one bit less than there is. x86 processors without
+VNNI sum pairs of products in 16 bits, and two of a byte and such a weight, 2 * 255 * 64, fit."""
 LARGE = 1024
 """Weights of at least so many numbers are stored in half precision."""
 PRIMARY = "encoder.primary_capsules.conv"
@@ -162,7 +165,7 @@ class EncoderGraph:
         return x if element == TensorProto.FLOAT else self.op("Cast", x, to=TensorProto.FLOAT)
 
     def int8_convolutions(self, ranges: Ranges) -> str:
-        """The same on bytes with 8-bit weights, each output channel on its own scale, summed in 32 bits.
+        """The same on bytes with 7-bit weights, each output channel on its own scale, summed in 32 bits.
 
         An image's bytes are exactly its numbers on the scale 1/255, and behind ReLU a byte without a sign
         wastes nothing. QLinearConv has one scale for all channels of its output; each channel of the second
@@ -201,7 +204,7 @@ class EncoderGraph:
         if name == PRIMARY:
             weight = weight * self.votes
         largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-        w_scale = np.maximum(largest, np.float32(1e-12)) / np.float32(127)
+        w_scale = np.maximum(largest, np.float32(1e-12)) / np.float32(WEIGHT_STEPS)
         steps = np.rint(weight / w_scale[:, None, None, None]).astype(np.int8)
         each = np.ndim(y_scale) > 0  # a scale for each channel goes into the weights' scales
         return self.op(

@@ -7,14 +7,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from service import sessions
 from service.errors import DeviceError
 from service.manifest import Graph, Manifest, ManifestError, Measured, TensorSpec, Variant, read_manifest
 from service.sessions import (
     choose_precision,
     cpu_limit,
     cuda_options,
-    multiplies_bytes,
     open_session,
     resolve_device,
     warm_up,
@@ -213,9 +211,8 @@ def with_variants(folder: Path, **figures: float) -> Manifest:
     )
 
 
-def test_auto_takes_the_fastest_as_good_variant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_fastest_as_good_variant(folder: Path) -> None:
     """At the limits of error, agreement and PSNR a variant is served, beyond any one of them fp32 is."""
-    monkeypatch.setattr(sessions, "multiplies_bytes", lambda: True)
     manifest = with_variants(folder)
     assert choose_precision(folder, manifest, "auto", "cpu") == "int8"
     assert choose_precision(folder, manifest, "auto", "cuda") == "fp16"
@@ -224,26 +221,6 @@ def test_auto_takes_the_fastest_as_good_variant(folder: Path, monkeypatch: pytes
         assert choose_precision(folder, manifest, "auto", "cpu") == "fp32"
         assert choose_precision(folder, manifest, "int8", "cpu") == "int8", "who asks for it gets it"
     assert choose_precision(folder, read_manifest(folder), "auto", "cpu") == "fp32"
-
-
-def test_int8_is_not_chosen_where_it_would_overflow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an instruction for 8-bit products `auto` stays with fp32."""
-    monkeypatch.setattr(sessions, "multiplies_bytes", lambda: False)
-    assert choose_precision(folder, with_variants(folder), "auto", "cpu") == "fp32"
-
-
-def test_processors_that_multiply_bytes(tmp_path: Path) -> None:
-    """VNNI and ARM's dot product are found among the flags, as whole words."""
-    cpuinfo = tmp_path / "cpuinfo"
-    for flags, found in (
-        ("flags\t: fma avx512_vnni avx2", True),
-        ("flags\t: avx_vnni", True),
-        ("Features\t: fp asimd asimddp", True),
-        ("flags\t: avx512_vnni_other fma", False),
-        ("flags\t: avx2 fma", False),
-    ):
-        cpuinfo.write_text(flags + "\n")
-        assert multiplies_bytes(cpuinfo) is found
 
 
 def test_a_precision_that_is_not_there(folder: Path) -> None:

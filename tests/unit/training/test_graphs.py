@@ -6,7 +6,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from training.config import ModelConfig
 from training.export import round_to_half
@@ -158,6 +158,19 @@ def test_variants_are_close(
     capsules, _ = run(tmp_path / "encoder.onnx", images)
     difference = np.abs(capsules - network.encoder(images).detach().numpy())
     assert 0 < difference.max() < tolerance
+
+
+def test_no_pair_of_8_bit_products_overflows(model_config: ModelConfig, images: torch.Tensor) -> None:
+    """Any two products of a byte and a weight sum up within 16 bits, as some processors sum them."""
+    network = CapsNet(model_config)
+    graph = encoder_graph(network, measure_ranges(network, images), "int8").graph
+    convolutions = {node.input[3] for node in graph.node if node.op_type == "QLinearConv"}
+    weights = [numpy_helper.to_array(each) for each in graph.initializer if each.name in convolutions]
+    assert len(weights) == 2
+    for weight in weights:
+        largest = int(np.abs(weight.astype(np.int32)).max())
+        assert largest > 60
+        assert 2 * 255 * largest < 2**15
 
 
 def test_int8_needs_ranges(model_config: ModelConfig) -> None:
