@@ -12,7 +12,7 @@ import httpx2
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import FilePayload, Page, expect
+from playwright.sync_api import FilePayload, Page, Route, expect
 
 from service.manifest import read_manifest
 from tests.browser.conftest import LIMIT, Opened
@@ -23,6 +23,7 @@ from tests.support.tiny_model import DIMENSIONS, image_of, write_tiny_model
 expect.set_options(timeout=LIMIT)
 
 KEY = "sesame-sesame-sesame"
+ROOT = Path(__file__).parents[2]
 
 
 def file_of(index: int, level: int = 255) -> FilePayload:
@@ -43,6 +44,41 @@ def move(page: Page, dimension: int, value: float) -> None:
 def source(page: Page, picture: str) -> bytes:
     """The bytes of a picture that stands in the page as a data URL."""
     return base64.b64decode((page.locator(f"#{picture}").get_attribute("src") or "").partition(",")[2])
+
+
+class Gate:
+    """Holds requests back until they are let through, one by one."""
+
+    def __init__(self, page: Page, pattern: str) -> None:
+        self._page = page
+        self._held: list[Route] = []
+        self._came = 0
+        self._is_open = False
+        page.route(pattern, self._hold)
+
+    def _hold(self, route: Route) -> None:
+        self._came += 1
+        if self._is_open:
+            route.continue_()
+        else:
+            self._held.append(route)
+
+    def wait_for(self, count: int) -> None:
+        """Return when so many have come since the beginning."""
+        for _ in range(LIMIT // 50):
+            if self._came >= count:
+                return
+            self._page.wait_for_timeout(50)
+        raise AssertionError(f"{self._came} requests came, expected {count}")
+
+    def let_through(self) -> None:
+        self._held.pop(0).continue_()
+
+    def open(self) -> None:
+        """Let everything through from now on."""
+        self._is_open = True
+        while self._held:
+            self.let_through()
 
 
 def ask(service: str, path: str, document: dict[str, Any]) -> dict[str, Any]:
@@ -72,6 +108,23 @@ def test_a_file_is_read(page: Page) -> None:
     expect(page.locator("#tweaked-caption")).to_contain_text("read again as “3”, 0.80")
     assert np.array_equal(np.asarray(Image.open(BytesIO(source(page, "seen")))), image_of(3, 204))
     assert source(page, "tweaked") == source(page, "reconstruction")
+    expect(page.locator("#error")).to_have_text(", error 0.0")
+    facts = "CapsNet, 1 routing iteration, 0.0 million parameters, 0.00 % test error; runs on cpu in fp32"
+    expect(page.locator("#model-facts")).to_have_text(facts)
+
+
+def test_a_picture_may_come_before_the_models(opened: Opened, service: str) -> None:
+    """What is opened while the page still asks what is served is read, and no example takes its place."""
+    page = opened(service)
+    gate = Gate(page, "**/models")
+    page.goto(service)
+    gate.wait_for(1)
+    page.locator("#file").set_input_files(file_of(3))
+    page.wait_for_timeout(300)  # until it is decoded
+    gate.let_through()
+    expect(page.locator("#verdict")).to_have_text("This is “3”.")
+    page.wait_for_timeout(300)
+    expect(page.locator("#verdict")).to_have_text("This is “3”.")
 
 
 def test_an_unusual_image_is_called_so(page: Page, service: str) -> None:
@@ -112,6 +165,10 @@ def test_a_slider_bends_the_picture(page: Page, service: str) -> None:
     page.get_by_role("button", name="Reset the sliders").click()
     expect(page.locator("#dimension-5")).to_have_value("0")
     expect(page.locator("#tweaked-caption")).to_have_text("“3”, as it is: read again as “3”, 0.40")
+    move(page, 5, 0.2)
+    expect(page.locator("#tweaked-caption")).to_contain_text("0.60")
+    page.locator("#dimension-5").dblclick()
+    expect(page.locator("#dimension-5")).to_have_value("0")
 
 
 def test_another_class_draws_from_its_own_capsule(page: Page) -> None:
@@ -171,14 +228,20 @@ def test_strokes_are_read_while_they_are_drawn(page: Page) -> None:
     page.get_by_role("button", name="Clear").click()
     expect(page.locator("#verdict")).to_have_text("Draw something.")
     expect(page.locator("#dimension-0")).to_be_disabled()
+    expect(page.get_by_role("radio", name="3", exact=True)).to_be_disabled()
+    sweeps: list[str] = []
+    page.on("request", lambda request: sweeps.append(request.url) if "sweep" in request.url else None)
     box = page.locator("#pad").bounding_box()
     assert box
     middle = box["y"] + box["height"] / 2
     page.mouse.move(box["x"] + 40, middle)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] - 40, middle, steps=5)
-    expect(page.locator("#verdict")).to_contain_text("This is")  # the pointer is still down
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    assert not sweeps, "while the pointer is down nobody looks at strips"
     page.mouse.up()
+    expect(page.locator(".strip").first).to_be_visible()
+    assert sweeps
     expect(page.locator("#dimension-0")).to_be_enabled()
     expect(page.locator("#seen")).to_have_attribute("src", re.compile("^data:"))
     page.get_by_role("button", name="Undo").click()
@@ -189,8 +252,164 @@ def test_a_tap_is_a_dot(page: Page) -> None:
     """A press without a movement leaves ink."""
     page.get_by_role("button", name="Clear").click()
     expect(page.locator("#verdict")).to_have_text("Draw something.")
+    page.locator("#pad").click(button="right")
+    page.wait_for_timeout(300)
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
     page.locator("#pad").click()
     expect(page.locator("#verdict")).to_contain_text("This is")
+    first = page.locator("#seen").get_attribute("src")
+    page.locator("#pad").click(position={"x": 40, "y": 40})
+    expect(page.locator("#seen")).not_to_have_attribute("src", first or "")
+    page.get_by_role("button", name="Undo").click()  # the second dot alone
+    expect(page.locator("#seen")).to_have_attribute("src", first or "")
+
+
+def test_a_cancelled_stroke_ends(page: Page) -> None:
+    """Where the system takes the pointer away, what it does afterwards is no ink."""
+    page.get_by_role("button", name="Clear").click()
+    press(page)
+    cancel = 'new PointerEvent("pointercancel", { pointerId: 1 })'
+    page.evaluate(f"""document.getElementById("pad").dispatchEvent({cancel})""")
+    expect(page.locator(".strip").first).to_be_visible()
+    before = page.locator("#seen").get_attribute("src")
+    drag(page)
+    page.wait_for_timeout(500)
+    assert page.locator("#seen").get_attribute("src") == before
+    page.mouse.up()
+
+
+def test_clearing_ends_a_stroke(page: Page) -> None:
+    """A stroke that goes on after its pad was cleared leaves nothing."""
+    page.get_by_role("button", name="Clear").click()
+    press(page)
+    page.evaluate("""document.getElementById("clear").click()""")
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    drag(page)
+    page.mouse.up()
+    page.wait_for_timeout(300)
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+
+
+def press(page: Page) -> None:
+    page.locator("#pad").hover()
+    page.mouse.down()
+    expect(page.locator("#verdict")).to_contain_text("This is")
+
+
+def drag(page: Page) -> None:
+    box = page.locator("#pad").bounding_box()
+    assert box
+    page.mouse.move(box["x"] + 20, box["y"] + 20, steps=5)
+
+
+def test_a_picture_that_was_encoded_late_is_forgotten(page: Page) -> None:
+    """Encoding takes its time: what was cleared meanwhile does not come back."""
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    page.evaluate(
+        """() => {
+            const encode = HTMLCanvasElement.prototype.toBlob;
+            HTMLCanvasElement.prototype.toBlob = function (done, ...rest) {
+                encode.call(this, (blob) => setTimeout(() => done(blob), 500), ...rest);
+            };
+        }"""
+    )
+    page.get_by_role("button", name="Example 7").click()
+    page.get_by_role("button", name="Clear").click()
+    page.wait_for_timeout(1000)
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+
+
+def test_answers_that_come_late_are_forgotten(page: Page) -> None:
+    """What was asked before the visitor went on is not shown beside what they went on to."""
+    give(page, 3, level=102)
+    expect(page.locator(".strip").first).to_be_visible()
+
+    gate = Gate(page, "**/reconstruct?*")
+    move(page, 5, 0.2)
+    gate.wait_for(1)
+    page.get_by_role("radio", name="8 0.00").check()
+    gate.let_through()
+    gate.wait_for(2)
+    assert page.locator("#tweaked").get_attribute("src") is None, "the bent 3 under the name of 8"
+    gate.open()
+    expect(page.locator("#tweaked-caption")).to_contain_text("“8”, as it is")
+
+    gate = Gate(page, "**/reconstruct/sweep?*")
+    page.get_by_role("radio", name="7 0.00").check()
+    gate.wait_for(1)
+    page.get_by_role("radio", name="3 0.40").check()
+    gate.let_through()
+    gate.wait_for(2)
+    expect(page.locator(".strip").first).to_be_hidden()
+    gate.open()
+    expect(page.locator(".strip").first).to_be_visible()
+
+
+def test_a_late_second_reading_is_forgotten(page: Page) -> None:
+    """What the picture was read as before the slider went on is not said of the one after."""
+    give(page, 3, level=102)
+    expect(page.locator("#tweaked-caption")).to_contain_text("read again as “3”, 0.40")
+    gate = Gate(page, "**/predict?*preprocess=none")
+    move(page, 5, 0.2)
+    gate.wait_for(1)
+    before = source(page, "tweaked")
+    move(page, 5, 0.1)
+    expect(page.locator("#tweaked")).not_to_have_attribute("src", data_url(before))
+    gate.let_through()
+    gate.wait_for(2)
+    expect(page.locator("#tweaked-caption")).not_to_contain_text("0.60")
+    gate.let_through()
+    expect(page.locator("#tweaked-caption")).to_contain_text("0.50")
+
+
+def data_url(picture: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+def test_a_late_prediction_is_forgotten(page: Page) -> None:
+    """Of two pictures, and of two models, the last one counts, whichever answer comes last."""
+    give(page, 3)
+    gate = Gate(page, "**/predict?*capsules=true*")
+    page.locator("#file").set_input_files(file_of(4))
+    gate.wait_for(1)
+    page.locator("#file").set_input_files(file_of(5))
+    page.wait_for_timeout(500)  # until it is decoded
+    gate.let_through()
+    gate.wait_for(2)
+    expect(page.locator("#verdict")).to_have_text("This is “3”.")
+    page.get_by_label("Model").select_option("tiny 1")
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    gate.let_through()
+    gate.wait_for(3)
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    gate.let_through()
+    expect(page.locator("#verdict")).to_have_text("This is “5”.")
+
+
+def test_a_refusal_leaves_nothing_of_the_picture_before(page: Page) -> None:
+    """Beside a picture that could not be read stands no other one's reading."""
+    give(page, 3)
+    busy = {"detail": "Busy.", "expected": "patience"}
+    page.route("**/predict?*", lambda route: route.fulfill(status=503, json=busy))
+    page.locator("#file").set_input_files(file_of(4))
+    expect(page.get_by_role("alert")).to_contain_text("Busy.Expected: patience")
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    assert page.locator("#seen").get_attribute("src") is None
+    page.unroute("**/predict?*")
+    give(page, 5)
+
+    page.route("**/reconstruct?*", lambda route: route.fulfill(status=503, json=busy))
+    move(page, 5, -0.2)
+    expect(page.get_by_role("alert")).to_contain_text("Busy.")
+    assert page.locator("#tweaked").get_attribute("src") is None
+
+
+def test_an_answer_from_something_else_is_called_so(page: Page) -> None:
+    """A proxy's own page with status 200 is no answer."""
+    give(page, 3)
+    page.route("**/reconstruct?*", lambda route: route.fulfill(body="<p>Sign in</p>"))
+    move(page, 5, 0.2)
+    expect(page.get_by_role("alert")).to_contain_text("something in between")
 
 
 def test_a_model_is_chosen(page: Page) -> None:
@@ -216,6 +435,9 @@ def repeat(page: Page, place: Path) -> None:
     with page.expect_download() as downloading:
         page.get_by_role("link", name="Save what the network saw").click()
     downloading.value.save_as(place / "image.png")
+    with page.expect_download() as downloading:
+        page.get_by_role("link", name="Save the bent picture").click()
+    assert downloading.value.path().read_bytes() == source(page, "tweaked")
     command = page.locator("#curl").text_content()
     assert command
     subprocess.run(["bash", "-c", command], cwd=place, check=True, capture_output=True)  # noqa: S603, S607
@@ -223,31 +445,40 @@ def repeat(page: Page, place: Path) -> None:
 
 
 def test_a_class_may_have_any_name(opened: Opened, tmp_path: Path) -> None:
-    """Quotes and markup in a label are text, in the page and in the command line."""
-    label = 'it\'s <b>$HOME</b> "3"'
+    """Quotes, markup and what curl reads as its own are text, in the page and in the command line.
+
+    The images of this model show two classes, and both are named.
+    """
+    label = 'it\'s <b>$HOME</b> "3"; type=text/html'
     folder = write_tiny_model(tmp_path / "models")
     written = json.loads((folder / "manifest.json").read_text())
     written["classes"][3] = label
+    written["labels_per_image"] = 2
+    written["measured"] |= {"test_images": 400, "test_mistakes": 3}
     (folder / "manifest.json").write_text(json.dumps(written))
     assert label in read_manifest(folder).classes
     with served(tmp_path / "models") as process:
         page = opened(f"http://127.0.0.1:{process.port}")
         page.locator("#file").set_input_files(file_of(3, 102))
-        expect(page.locator("#verdict")).to_have_text(f"This is “{label}”.")
+        expect(page.locator("#verdict")).to_have_text(f"This is “{label}” and “0”.")
         expect(page.locator("#tweaked-caption")).to_contain_text("0.40")
+        expect(page.locator("#model-facts")).to_contain_text("0.75 % test error")
         repeat(page, tmp_path)
 
 
 def test_the_sweep_is_saved_as_a_figure(page: Page, service: str, tmp_path: Path) -> None:
     """It is the labelled grid of /reconstruct/sweep."""
     give(page, 3, level=102)
+    move(page, 2, 0.1)
     with page.expect_download() as downloading:
         page.get_by_role("button", name="Save the sweep as a figure").click()
     assert downloading.value.suggested_filename == "sweep-3.png"
     downloading.value.save_as(tmp_path / "sweep.png")
     image = base64.b64encode(encode(image_of(3, 102))).decode()
     figure = httpx2.post(
-        f"{service}/reconstruct/sweep", json={"image": image}, headers={"accept": "image/png"}
+        f"{service}/reconstruct/sweep",
+        json={"image": image, "tweaks": [{"dimension": 2, "delta": 0.1}]},
+        headers={"accept": "image/png"},
     )
     assert (tmp_path / "sweep.png").read_bytes() == figure.content
 
@@ -258,7 +489,7 @@ def test_a_file_that_is_no_picture_is_refused(page: Page) -> None:
     page.locator("#file").set_input_files({"name": "a.txt", "mimeType": "text/plain", "buffer": b"text"})
     expect(page.get_by_role("alert")).to_contain_text("Received: text/plain")
     expect(page.locator("#verdict")).to_have_text("This is “3”.")
-    give(page, 4)
+    move(page, 5, -0.2)
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
@@ -287,7 +518,7 @@ def test_a_key_is_asked_for(opened: Opened, tiny_models: Path) -> None:
     """Where the service wants a key the page asks for it, and keeps it for the tab alone."""
     with served(tiny_models, api_keys=KEY) as process:
         page = opened(f"http://127.0.0.1:{process.port}")
-        page.get_by_label("asks for an API key").fill("not the right key")
+        page.get_by_label("asks for an API key").fill("not the right key – at all")
         page.get_by_role("button", name="Use it").click()
         expect(page.get_by_role("alert")).to_contain_text("This needs an API key")
         page.get_by_label("asks for an API key").fill(KEY)
@@ -297,7 +528,68 @@ def test_a_key_is_asked_for(opened: Opened, tiny_models: Path) -> None:
         expect(page.locator("#curl")).to_contain_text("X-API-Key: YOUR-KEY")
         page.reload()
         give(page, 4)
+        page.evaluate("sessionStorage.setItem(sessionStorage.key(0), 'of yesterday, no longer valid')")
+        move(page, 5, -0.2)
+        page.get_by_label("asks for an API key").fill(KEY)
+        page.get_by_role("button", name="Use it").click()
+        expect(page.get_by_label("asks for an API key")).to_be_hidden()
+        expect(page.locator("#tweaked-caption")).to_contain_text("“4”, as it is: read again")
         assert page.evaluate("localStorage.length") == 0
+
+
+def test_the_page_may_lie_below_a_prefix(page: Page, service: str) -> None:
+    """Behind a proxy that serves it at /capsnet/ everything comes from there."""
+    prefix = f"{service}/capsnet/"
+
+    def proxy(route: Route) -> None:
+        route.fulfill(response=route.fetch(url=route.request.url.replace(prefix, f"{service}/")))
+
+    expect(page.locator(".strip").first).to_be_visible()
+    expect(page.locator("#tweaked-caption")).to_contain_text("read again")
+    page.route(f"{prefix}**", proxy)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(prefix)
+    give(page, 3)
+    move(page, 5, -0.2)
+    expect(page.locator("#tweaked-caption")).to_contain_text("bent: read again")
+    expect(page.locator("#curl")).to_contain_text(f"{prefix}reconstruct")
+    assert [url for url in asked if not url.startswith((prefix, "data:"))] == []
+
+
+def test_the_request_is_copied(opened: Opened, service: str) -> None:
+    """To the clipboard; where a browser gives none, without TLS, it is selected."""
+    page = opened(service, permissions=["clipboard-read", "clipboard-write"])
+    give(page, 3)
+    page.get_by_role("button", name="Copy the request").click()
+    command = page.locator("#curl").text_content()
+    assert page.evaluate("navigator.clipboard.readText()") == command
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    page.get_by_role("button", name="Copy the request").click()
+    assert page.evaluate("getSelection().toString()") == command
+
+
+def test_dark_ink_on_light_ground(opened: Opened, tmp_path: Path) -> None:
+    """The pad has the polarity of the training images."""
+    folder = write_tiny_model(tmp_path / "models")
+    written = json.loads((folder / "manifest.json").read_text())
+    written["image"]["polarity"] = "dark_on_light"
+    (folder / "manifest.json").write_text(json.dumps(written))
+    with served(tmp_path / "models") as process:
+        page = opened(f"http://127.0.0.1:{process.port}")
+        expect(page.locator("#verdict")).to_contain_text("This is")
+        corner = """[...document.getElementById("pad").getContext("2d").getImageData(0, 0, 1, 1).data]"""
+        assert page.evaluate(corner) == [255, 255, 255, 255]
+
+
+def test_every_example_is_read_as_what_it_is(opened: Opened) -> None:
+    """The network that comes with the service recognises all ten, and finds none unusual."""
+    with served(ROOT / "models", default_model="mnist") as process:
+        page = opened(f"http://127.0.0.1:{process.port}")
+        for digit in range(10):
+            page.get_by_role("button", name=f"Example {digit}").click()
+            expect(page.locator("#verdict")).to_have_text(f"This is “{digit}”.")
+            expect(page.locator("#tweaked-caption")).to_contain_text(f"read again as “{digit}”")
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
@@ -319,6 +611,9 @@ def test_swagger_ui_shows_every_route(opened: Opened, service: str) -> None:
 def test_a_picture_is_pasted_or_dropped(page: Page, how: str) -> None:
     """A picture comes by clipboard or mouse as it does by file."""
     give(page, 3)
+    if how == "drop":  # a page that does not say so gets no files
+        over = 'document.body.dispatchEvent(new DragEvent("dragover", { bubbles: true, cancelable: true }))'
+        assert page.evaluate(over) is False
     page.evaluate(
         """([how, text]) => {
             const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));

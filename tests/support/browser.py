@@ -18,7 +18,12 @@ def installed() -> str | None:
 @contextmanager
 def launched(path: str) -> Iterator[Browser]:
     """The browser at `path`, without a window and without errands of its own."""
-    options = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    options = [
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-gpu",  # or it imitates one, at a cost beyond the pages' own
+        "--disable-sync",
+    ]
     if os.geteuid() == 0:
         options.append("--no-sandbox")  # Chromium refuses root otherwise
     with sync_playwright() as playwright:

@@ -21,27 +21,35 @@ export function hasKey() {
   return sessionStorage.getItem(KEY) !== null;
 }
 
-async function ask(path, options = {}) {
+async function ask(path, read, options = {}) {
   const headers = new Headers(options.headers);
-  if (hasKey()) headers.set("X-API-Key", sessionStorage.getItem(KEY));
-  let answer;
+  if (hasKey()) headers.set("X-API-Key", asBytes(sessionStorage.getItem(KEY)));
   try {
-    answer = await fetch(path, { ...options, headers });
-  } catch {
-    throw new Problem(0, { detail: "The service does not answer. Is it running?" });
+    const answer = await fetch(path, { ...options, headers });
+    if (answer.ok) return await read(answer);
+    throw new Problem(answer.status, await answer.json().catch(() => ({})));
+  } catch (error) {
+    if (error instanceof Problem) throw error;
+    throw new Problem(0, { detail: "The service does not answer, or something in between does. Is it running?" });
   }
-  if (answer.ok) return answer;
-  throw new Problem(answer.status, await answer.json().catch(() => ({})));
 }
 
-async function post(path, document, accept = "application/json") {
+/** A text's UTF-8 bytes, each as a character: headers take no others. */
+function asBytes(text) {
+  return String.fromCharCode(...new TextEncoder().encode(text));
+}
+
+const asJson = (answer) => answer.json();
+const asBlob = (answer) => answer.blob();
+
+function post(path, document, read = asJson, accept = "application/json") {
   const headers = { "Content-Type": "application/json", Accept: accept };
-  return ask(path, { method: "POST", headers, body: JSON.stringify(document) });
+  return ask(path, read, { method: "POST", headers, body: JSON.stringify(document) });
 }
 
 /** @returns the served models, each `{name, version, default, device, precision, manifest}` */
 export async function models() {
-  return (await (await ask("models")).json()).models;
+  return (await ask("models", asJson)).models;
 }
 
 /** A served model as requests name it. */
@@ -59,18 +67,14 @@ function of(path, model, query = {}) {
  */
 export async function predict(model, picture) {
   const path = of("predict", model, { capsules: true, reconstruction: true, image: true });
-  const answer = await ask(path, {
-    method: "POST",
-    headers: { "Content-Type": picture.type },
-    body: picture,
-  });
-  return (await answer.json()).predictions[0];
+  const headers = { "Content-Type": picture.type };
+  return (await ask(path, asJson, { method: "POST", headers, body: picture })).predictions[0];
 }
 
 /** @param {string} drawing a data URL of the model's own size, taken as it is */
 export async function predictDrawing(model, drawing) {
-  const answer = await post(of("predict", model, { preprocess: "none" }), { images: [drawing] });
-  return (await answer.json()).predictions[0];
+  const path = of("predict", model, { preprocess: "none" });
+  return (await post(path, { images: [drawing] })).predictions[0];
 }
 
 /**
@@ -79,23 +83,17 @@ export async function predictDrawing(model, drawing) {
  * @returns {Promise<string>} the reconstruction, a data URL
  */
 export async function reconstruct(model, capsules, label, tweaks) {
-  const answer = await post(of("reconstruct", model), { capsules, class: label, tweaks });
-  return (await answer.json()).reconstruction;
+  return (await post(of("reconstruct", model), { capsules, class: label, tweaks })).reconstruction;
 }
 
 /** @returns `{deltas, reconstructions}`: a row of data URLs for each dimension, one for each delta */
-export async function sweep(model, capsules, label) {
-  return (await post(of("reconstruct/sweep", model), { capsules, class: label })).json();
+export function sweep(model, capsules, label) {
+  return post(of("reconstruct/sweep", model), { capsules, class: label });
 }
 
 /** @returns {Promise<Blob>} the sweep as the labelled figure, with the tweaks done before */
-export async function sweepFigure(model, capsules, label, tweaks) {
-  const answer = await post(
-    of("reconstruct/sweep", model),
-    { capsules, class: label, tweaks },
-    "image/png",
-  );
-  return answer.blob();
+export function sweepFigure(model, capsules, label, tweaks) {
+  return post(of("reconstruct/sweep", model), { capsules, class: label, tweaks }, asBlob, "image/png");
 }
 
 /** `work`, one run at a time: asked for again while it runs, it runs once more afterwards, however often. */

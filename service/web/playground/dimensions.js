@@ -37,6 +37,7 @@ export class Dimensions {
       row.name.textContent = meanings[dimension]?.name ?? `dimension ${dimension}`;
       row.effects.textContent = describe(meanings[dimension]);
     });
+    this.#list.classList.add("waiting"); // for strips of this class
     this.reset();
   }
 
@@ -46,6 +47,7 @@ export class Dimensions {
 
   /** @param rows of each dimension the data URLs of its strip, from the range's one end to the other */
   showStrips(rows) {
+    this.#list.classList.remove("waiting");
     this.#rows.forEach(({ strip, item }, dimension) => {
       const drawings = rows[dimension];
       item.style.setProperty("--columns", drawings.length);

@@ -26,7 +26,8 @@ export class Pad {
   /** Draw as the training images are: light on dark, or dark on light. */
   usePolarity(polarity) {
     [this.#ink, this.#ground] = polarity === "dark_on_light" ? ["#000", "#fff"] : ["#fff", "#000"];
-    this.#paint();
+    if (this.#strokes.length > 0) this.#draw();
+    else this.#paint();
   }
 
   clear() {
@@ -50,16 +51,18 @@ export class Pad {
 
   /** Show a picture, which is sent as it is; false, and nothing changed, if no browser could show it. */
   async open(file) {
+    const turn = ++this.#turn;
     let bitmap;
     try {
       bitmap = await createImageBitmap(file);
     } catch {
       return false;
     }
+    if (turn !== this.#turn) return true; // something else was drawn or opened meanwhile
     this.#strokes = [];
     this.#opened = bitmap;
     this.#paint();
-    this.#tell(++this.#turn, file, true);
+    this.#tell(turn, file, true);
     return true;
   }
 
@@ -78,14 +81,14 @@ export class Pad {
     const listening = new AbortController();
     const on = (type, listen) => this.#canvas.addEventListener(type, listen, { signal: listening.signal });
     on("pointermove", (moved) => {
-      if (moved.pointerId !== event.pointerId) return;
+      if (moved.pointerId !== event.pointerId || !this.#strokes.includes(stroke)) return; // or it was cleared
       for (const point of moved.getCoalescedEvents?.() ?? [moved]) stroke.lineTo(...this.#place(point));
       this.#draw(false);
     });
     const end = (ended) => {
       if (ended.pointerId !== event.pointerId) return;
       listening.abort();
-      this.#draw();
+      if (this.#strokes.includes(stroke)) this.#draw();
     };
     on("pointerup", end);
     on("pointercancel", end);

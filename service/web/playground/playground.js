@@ -26,33 +26,45 @@ const pad = new Pad(byId("pad"), (picture, settled) => {
   if (picture) look();
   else forget();
 });
-const dimensions = new Dimensions(byId("dimensions"), (deltas) => {
-  state.deltas = deltas;
-  showProblem(null);
-  render();
-  draw();
-});
+const dimensions = new Dimensions(byId("dimensions"), bend);
 
 // What is asked of the service -----------------------------------------------------------------------
-// Each of these asks for what the state says at its beginning, and forgets an answer that came too late.
+// Each of these asks for what the state says at its beginning, and forgets an answer that comes too late.
 
 const look = asked(async () => {
   const { model, picture } = state;
-  if (!picture) return;
-  const found = await api.predict(model, picture);
-  if (state.model !== model || !state.picture) return;
-  state.found = found;
-  choose(found.label);
+  if (!model || !picture) return;
+  // While a stroke is drawn each picture is old before it is read, but shows where things go.
+  const late = () =>
+    state.model !== model || !state.picture || (state.settled && state.picture !== picture);
+  try {
+    const found = await api.predict(model, picture);
+    if (late()) return;
+    state.found = found;
+    choose(found.label);
+  } catch (error) {
+    if (late()) return;
+    forget();
+    throw error;
+  }
 });
 
 const draw = asked(async () => {
   const { model, found, label, deltas } = state;
   if (!found) return;
-  const tweaked = await api.reconstruct(model, found.capsules, label, tweaks());
-  if (state.found !== found || state.label !== label) return;
-  state.tweaked = tweaked;
-  if (state.deltas === deltas) readAgain();
-  render();
+  const late = () => state.found !== found || state.label !== label;
+  try {
+    const tweaked = await api.reconstruct(model, found.capsules, label, tweaks());
+    if (late()) return;
+    state.tweaked = tweaked;
+    if (state.deltas === deltas) readAgain();
+    render();
+  } catch (error) {
+    if (late()) return;
+    Object.assign(state, { tweaked: null, readAgain: null });
+    render();
+    throw error;
+  }
 });
 
 const readAgain = asked(async () => {
@@ -96,7 +108,6 @@ async function start() {
     showProblem(error);
     return;
   }
-  byId("key-form").hidden = true;
   if (models.length === 0) {
     showProblem(new api.Problem(0, { detail: "No model is served at present." }));
     return;
@@ -109,7 +120,7 @@ async function start() {
   const first = models.find((model) => model.default) ?? models[0];
   choice.value = api.reference(first);
   useModel(first);
-  if (first.manifest.classes.includes(FIRST)) pad.show(EXAMPLES[FIRST]);
+  if (!state.picture && first.manifest.classes.includes(FIRST)) pad.show(EXAMPLES[FIRST]);
 }
 
 function useModel(model) {
@@ -132,6 +143,13 @@ function forget() {
   Object.assign(state, { found: null, label: "", deltas: [], tweaked: null, readAgain: null });
   dimensions.reset();
   render();
+}
+
+function bend(deltas) {
+  state.deltas = deltas;
+  showProblem(null);
+  render();
+  draw();
 }
 
 function choose(label) {
@@ -217,7 +235,7 @@ function curl() {
     ...(api.hasKey() ? ["-H 'X-API-Key: YOUR-KEY'"] : []),
     "-H 'Accept: image/png'",
     "-F image=@image.png",
-    `-F ${quoted(`request=${request}`)}`,
+    `--form-string ${quoted(`request=${request}`)}`,
     "-o tweaked.png",
   ].join(" \\\n  ");
 }
@@ -285,13 +303,25 @@ document.addEventListener("drop", (event) => {
 byId("model").addEventListener("change", (event) => {
   useModel(state.models.find((model) => api.reference(model) === event.target.value));
 });
-byId("reset").addEventListener("click", () => choose(state.label));
+byId("reset").addEventListener("click", () => {
+  dimensions.reset();
+  bend([]);
+});
 byId("figure").addEventListener("click", saveFigure);
-byId("copy").addEventListener("click", () => navigator.clipboard.writeText(byId("curl").textContent));
+byId("copy").addEventListener("click", async () => {
+  try {
+    await navigator.clipboard.writeText(byId("curl").textContent);
+  } catch {
+    getSelection().selectAllChildren(byId("curl")); // without TLS there is a clipboard on this machine alone
+  }
+});
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   api.useKey(byId("key").value);
-  start();
+  byId("key-form").hidden = true;
+  showProblem(null);
+  if (state.model) look(); // the key was changed meanwhile
+  else start();
 });
 
 async function saveFigure() {
