@@ -378,10 +378,10 @@ def test_a_late_prediction_is_forgotten(page: Page) -> None:
     gate.wait_for(2)
     expect(page.locator("#verdict")).to_have_text("This is “3”.")
     page.get_by_label("Model").select_option("tiny 1")
-    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    expect(page.locator("#verdict")).to_have_text("")
     gate.let_through()
     gate.wait_for(3)
-    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    expect(page.locator("#verdict")).to_have_text("")
     gate.let_through()
     expect(page.locator("#verdict")).to_have_text("This is “5”.")
 
@@ -393,7 +393,7 @@ def test_a_refusal_leaves_nothing_of_the_picture_before(page: Page) -> None:
     page.route("**/predict?*", lambda route: route.fulfill(status=503, json=busy))
     page.locator("#file").set_input_files(file_of(4))
     expect(page.get_by_role("alert")).to_contain_text("Busy.Expected: patience")
-    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    expect(page.locator("#verdict")).to_have_text("")
     assert page.locator("#seen").get_attribute("src") is None
     page.unroute("**/predict?*")
     give(page, 5)
@@ -401,7 +401,60 @@ def test_a_refusal_leaves_nothing_of_the_picture_before(page: Page) -> None:
     page.route("**/reconstruct?*", lambda route: route.fulfill(status=503, json=busy))
     move(page, 5, -0.2)
     expect(page.get_by_role("alert")).to_contain_text("Busy.")
+    expect(page.get_by_role("alert")).to_be_in_viewport()
     assert page.locator("#tweaked").get_attribute("src") is None
+    page.unroute("**/reconstruct?*")
+
+    move(page, 5, -0.1)
+    expect(page.locator("#tweaked-caption")).to_contain_text("read again as “5”, 0.90")
+    page.route("**/predict?*", lambda route: route.fulfill(status=503, json=busy))
+    move(page, 5, -0.2)
+    expect(page.get_by_role("alert")).to_contain_text("Busy.")
+    expect(page.locator("#tweaked-caption")).to_have_text("“5”, bent")
+
+
+def test_the_last_of_two_files_counts(page: Page) -> None:
+    """However long the first one takes to be decoded."""
+    give(page, 3)
+    page.evaluate(
+        """() => {
+            const decode = createImageBitmap;
+            let calls = 0;
+            window.createImageBitmap = async (file) => {
+                if (calls++ === 0) await new Promise((done) => setTimeout(done, 700));
+                return decode(file);
+            };
+        }"""
+    )
+    page.locator("#file").set_input_files(file_of(4))
+    give(page, 5)
+    page.wait_for_timeout(1000)
+    expect(page.locator("#verdict")).to_have_text("This is “5”.")
+
+
+def test_a_stroke_that_adds_nothing_leaves_the_choice(page: Page) -> None:
+    """The last answer of a stroke is that of the one before; a class chosen in between stays."""
+    page.get_by_role("button", name="Clear").click()
+    press(page)
+    gate = Gate(page, "**/predict?*capsules=true*")
+    page.mouse.up()
+    gate.wait_for(1)
+    page.get_by_role("radio", name=re.compile("^8 ")).check()
+    gate.let_through()
+    expect(page.locator(".strip").first).to_be_visible()
+    expect(page.get_by_role("radio", name=re.compile("^8 "))).to_be_checked()
+
+
+def test_a_large_photograph_is_made_smaller(page: Page) -> None:
+    """What a telephone takes has more pixels than the service accepts."""
+    photograph = np.zeros((4200, 4200), np.uint8)
+    photograph[2000:2200, 600:3600] = 255
+    page.locator("#file").set_input_files(
+        {"name": "photo.png", "mimeType": "image/png", "buffer": encode(photograph)}
+    )
+    expect(page.locator("#seen")).to_have_attribute("src", re.compile("^data:"))
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    expect(page.get_by_role("alert")).to_be_hidden()
 
 
 def test_an_answer_from_something_else_is_called_so(page: Page) -> None:
@@ -449,7 +502,7 @@ def test_a_class_may_have_any_name(opened: Opened, tmp_path: Path) -> None:
 
     The images of this model show two classes, and both are named.
     """
-    label = 'it\'s <b>$HOME</b> "3"; type=text/html'
+    label = 'it\'s <b>$HOME</b> "3"; type=text/html' + "long" * 20
     folder = write_tiny_model(tmp_path / "models")
     written = json.loads((folder / "manifest.json").read_text())
     written["classes"][3] = label
@@ -464,6 +517,8 @@ def test_a_class_may_have_any_name(opened: Opened, tmp_path: Path) -> None:
         expect(page.locator("#tweaked-caption")).to_contain_text("0.40")
         expect(page.locator("#model-facts")).to_contain_text("0.75 % test error")
         repeat(page, tmp_path)
+        page.set_viewport_size({"width": 320, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
 
 
 def test_the_sweep_is_saved_as_a_figure(page: Page, service: str, tmp_path: Path) -> None:
@@ -528,8 +583,10 @@ def test_a_key_is_asked_for(opened: Opened, tiny_models: Path) -> None:
         expect(page.locator("#curl")).to_contain_text("X-API-Key: YOUR-KEY")
         page.reload()
         give(page, 4)
-        page.evaluate("sessionStorage.setItem(sessionStorage.key(0), 'of yesterday, no longer valid')")
+        page.route("**/reconstruct?*", lambda route: route.fulfill(status=401, json={"detail": "No longer."}))
         move(page, 5, -0.2)
+        expect(page.get_by_label("asks for an API key")).to_be_focused()
+        page.unroute("**/reconstruct?*")
         page.get_by_label("asks for an API key").fill(KEY)
         page.get_by_role("button", name="Use it").click()
         expect(page.get_by_label("asks for an API key")).to_be_hidden()
@@ -555,6 +612,7 @@ def test_the_page_may_lie_below_a_prefix(page: Page, service: str) -> None:
     expect(page.locator("#tweaked-caption")).to_contain_text("bent: read again")
     expect(page.locator("#curl")).to_contain_text(f"{prefix}reconstruct")
     assert [url for url in asked if not url.startswith((prefix, "data:"))] == []
+    page.unroute_all(behavior="wait")  # or answers would be sent on after the end
 
 
 def test_the_request_is_copied(page: Page) -> None:
@@ -566,11 +624,9 @@ def test_the_request_is_copied(page: Page) -> None:
     put = "Object.defineProperty(navigator, 'clipboard', { configurable: true, value: %s })"
     page.evaluate(put % "{ writeText: async (text) => { window.copied = text; } }")
     copy.click()
-    page.wait_for_function("window.copied !== undefined")
-    assert page.evaluate("window.copied") == command
+    expect(page.locator("#curl")).to_have_text(page.evaluate("window.copied"), use_inner_text=True)
     page.evaluate(put % "undefined")
     copy.click()
-    page.wait_for_function("getSelection().toString() !== ''")
     assert page.evaluate("getSelection().toString()") == command
 
 
@@ -595,6 +651,20 @@ def test_every_example_is_read_as_what_it_is(opened: Opened) -> None:
             page.get_by_role("button", name=f"Example {digit}").click()
             expect(page.locator("#verdict")).to_have_text(f"This is “{digit}”.")
             expect(page.locator("#tweaked-caption")).to_contain_text(f"read again as “{digit}”")
+
+
+def test_a_low_screen_shows_the_slider_that_has_the_focus(opened: Opened, service: str) -> None:
+    """Neither there nor on a tall one do the pictures cover it."""
+    for height in (320, 800):
+        page = opened(service, viewport={"width": 640, "height": height})
+        give(page, 3)
+        page.locator("#dimension-15").focus()
+        page.locator("#dimension-4").focus()
+        at_its_middle = """(slider) => {
+            const box = slider.getBoundingClientRect();
+            return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2) === slider;
+        }"""
+        assert page.locator("#dimension-4").evaluate(at_its_middle)
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])

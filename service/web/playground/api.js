@@ -1,6 +1,7 @@
 // What the playground asks of the service. Paths are relative, so that a proxy may serve it below a prefix.
 
 const KEY = "capsnet-api-key";
+const LIMIT = 60_000; // milliseconds; the service's own limits are shorter
 
 /** An answer that is no success, as the problem document says it (RFC 9457). */
 export class Problem extends Error {
@@ -12,22 +13,39 @@ export class Problem extends Error {
   }
 }
 
+let key = null;
+try {
+  key = sessionStorage.getItem(KEY);
+} catch {
+  // A browser may keep nothing for a page; then the key lives as long as the page.
+}
+
 /** Keep an API key for the requests to come, as long as this tab lives. */
-export function useKey(key) {
-  sessionStorage.setItem(KEY, key);
+export function useKey(text) {
+  key = text;
+  try {
+    sessionStorage.setItem(KEY, text);
+  } catch {
+    // as above
+  }
 }
 
 export function hasKey() {
-  return sessionStorage.getItem(KEY) !== null;
+  return key !== null;
+}
+
+/** The service's address of `path`, without a name and password that this page's own may have. */
+export function address(path) {
+  return new URL(path, location.origin + location.pathname);
 }
 
 async function ask(path, read, options = {}) {
   const headers = new Headers(options.headers);
-  if (hasKey()) headers.set("X-API-Key", asBytes(sessionStorage.getItem(KEY)));
+  if (hasKey()) headers.set("X-API-Key", asBytes(key));
   try {
-    const answer = await fetch(path, { ...options, headers });
+    const answer = await fetch(address(path), { ...options, headers, signal: AbortSignal.timeout(LIMIT) });
     if (answer.ok) return await read(answer);
-    throw new Problem(answer.status, await answer.json().catch(() => ({})));
+    throw new Problem(answer.status, (await answer.json().catch(() => null)) ?? {});
   } catch (error) {
     if (error instanceof Problem) throw error;
     throw new Problem(0, { detail: "The service does not answer, or something in between does. Is it running?" });
@@ -66,7 +84,12 @@ function of(path, model, query = {}) {
  * @returns the prediction with its capsules, its reconstruction and the image as the network saw it
  */
 export async function predict(model, picture) {
-  const path = of("predict", model, { capsules: true, reconstruction: true, image: true });
+  const path = of("predict", model, {
+    capsules: true,
+    reconstruction: true,
+    image: true,
+    top_k: model.manifest.labels_per_image,
+  });
   const headers = { "Content-Type": picture.type };
   return (await ask(path, asJson, { method: "POST", headers, body: picture })).predictions[0];
 }

@@ -109,7 +109,7 @@ export class Dimensions {
 function describe(meaning) {
   return Object.entries(meaning?.effects ?? {})
     .map(([measure, { change }]) => {
-      const [noun, unit] = EFFECTS[measure] ?? [measure, ""];
+      const [noun, unit] = EFFECTS[measure];
       return `${noun} ${signed(change, 1)}${unit}`;
     })
     .join(", ");

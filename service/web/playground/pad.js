@@ -1,6 +1,8 @@
 // The drawing pad: strokes of a pointer, or a picture that was opened, as an encoded image.
 
-const SIDE = 100; // the pad's own unit is a hundredth of its side
+const PIXELS = 280; // of the pad's longer side
+const SIDE = 100; // the pad's own unit is a hundredth of its shorter side
+const LARGEST = 2048; // pixels of a picture's longer side that are sent, of a photograph's many more
 const BRUSH = 8; // once laid out in 20 of 28 pixels, about as thick as MNIST's strokes
 
 export class Pad {
@@ -23,9 +25,12 @@ export class Pad {
     canvas.addEventListener("pointerdown", (event) => this.#begin(event));
   }
 
-  /** Draw as the training images are: light on dark, or dark on light. */
-  usePolarity(polarity) {
+  /** Draw as the training images are: of their shape, and light on dark or dark on light. */
+  useImage({ width, height, polarity }) {
     [this.#ink, this.#ground] = polarity === "dark_on_light" ? ["#000", "#fff"] : ["#fff", "#000"];
+    const longer = Math.max(width, height);
+    this.#canvas.width = Math.max(1, Math.round((PIXELS * width) / longer));
+    this.#canvas.height = Math.max(1, Math.round((PIXELS * height) / longer));
     if (this.#strokes.length > 0) this.#draw();
     else this.#paint();
   }
@@ -49,7 +54,7 @@ export class Pad {
     this.#draw();
   }
 
-  /** Show a picture, which is sent as it is; false, and nothing changed, if no browser could show it. */
+  /** Show a picture, which is sent as it is unless it is large; false if the browser cannot read it. */
   async open(file) {
     const turn = ++this.#turn;
     let bitmap;
@@ -58,11 +63,13 @@ export class Pad {
     } catch {
       return false;
     }
+    const sent = await encoded(file, bitmap);
     if (turn !== this.#turn) return true; // something else was drawn or opened meanwhile
     this.#strokes = [];
+    this.#opened?.close();
     this.#opened = bitmap;
     this.#paint();
-    this.#tell(turn, file, true);
+    this.#tell(turn, sent, true);
     return true;
   }
 
@@ -96,7 +103,11 @@ export class Pad {
 
   #place(event) {
     const box = this.#canvas.getBoundingClientRect();
-    return [((event.clientX - box.left) / box.width) * SIDE, ((event.clientY - box.top) / box.height) * SIDE];
+    const unit = Math.min(box.width, box.height) / SIDE;
+    return [
+      (event.clientX - box.left - box.width / 2) / unit + SIDE / 2,
+      (event.clientY - box.top - box.height / 2) / unit + SIDE / 2,
+    ];
   }
 
   #draw(settled = true) {
@@ -117,7 +128,7 @@ export class Pad {
     const { width, height } = this.#canvas;
     const context = this.#context;
     context.resetTransform();
-    context.fillStyle = this.#ground;
+    context.fillStyle = this.#opened ? "#808080" : this.#ground; // shows where a picture is transparent
     context.fillRect(0, 0, width, height);
     if (this.#opened) {
       const zoom = Math.min(width / this.#opened.width, height / this.#opened.height);
@@ -126,10 +137,24 @@ export class Pad {
       context.drawImage(this.#opened, (width - w) / 2, (height - h) / 2, w, h);
       return;
     }
-    context.scale(width / SIDE, height / SIDE);
+    const unit = Math.min(width, height) / SIDE;
+    context.translate((width - unit * SIDE) / 2, (height - unit * SIDE) / 2);
+    context.scale(unit, unit);
     context.strokeStyle = this.#ink;
     context.lineWidth = BRUSH;
     context.lineCap = context.lineJoin = "round";
     for (const stroke of this.#strokes) context.stroke(stroke);
   }
+}
+
+/** The file itself, or a smaller PNG of a picture that is larger than anything a network looks at. */
+async function encoded(file, bitmap) {
+  const scale = LARGEST / Math.max(bitmap.width, bitmap.height);
+  if (scale >= 1) return file.type ? file : new Blob([file], { type: "image/png" }); // the service looks itself
+  const small = new OffscreenCanvas(
+    Math.max(1, Math.round(bitmap.width * scale)),
+    Math.max(1, Math.round(bitmap.height * scale)),
+  );
+  small.getContext("2d").drawImage(bitmap, 0, 0, small.width, small.height);
+  return small.convertToBlob({ type: "image/png" });
 }

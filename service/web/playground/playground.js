@@ -1,4 +1,4 @@
-// The page: what it knows is in `state`, every event changes that, and `render` shows it.
+// The page: what it knows of pictures and answers is in `state`; events change that, and `render` shows it.
 
 import * as api from "./api.js";
 import { Dimensions } from "./dimensions.js";
@@ -40,6 +40,10 @@ const look = asked(async () => {
   try {
     const found = await api.predict(model, picture);
     if (late()) return;
+    if (JSON.stringify(found.capsules) === JSON.stringify(state.found?.capsules)) {
+      sweep(); // the end of a stroke that added nothing: what was chosen since stays
+      return;
+    }
     state.found = found;
     choose(found.label);
   } catch (error) {
@@ -70,10 +74,15 @@ const draw = asked(async () => {
 const readAgain = asked(async () => {
   const { model, tweaked } = state;
   if (!tweaked) return;
-  const read = await api.predictDrawing(model, tweaked);
-  if (state.tweaked !== tweaked) return;
-  state.readAgain = read;
-  render();
+  let read = null;
+  try {
+    read = await api.predictDrawing(model, tweaked);
+  } finally {
+    if (state.tweaked === tweaked) {
+      state.readAgain = read;
+      render();
+    }
+  }
 });
 
 const sweep = asked(async () => {
@@ -81,6 +90,15 @@ const sweep = asked(async () => {
   if (!found || !state.settled) return;
   const swept = await api.sweep(model, found.capsules, label);
   if (state.found === found && state.label === label) dimensions.showStrips(swept.reconstructions);
+});
+
+const saveFigure = asked(async () => {
+  const { model, found, label } = state;
+  if (!found) return;
+  const figure = await api.sweepFigure(model, found.capsules, label, tweaks());
+  const url = URL.createObjectURL(figure);
+  Object.assign(document.createElement("a"), { href: url, download: `sweep-${label}.png` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
 });
 
 /** `work`, one run at a time, with its errors shown. */
@@ -129,7 +147,7 @@ function useModel(model) {
   state.model = model;
   const { classes, image } = model.manifest;
   document.documentElement.style.setProperty("--shape", `${image.width} / ${image.height}`);
-  pad.usePolarity(image.polarity);
+  pad.useImage(image);
   byId("classes").replaceChildren(...classes.map(classItem));
   const examples = Object.keys(EXAMPLES).filter((label) => classes.includes(label));
   byId("examples").hidden = examples.length === 0;
@@ -154,6 +172,9 @@ function bend(deltas) {
 
 function choose(label) {
   Object.assign(state, { label, deltas: [], tweaked: null, readAgain: null });
+  const list = byId("classes");
+  const chosen = list.children[state.model.manifest.classes.indexOf(label)];
+  list.scrollTop = chosen.offsetTop - (list.clientHeight - chosen.offsetHeight) / 2; // among many
   if (label === state.found.label) state.tweaked = state.found.reconstruction;
   dimensions.show(state.model.manifest, label);
   render();
@@ -169,26 +190,34 @@ function render() {
   if (!model) return;
   byId("model-facts").textContent = facts(model);
   byId("output").classList.toggle("empty", !found);
-  byId("verdict").textContent = verdict();
-  for (const input of document.querySelectorAll("#classes input")) {
-    const length = found?.lengths[model.manifest.classes.indexOf(input.value)] ?? 0;
+  say("verdict", verdict());
+  document.querySelectorAll("#classes input").forEach((input, index) => {
+    const length = found?.lengths[index] ?? 0;
     const item = input.closest("label");
     item.style.setProperty("--length", length);
     item.querySelector(".length").textContent = found ? length.toFixed(2) : "";
     input.disabled = !found;
     input.checked = input.value === label;
-  }
+  });
   show("seen", found?.image);
   show("reconstruction", found?.reconstruction);
   show("tweaked", tweaked);
   byId("error").textContent = found ? `, error ${found.reconstruction_error.toFixed(1)}` : "";
-  byId("tweaked-caption").textContent = tweaked
-    ? `“${label}”, ${tweaks().length ? "bent" : "as it is"}${read ? `: read again as “${read.label}”, ${read.length.toFixed(2)}` : ""}`
-    : "";
+  say("tweaked-caption", tweaked ? caption(label, read) : "");
   byId("curl").textContent = found ? curl() : "";
   for (const control of document.querySelectorAll("#output button, #output input")) control.disabled = !found;
   link("save", tweaked);
   link("save-seen", found?.image);
+}
+
+/** To those who listen, who would otherwise hear unchanged words again. */
+function say(id, text) {
+  if (byId(id).textContent !== text) byId(id).textContent = text;
+}
+
+function caption(label, read) {
+  const again = read ? `: read again as “${read.label}”, ${read.length.toFixed(2)}` : "";
+  return `“${label}”, ${tweaks().length ? "bent" : "as it is"}${again}`;
 }
 
 function show(id, source) {
@@ -205,7 +234,9 @@ function link(id, target) {
 }
 
 function facts({ device, precision, manifest }) {
-  const { test_images: images, test_mistakes: mistakes } = manifest.measured;
+  const { test_images: images } = manifest.measured;
+  const variant = manifest.variants.find((each) => each.precision === precision);
+  const mistakes = (variant ?? manifest.measured).test_mistakes;
   const millions = (manifest.provenance.parameters / 1e6).toFixed(1);
   const routing = manifest.capsules.routing_iterations;
   const network =
@@ -218,7 +249,7 @@ function facts({ device, precision, manifest }) {
 
 function verdict() {
   const { found, model } = state;
-  if (!found) return "Draw something.";
+  if (!found) return state.picture ? "" : "Draw something.";
   const count = model.manifest.labels_per_image;
   const labels = found.top.slice(0, count).map((each) => `“${each.label}”`);
   const doubt = found.in_distribution ? "" : " But it is unusual, and perhaps no class at all.";
@@ -227,7 +258,7 @@ function verdict() {
 
 function curl() {
   const { model, label } = state;
-  const url = new URL("reconstruct", document.baseURI);
+  const url = api.address("reconstruct");
   if (!model.default) url.searchParams.set("model", api.reference(model));
   const request = JSON.stringify({ class: label, tweaks: tweaks() });
   return [
@@ -273,7 +304,10 @@ function showProblem(problem) {
   const paragraphs = lines.filter(Boolean).map((textContent) => Object.assign(document.createElement("p"), { textContent }));
   byId("problem").replaceChildren(...paragraphs);
   byId("problem").hidden = !problem;
-  if (status === 401) byId("key-form").hidden = false;
+  if (status === 401) {
+    byId("key-form").hidden = false;
+    byId("key").focus();
+  }
 }
 
 // Events ---------------------------------------------------------------------------------------------
@@ -281,7 +315,7 @@ function showProblem(problem) {
 async function open(file) {
   if (file && !(await pad.open(file))) {
     showProblem(new api.Problem(0, {
-      detail: "This file is no picture.",
+      detail: "This file is no picture, or none that this browser can read.",
       received: file.type || file.name,
       expected: "PNG, JPEG, WebP, BMP or GIF",
     }));
@@ -294,7 +328,7 @@ byId("file").addEventListener("change", (event) => {
   open(event.target.files[0]);
   event.target.value = ""; // so that the same file can be opened again
 });
-document.addEventListener("paste", (event) => open([...event.clipboardData.files][0]));
+document.addEventListener("paste", (event) => open(event.clipboardData.files[0]));
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => {
   event.preventDefault();
@@ -323,16 +357,5 @@ byId("key-form").addEventListener("submit", (event) => {
   if (state.model) look(); // the key was changed meanwhile
   else start();
 });
-
-async function saveFigure() {
-  try {
-    const figure = await api.sweepFigure(state.model, state.found.capsules, state.label, tweaks());
-    const url = URL.createObjectURL(figure);
-    Object.assign(document.createElement("a"), { href: url, download: `sweep-${state.label}.png` }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 60_000);
-  } catch (error) {
-    showProblem(error);
-  }
-}
 
 start();
