@@ -354,8 +354,12 @@ byId("key-form").addEventListener("submit", (event) => {
   api.useKey(byId("key").value);
   byId("key-form").hidden = true;
   showProblem(null);
-  if (state.model) look(); // the key was changed meanwhile
-  else start();
+  if (!state.model) {
+    start();
+    return;
+  }
+  forget(); // the key was changed while the page was open
+  look();
 });
 
 start();
