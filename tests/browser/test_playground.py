@@ -4,19 +4,18 @@ import base64
 import json
 import re
 import subprocess
-from io import BytesIO
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
 import pytest
-from PIL import Image
 from playwright.sync_api import FilePayload, Page, Route, expect
 
 from service.manifest import read_manifest
 from tests.browser.conftest import LIMIT, Opened
-from tests.support.encoded import encode
+from tests.support.encoded import base64_text, decode, encode
 from tests.support.process import served
 from tests.support.tiny_model import DIMENSIONS, image_of, write_tiny_model
 
@@ -81,6 +80,19 @@ class Gate:
             self.let_through()
 
 
+def data_url(picture: bytes) -> str:
+    return f"data:image/png;base64,{base64_text(picture)}"
+
+
+def other_model(models: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Write a tiny model into `models` whose manifest `change` has changed; its folder."""
+    folder = write_tiny_model(models)
+    written = json.loads((folder / "manifest.json").read_text())
+    change(written)
+    (folder / "manifest.json").write_text(json.dumps(written))
+    return folder
+
+
 def ask(service: str, path: str, document: dict[str, Any]) -> dict[str, Any]:
     answer = httpx2.post(f"{service}/{path}", json=document)
     assert answer.status_code == 200, answer.text
@@ -106,7 +118,7 @@ def test_a_file_is_read(page: Page) -> None:
     lengths = page.locator("#classes label").all_text_contents()
     assert lengths == [f"{index}{'0.80' if index == 3 else '0.00'}" for index in range(10)]
     expect(page.locator("#tweaked-caption")).to_contain_text("read again as “3”, 0.80")
-    assert np.array_equal(np.asarray(Image.open(BytesIO(source(page, "seen")))), image_of(3, 204))
+    assert np.array_equal(decode(source(page, "seen")), image_of(3, 204))
     assert source(page, "tweaked") == source(page, "reconstruction")
     expect(page.locator("#error")).to_have_text(", error 0.0")
     facts = "CapsNet, 1 routing iteration, 0.0 million parameters, 0.00 % test error; runs on cpu in fp32"
@@ -158,7 +170,7 @@ def test_a_slider_bends_the_picture(page: Page, service: str) -> None:
     move(page, 5, 0.2)
     move(page, 9, -0.1)
     expect(page.locator("#tweaked-caption")).to_have_text("“3”, bent: read again as “3”, 0.50")
-    image = base64.b64encode(encode(image_of(3, 102))).decode()
+    image = data_url(encode(image_of(3, 102)))
     tweaks = [{"dimension": 5, "delta": 0.2}, {"dimension": 9, "delta": -0.1}]
     drawn = ask(service, "reconstruct", {"image": image, "tweaks": tweaks})
     assert source(page, "tweaked") == decoded(drawn["reconstruction"])
@@ -183,7 +195,7 @@ def test_another_class_draws_from_its_own_capsule(page: Page) -> None:
 def test_strips_are_the_sweep_and_set_their_slider(page: Page, service: str) -> None:
     """Each drawing is that of the sweep, and stands for the value under it."""
     give(page, 3, level=102)
-    image = base64.b64encode(encode(image_of(3, 102))).decode()
+    image = data_url(encode(image_of(3, 102)))
     swept = ask(service, "reconstruct/sweep", {"image": image})
     strips = page.locator("#dimensions .strip")
     expect(strips.nth(DIMENSIONS - 1).locator("img")).to_have_count(len(swept["deltas"]))
@@ -362,10 +374,6 @@ def test_a_late_second_reading_is_forgotten(page: Page) -> None:
     expect(page.locator("#tweaked-caption")).to_contain_text("0.50")
 
 
-def data_url(picture: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-
-
 def test_a_late_prediction_is_forgotten(page: Page) -> None:
     """Of two pictures, and of two models, the last one counts, whichever answer comes last."""
     give(page, 3)
@@ -503,13 +511,13 @@ def test_a_class_may_have_any_name(opened: Opened, tmp_path: Path) -> None:
     The images of this model show two classes, and both are named.
     """
     label = 'it\'s <b>$HOME</b> "3"; type=text/html' + "long" * 20
-    folder = write_tiny_model(tmp_path / "models")
-    written = json.loads((folder / "manifest.json").read_text())
-    written["classes"][3] = label
-    written["labels_per_image"] = 2
-    written["measured"] |= {"test_images": 400, "test_mistakes": 3}
-    (folder / "manifest.json").write_text(json.dumps(written))
-    assert label in read_manifest(folder).classes
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["classes"][3] = label
+        manifest["labels_per_image"] = 2
+        manifest["measured"] |= {"test_images": 400, "test_mistakes": 3}
+
+    assert label in read_manifest(other_model(tmp_path / "models", change)).classes
     with served(tmp_path / "models") as process:
         page = opened(f"http://127.0.0.1:{process.port}")
         page.locator("#file").set_input_files(file_of(3, 102))
@@ -529,7 +537,7 @@ def test_the_sweep_is_saved_as_a_figure(page: Page, service: str, tmp_path: Path
         page.get_by_role("button", name="Save the sweep as a figure").click()
     assert downloading.value.suggested_filename == "sweep-3.png"
     downloading.value.save_as(tmp_path / "sweep.png")
-    image = base64.b64encode(encode(image_of(3, 102))).decode()
+    image = data_url(encode(image_of(3, 102)))
     figure = httpx2.post(
         f"{service}/reconstruct/sweep",
         json={"image": image, "tweaks": [{"dimension": 2, "delta": 0.1}]},
@@ -632,10 +640,7 @@ def test_the_request_is_copied(page: Page) -> None:
 
 def test_dark_ink_on_light_ground(opened: Opened, tmp_path: Path) -> None:
     """The pad has the polarity of the training images."""
-    folder = write_tiny_model(tmp_path / "models")
-    written = json.loads((folder / "manifest.json").read_text())
-    written["image"]["polarity"] = "dark_on_light"
-    (folder / "manifest.json").write_text(json.dumps(written))
+    other_model(tmp_path / "models", lambda manifest: manifest["image"].update(polarity="dark_on_light"))
     with served(tmp_path / "models") as process:
         page = opened(f"http://127.0.0.1:{process.port}")
         expect(page.locator("#verdict")).to_contain_text("This is")
@@ -699,6 +704,6 @@ def test_a_picture_is_pasted_or_dropped(page: Page, how: str) -> None:
                 : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
             document.body.dispatchEvent(event);
         }""",
-        [how, base64.b64encode(encode(image_of(6))).decode()],
+        [how, base64_text(encode(image_of(6)))],
     )
     expect(page.locator("#verdict")).to_have_text("This is “6”.")

@@ -14,7 +14,7 @@ const EFFECTS = {
 export class Dimensions {
   #list;
   #moved;
-  #rows = []; // of each dimension {slider, value, strip}
+  #rows = []; // of each dimension its elements and its delta
   #step = 0;
 
   /** @param {(deltas: number[]) => void} moved gets every dimension's delta after one was moved */

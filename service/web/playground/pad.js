@@ -37,19 +37,19 @@ export class Pad {
 
   clear() {
     this.#strokes = [];
-    this.#opened = null;
+    this.#replace(null);
     this.#draw();
   }
 
   undo() {
-    if (this.#opened) this.#opened = null;
+    if (this.#opened) this.#replace(null);
     else this.#strokes.pop();
     this.#draw();
   }
 
   /** @param {string} path an SVG path in a square of 100 by 100 */
   show(path) {
-    this.#opened = null;
+    this.#replace(null);
     this.#strokes = [new Path2D(path)];
     this.#draw();
   }
@@ -66,18 +66,23 @@ export class Pad {
     const sent = await encoded(file, bitmap);
     if (turn !== this.#turn) return true; // something else was drawn or opened meanwhile
     this.#strokes = [];
-    this.#opened?.close();
-    this.#opened = bitmap;
+    this.#replace(bitmap);
     this.#paint();
     this.#tell(turn, sent, true);
     return true;
+  }
+
+  /** A photograph's pixels are many megabytes: none waits for the garbage collector. */
+  #replace(bitmap) {
+    this.#opened?.close();
+    this.#opened = bitmap;
   }
 
   #begin(event) {
     if (event.button !== 0) return;
     event.preventDefault();
     this.#canvas.setPointerCapture(event.pointerId);
-    this.#opened = null;
+    this.#replace(null);
     const stroke = new Path2D();
     const [x, y] = this.#place(event);
     stroke.moveTo(x, y);
