@@ -1,6 +1,8 @@
 """Sessions run on what was asked for, within the container's limits, with the promised tensors."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from service.sessions import (
     warm_up,
 )
 from service.settings import Settings
+from tests.support.mnist import ROOT
 from tests.support.tiny_model import DIMENSIONS, image_of
 
 
@@ -39,6 +42,32 @@ def test_a_graph_runs(folder: Path, encoder: Graph) -> None:
         capsules, lengths = session.run(np.stack([image_of(4)] * rows))
         assert capsules.shape == (rows, 10, DIMENSIONS)
         np.testing.assert_allclose(lengths, np.eye(10)[[4] * rows], atol=1e-3)
+
+
+_OPEN_AND_TRIM = """
+import ctypes
+from pathlib import Path
+from service.manifest import read_manifest
+from service.sessions import open_session
+
+def resident():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+
+folder = max(Path("models/mnist").iterdir(), key=lambda path: int(path.name))
+encoder = read_manifest(folder).encoder
+session = open_session(folder / encoder.file, encoder, device="cpu", threads=1)
+before = resident()
+ctypes.CDLL(None).malloc_trim(0)
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc, and asks glibc")
+def test_loading_leaves_nothing_over() -> None:
+    """Once the shipped fp32 encoder is loaded, its process keeps no memory that nothing uses."""
+    command = [sys.executable, "-c", _OPEN_AND_TRIM]  # a process in which nothing else was freed before
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert float(found.stdout) < 20, "MiB that could have been given back; the weights themselves are 27"
 
 
 def test_warm_up_covers_the_batch_sizes(folder: Path, encoder: Graph) -> None:
