@@ -314,6 +314,23 @@ def drag(page: Page) -> None:
     page.mouse.move(box["x"] + 20, box["y"] + 20, steps=5)
 
 
+def test_two_fingers_draw_until_both_are_lifted(page: Page) -> None:
+    """While one of two pointers still draws nobody looks at strips."""
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    sweeps: list[str] = []
+    page.on("request", lambda request: sweeps.append(request.url) if "sweep" in request.url else None)
+    page.locator("#pad").evaluate("pad => (pad.setPointerCapture = () => {})")  # of pointers that are not there
+    for kind, pointer in (("down", 11), ("down", 12), ("up", 11)):
+        page.locator("#pad").dispatch_event(f"pointer{kind}", {"pointerId": pointer, "button": 0})
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    page.wait_for_timeout(500)
+    assert not sweeps
+    page.locator("#pad").dispatch_event("pointerup", {"pointerId": 12, "button": 0})
+    expect(page.locator(".strip").first).to_be_visible()
+    assert sweeps
+
+
 def test_a_picture_that_was_encoded_late_is_forgotten(page: Page) -> None:
     """Encoding takes its time: what was cleared meanwhile does not come back."""
     expect(page.locator("#verdict")).to_contain_text("This is")
@@ -421,6 +438,20 @@ def test_a_refusal_leaves_nothing_of_the_picture_before(page: Page) -> None:
     expect(page.locator("#tweaked-caption")).to_have_text("“5”, bent")
 
 
+def test_strips_that_failed_come_with_the_next_slider(page: Page) -> None:
+    """Whoever goes on after a refusal of the sweep has its strips without choosing the class anew."""
+    give(page, 3)
+    expect(page.locator(".strip").first).to_be_visible()
+    page.route("**/reconstruct/sweep?*", lambda route: route.fulfill(status=503, json={"detail": "Busy."}))
+    page.get_by_role("radio", name="4", exact=False).first.check()
+    expect(page.get_by_role("alert")).to_contain_text("Busy.")
+    expect(page.locator(".strip").first).to_be_hidden()
+    page.unroute("**/reconstruct/sweep?*")
+    move(page, 5, -0.1)
+    expect(page.locator(".strip").first).to_be_visible()
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 def test_the_last_of_two_files_counts(page: Page) -> None:
     """However long the first one takes to be decoded."""
     give(page, 3)
@@ -476,12 +507,27 @@ def test_an_answer_from_something_else_is_called_so(page: Page) -> None:
 def test_a_model_is_chosen(page: Page) -> None:
     """Another model reads the same picture; one without measured dimensions has them by number."""
     give(page, 3)
+    expect(page.locator("#measured")).to_be_visible()
     page.get_by_label("Model").select_option("tiny 1")
     expect(page.get_by_role("slider", name="4 dimension 4")).to_have_count(1)
+    expect(page.locator("#measured")).to_be_hidden()
     expect(page.get_by_role("radio", name="3 1.00")).to_be_checked()
     expect(page.locator("#curl")).to_contain_text("model=tiny%2F1")
     page.get_by_label("Model").select_option("colour 1")
     expect(page.locator("#curl")).to_contain_text("model=colour%2F1")
+
+
+def test_another_model_reads_a_drawing_once(page: Page) -> None:
+    """The pad draws anew for a model, whose reading of the old drawing nobody would see."""
+    page.get_by_role("button", name="Clear").click()
+    page.locator("#pad").click()
+    expect(page.locator(".strip").first).to_be_visible()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/predict?" in request.url else None)
+    page.get_by_label("Model").select_option("tiny 1")
+    expect(page.locator("#tweaked-caption")).to_contain_text("read again")
+    page.wait_for_timeout(300)
+    assert len([url for url in asked if "image=true" in url]) == 1
 
 
 def test_the_request_can_be_repeated(page: Page, tmp_path: Path) -> None:

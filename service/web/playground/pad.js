@@ -15,9 +15,10 @@ export class Pad {
   #changed;
   #turn = 0; // counts what was drawn
   #told = 0; // the last of them that `changed` heard of
+  #down = new Set(); // ids of the pointers that draw
 
   /** @param {(picture: Blob | null, settled: boolean) => void} changed gets the picture, or null if there is
-   *    none, and whether the pointer is up */
+   *    none, and whether all pointers are up */
   constructor(canvas, changed) {
     this.#canvas = canvas;
     this.#context = canvas.getContext("2d");
@@ -25,14 +26,19 @@ export class Pad {
     canvas.addEventListener("pointerdown", (event) => this.#begin(event));
   }
 
-  /** Draw as the training images are: of their shape, and light on dark or dark on light. */
+  /**
+   * Draw as the training images are: of their shape, and light on dark or dark on light.
+   * @returns whether there is a drawing, whose new picture `changed` will get
+   */
   useImage({ width, height, polarity }) {
     [this.#ink, this.#ground] = polarity === "dark_on_light" ? ["#000", "#fff"] : ["#fff", "#000"];
     const longer = Math.max(width, height);
     this.#canvas.width = Math.max(1, Math.round((PIXELS * width) / longer));
     this.#canvas.height = Math.max(1, Math.round((PIXELS * height) / longer));
-    if (this.#strokes.length > 0) this.#draw();
+    const drawn = this.#strokes.length > 0;
+    if (drawn) this.#draw();
     else this.#paint();
+    return drawn;
   }
 
   clear() {
@@ -88,6 +94,7 @@ export class Pad {
     stroke.moveTo(x, y);
     stroke.lineTo(x + 0.01, y); // a tap is a dot: lines without length are not drawn
     this.#strokes.push(stroke);
+    this.#down.add(event.pointerId);
     this.#draw(false);
 
     const listening = new AbortController();
@@ -100,7 +107,8 @@ export class Pad {
     const end = (ended) => {
       if (ended.pointerId !== event.pointerId) return;
       listening.abort();
-      if (this.#strokes.includes(stroke)) this.#draw();
+      this.#down.delete(event.pointerId);
+      if (this.#strokes.includes(stroke)) this.#draw(this.#down.size === 0);
     };
     on("pointerup", end);
     on("pointercancel", end);

@@ -17,6 +17,7 @@ const state = {
   deltas: [], // tweak of each dimension
   tweaked: null, // data URL: the reconstruction with these tweaks
   readAgain: null, // the prediction for that
+  unswept: false, // whether the strips could not be had
 };
 
 const byId = (id) => document.getElementById(id);
@@ -88,8 +89,14 @@ const readAgain = asked(async () => {
 const sweep = asked(async () => {
   const { model, found, label } = state;
   if (!found || !state.settled) return;
-  const swept = await api.sweep(model, found.capsules, label);
-  if (state.found === found && state.label === label) dimensions.showStrips(swept.reconstructions);
+  state.unswept = false;
+  try {
+    const swept = await api.sweep(model, found.capsules, label);
+    if (state.found === found && state.label === label) dimensions.showStrips(swept.reconstructions);
+  } catch (error) {
+    state.unswept = true;
+    throw error;
+  }
 });
 
 const saveFigure = asked(async () => {
@@ -147,14 +154,15 @@ function useModel(model) {
   state.model = model;
   const { classes, image } = model.manifest;
   document.documentElement.style.setProperty("--shape", `${image.width} / ${image.height}`);
-  pad.useImage(image);
+  const drawn = pad.useImage(image);
+  byId("measured").hidden = Object.keys(model.manifest.dimensions).length === 0;
   byId("classes").replaceChildren(...classes.map(classItem));
   const examples = Object.keys(EXAMPLES).filter((label) => classes.includes(label));
   byId("examples").hidden = examples.length === 0;
   byId("examples").replaceChildren(...examples.map(exampleButton));
   dimensions.show(model.manifest, classes[0]);
   render();
-  look();
+  if (!drawn) look();
 }
 
 function forget() {
@@ -168,6 +176,7 @@ function bend(deltas) {
   showProblem(null);
   render();
   draw();
+  if (state.unswept) sweep();
 }
 
 function choose(label) {
