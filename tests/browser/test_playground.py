@@ -320,7 +320,7 @@ def test_two_fingers_draw_until_both_are_lifted(page: Page) -> None:
     expect(page.locator("#verdict")).to_have_text("Draw something.")
     sweeps: list[str] = []
     page.on("request", lambda request: sweeps.append(request.url) if "sweep" in request.url else None)
-    page.locator("#pad").evaluate("pad => (pad.setPointerCapture = () => {})")  # of pointers that are not there
+    page.locator("#pad").evaluate("pad => (pad.setPointerCapture = () => {})")  # no such pointer is there
     for kind, pointer in (("down", 11), ("down", 12), ("up", 11)):
         page.locator("#pad").dispatch_event(f"pointer{kind}", {"pointerId": pointer, "button": 0})
     expect(page.locator("#verdict")).to_contain_text("This is")
