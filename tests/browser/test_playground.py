@@ -80,6 +80,13 @@ class Gate:
             self.let_through()
 
 
+def asked_for(page: Page, part: str) -> list[str]:
+    """Addresses with this part in them that the page asks for; the list grows."""
+    addresses: list[str] = []
+    page.on("request", lambda request: addresses.append(request.url) if part in request.url else None)
+    return addresses
+
+
 def data_url(picture: bytes) -> str:
     return f"data:image/png;base64,{base64_text(picture)}"
 
@@ -241,8 +248,7 @@ def test_strokes_are_read_while_they_are_drawn(page: Page) -> None:
     expect(page.locator("#verdict")).to_have_text("Draw something.")
     expect(page.locator("#dimension-0")).to_be_disabled()
     expect(page.get_by_role("radio", name="3", exact=True)).to_be_disabled()
-    sweeps: list[str] = []
-    page.on("request", lambda request: sweeps.append(request.url) if "sweep" in request.url else None)
+    sweeps = asked_for(page, "sweep")
     box = page.locator("#pad").bounding_box()
     assert box
     middle = box["y"] + box["height"] / 2
@@ -318,8 +324,7 @@ def test_two_fingers_draw_until_both_are_lifted(page: Page) -> None:
     """While one of two pointers still draws nobody looks at strips."""
     page.get_by_role("button", name="Clear").click()
     expect(page.locator("#verdict")).to_have_text("Draw something.")
-    sweeps: list[str] = []
-    page.on("request", lambda request: sweeps.append(request.url) if "sweep" in request.url else None)
+    sweeps = asked_for(page, "sweep")
     page.locator("#pad").evaluate("pad => (pad.setPointerCapture = () => {})")  # no such pointer is there
     for kind, pointer in (("down", 11), ("down", 12), ("up", 11)):
         page.locator("#pad").dispatch_event(f"pointer{kind}", {"pointerId": pointer, "button": 0})
@@ -522,12 +527,11 @@ def test_another_model_reads_a_drawing_once(page: Page) -> None:
     page.get_by_role("button", name="Clear").click()
     page.locator("#pad").click()
     expect(page.locator(".strip").first).to_be_visible()
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url) if "/predict?" in request.url else None)
+    readings = asked_for(page, "image=true")
     page.get_by_label("Model").select_option("tiny 1")
     expect(page.locator("#tweaked-caption")).to_contain_text("read again")
     page.wait_for_timeout(300)
-    assert len([url for url in asked if "image=true" in url]) == 1
+    assert len(readings) == 1
 
 
 def test_the_request_can_be_repeated(page: Page, tmp_path: Path) -> None:
@@ -658,8 +662,7 @@ def test_the_page_may_lie_below_a_prefix(page: Page, service: str) -> None:
     expect(page.locator(".strip").first).to_be_visible()
     expect(page.locator("#tweaked-caption")).to_contain_text("read again")
     page.route(f"{prefix}**", proxy)
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    asked = asked_for(page, "")
     page.goto(prefix)
     give(page, 3)
     move(page, 5, -0.2)

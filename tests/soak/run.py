@@ -26,7 +26,7 @@ import uvloop
 from service.manifest import read_manifest
 from tests.soak.traffic import Honest, Hostile, honest, hostile, noise, png
 from tests.soak.wire import Answer, Connection, request
-from tests.support.process import Served, alone, served
+from tests.support.process import Served, alone, served, status_of
 from tests.support.tiny_model import write_tiny_model
 
 MAX_BATCH = 32
@@ -70,9 +70,8 @@ class Vitals:
 
 
 def vitals(pid: int) -> Vitals:
-    status = Path(f"/proc/{pid}/status").read_text()
-    memory, threads = (int(re.findall(rf"{name}:\s+(\d+)", status)[0]) for name in ("VmRSS", "Threads"))
-    return Vitals(memory * 1024, len(os.listdir(f"/proc/{pid}/fd")), threads)  # noqa: PTH208 # a count alone
+    descriptors = len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208 # a count alone
+    return Vitals(1024 * status_of(pid, "VmRSS"), descriptors, status_of(pid, "Threads"))
 
 
 async def soak(service: Served, folder: Path, duration: float, *, seed: int = 0) -> Seen:

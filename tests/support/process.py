@@ -38,15 +38,11 @@ class Served:
 
     def memory(self) -> int:
         """Bytes that are resident."""
-        return self._memory("VmRSS")
+        return 1024 * status_of(self.process.pid, "VmRSS")
 
     def peak_memory(self) -> int:
         """Bytes that were resident at most."""
-        return self._memory("VmHWM")
-
-    def _memory(self, name: str) -> int:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) * 1024
+        return 1024 * status_of(self.process.pid, "VmHWM")
 
     def refuses_connections(self) -> None:
         """Return when the process accepts no more connections."""
@@ -57,6 +53,11 @@ class Served:
             except ConnectionError:  # refused, or reset where the socket closed in between
                 return
         raise AssertionError("the process still accepts connections")
+
+
+def status_of(pid: int | str, name: str) -> int:
+    """A number that Linux tells of a process, memory in KiB."""
+    return int(re.findall(rf"{name}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
 
 
 def environment(models: Path, **settings: str) -> dict[str, str]:
