@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import cuda, loop, offline, report, served, training_step
+from benchmarks import cuda, loop, offline, report, served, training_step, workers
 from benchmarks.frameworks import comparison
 from benchmarks.frameworks.processes import FrameworkError
 from service.errors import DeviceError
 from service.sessions import cpu_limit
+from training.train import TrainingError
 
 PARTS = ("offline", "profile", "training", "served", "loop")
-ASKED_FOR = ("frameworks", "cuda")
-"""Parts that only run when they are named: the first installs gigabytes, the second needs a GPU."""
+ASKED_FOR = ("frameworks", "cuda", "cuda-served", "cuda-training")
+"""Parts that only run when they are named: the first installs gigabytes, the others need a GPU."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"measuring: {part}")
         try:
             measured = _measure(part, model, images, options)
-        except (FrameworkError, DeviceError, served.Missing) as error:
+        except (FrameworkError, DeviceError, TrainingError, served.Missing) as error:
             parser.exit(1, f"{part} was not measured: {error}\n")
         if part == "cuda":
             wrong = cuda.failures(measured)
@@ -68,6 +69,8 @@ def _measure(part: str, model: Path, images: served.Images, options: argparse.Na
         "loop": lambda: loop.run(model, options.seconds),
         "frameworks": lambda: comparison.run(model, options.seconds, options.threads, options.rounds),
         "cuda": lambda: cuda.run(model, options.seconds),
+        "cuda-served": lambda: workers.run(model, options.seconds, options.rounds),
+        "cuda-training": lambda: training_step.run(options.seconds, options.threads, device_name="cuda"),
     }
     return parts[part]()
 

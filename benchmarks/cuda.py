@@ -1,14 +1,14 @@
 """CUDA, checked and measured as the service runs it.
 
-The provider of every node, the answers beside the CPU's, images per second by batch size, and the device's
-memory before and after every shape.
+The provider of every node, the answers beside the CPU's, images per second by batch size, the device's
+memory before and after every shape, and what its kernels take.
 """
 
 import json
 import shutil
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import take_turns
+from service.binding import BoundSession, fetched
 from service.engine import BOUND, Graphs, bring_together
 from service.manifest import Graph, Manifest, Precision, read_manifest
 from service.sessions import Session, UsedDevice, buckets, cuda_options, open_session, warm_up
@@ -28,27 +31,38 @@ from service.settings import Settings
 Options = Mapping[str, str]
 
 GRAPHS: Options = {"enable_cuda_graph": "1"}
+NHWC: Options = {"prefer_nhwc": "1"}
 FORMS: dict[str, tuple[Precision, Options, float]] = {
     "fp32": ("fp32", {}, 1e-4),
     "fp32, CUDA graphs": ("fp32", GRAPHS, 1e-4),
-    "fp32, NHWC": ("fp32", {"prefer_nhwc": "1"}, 1e-4),
+    "fp32, NHWC": ("fp32", NHWC, 1e-4),
     "fp32, TF32": ("fp32", {"use_tf32": "1"}, 2e-3),
     "fp16": ("fp16", {}, 2e-3),
     "fp16, CUDA graphs": ("fp16", GRAPHS, 2e-3),
-    "fp16, NHWC": ("fp16", {"prefer_nhwc": "1"}, 2e-3),
+    "fp16, NHWC": ("fp16", NHWC, 2e-3),
+    "fp16, NHWC, CUDA graphs": ("fp16", {**NHWC, **GRAPHS}, 2e-3),
     "fp16, heuristic search": ("fp16", {"cudnn_conv_algo_search": "HEURISTIC"}, 2e-3),
 }
 """What differs from the service's options, and how far any output may be from fp32 on the CPU."""
+OFFLINE = (256, 512, 1024, 2048)
+"""Batches for the encoder alone, beyond what the service gathers."""
+PROFILED_RUNS = 10
 
 
 def run(
-    model: Path, seconds: float, max_batch: int = 256, device: UsedDevice = "cuda", threads: int = 1
+    model: Path,
+    seconds: float,
+    max_batch: int = 256,
+    device: UsedDevice = "cuda",
+    threads: int = 1,
+    offline: tuple[int, ...] = OFFLINE,
 ) -> dict[str, Any]:
     """Every form of `FORMS` that the model has.
 
     Args:
         seconds: for each batch size.
         device: `cpu` takes the same path without a GPU, to try it out.
+        offline: batch sizes for the encoder alone.
 
     Raises:
         DeviceError: CUDA is not in use.
@@ -90,7 +104,63 @@ def run(
         speeds.append(
             {"batch": rows, "images_per_second": {name: rows / median for name, median in medians.items()}}
         )
-    return {"device": _smi("name") or device, "forms": forms, "rows": speeds}
+    opened.clear()
+    return {
+        "device": _smi("name") or device,
+        "driver": _smi("driver_version"),
+        "forms": forms,
+        "rows": speeds,
+        **_alone(model, manifest, offline, seconds, device, threads),
+    }
+
+
+def _alone(
+    model: Path,
+    manifest: Manifest,
+    batches: tuple[int, ...],
+    seconds: float,
+    device: UsedDevice,
+    threads: int,
+) -> dict[str, Any]:
+    """The encoder by itself: images a second, bytes in and capsules out, and its kernels."""
+    encoders: dict[str, BoundSession] = {}
+    for name, (precision, changes, _) in FORMS.items():
+        graph = manifest.encoder_in(precision)
+        if graph is not None:
+            session = _session(model, graph, precision, changes, device, threads)
+            encoders[name] = BoundSession(session, graph, max(batches))
+    images = sevens(max(batches), manifest.image_shape)
+    rows = []
+    for batch in batches:
+        medians = take_turns(
+            {name: partial(_encode, encoder, images[:batch]) for name, encoder in encoders.items()}, seconds
+        )
+        rows.append(
+            {"batch": batch, "images_per_second": {n: batch / median for n, median in medians.items()}}
+        )
+    profiled = batches[-1]
+    kernels = {name: _kernels(encoder, images[:profiled]) for name, encoder in encoders.items()}
+    return {"offline": rows, "profiled_batch": profiled, "kernels": kernels}
+
+
+def _encode(encoder: BoundSession, images: NDArray[np.uint8]) -> None:
+    for value in encoder.run(images):
+        fetched(value)
+
+
+def _kernels(encoder: BoundSession, images: NDArray[np.uint8]) -> dict[str, float]:
+    """Microseconds that the device spends on a batch, by kernel and copy; nothing without CUDA."""
+    if not torch.cuda.is_available():
+        return {}
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(PROFILED_RUNS):
+            _encode(encoder, images)
+        torch.cuda.synchronize()
+    spent: dict[str, float] = defaultdict(float)
+    for event in found.key_averages():
+        spent[event.key] += event.self_device_time_total / PROFILED_RUNS
+    return {name: time for name, time in sorted(spent.items(), key=lambda item: -item[1]) if time > 0}
 
 
 def failures(part: Mapping[str, Any]) -> list[str]:
@@ -112,9 +182,13 @@ def failures(part: Mapping[str, Any]) -> list[str]:
 
 def markdown(part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> str:
     forms = part["forms"]
-    speeds = [
-        [row["batch"], *(f"{row['images_per_second'][name]:.0f}" for name in forms)] for row in part["rows"]
-    ]
+
+    def speeds(rows: list[Any]) -> str:
+        cells = [
+            [row["batch"], *(f"{row['images_per_second'][name]:,.0f}" for name in forms)] for row in rows
+        ]
+        return table(["batch", *forms], cells)
+
     checks = [
         [
             name,
@@ -128,18 +202,46 @@ def markdown(part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]
     memory = list(next(iter(forms.values()))["memory_mib"])
     return "\n".join(
         [
-            f"## CUDA ({part['device']})",
+            f"## CUDA ({part['device']}, driver {part['driver']})",
             "",
-            "Predictions with reconstruction from bound buffers, images per second by bucket.",
+            "The encoder alone, bytes in and capsules out through bound buffers, images per second.",
             "",
-            table(["batch", *forms], speeds),
+            speeds(part["offline"]),
+            "",
+            "Predictions with reconstruction as the service makes them, images per second by bucket.",
+            "",
+            speeds(part["rows"]),
             "",
             "Where the encoder's nodes ran; the largest difference of any output from fp32 on the CPU, over "
             "every batch size up to the largest; and the device's memory in MiB.",
             "",
             table(["form", "nodes", "difference", "allowed", *memory], checks),
+            *_slowest(part, table),
         ]
     )
+
+
+def _slowest(
+    part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]]], str], most: int = 12
+) -> list[str]:
+    """The kernels that take the longest, of each form that was profiled."""
+    lines = []
+    for name, kernels in part["kernels"].items():
+        if not kernels:
+            continue
+        whole = sum(kernels.values())
+        rows = [
+            [f"`{kernel[:90]}`", f"{1000 * time / part['profiled_batch']:.0f}", f"{time / whole:.0%}"]
+            for kernel, time in list(kernels.items())[:most]
+        ]
+        lines += [
+            "",
+            f"### {name}: {1000 * whole / part['profiled_batch']:.0f} ns of the device for an image, "
+            f"in batches of {part['profiled_batch']}",
+            "",
+            table(["kernel or copy", "ns an image", "share"], rows),
+        ]
+    return lines
 
 
 def sevens(count: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -164,14 +266,18 @@ def _open(
 ) -> Graphs:
     """As the engine opens it, with other options of the provider."""
 
-    def opened(graph: Graph, arithmetic: Precision) -> Session:
-        options = {**cuda_options(Settings(), arithmetic), **changes}
-        return open_session(model / graph.file, graph, device=device, threads=threads, cuda=options)
-
-    encoder = opened(manifest.encoder_in(precision) or manifest.encoder, precision)
-    decoder = opened(manifest.decoder, "fp32")
+    graph = manifest.encoder_in(precision) or manifest.encoder
+    encoder = _session(model, graph, precision, changes, device, threads)
+    decoder = _session(model, manifest.decoder, "fp32", changes, device, threads)
     devices = BOUND | {device} if bound else frozenset[UsedDevice]()
     return bring_together(manifest, precision, encoder, decoder, (max_batch, max_batch), devices)
+
+
+def _session(
+    model: Path, graph: Graph, precision: Precision, changes: Options, device: UsedDevice, threads: int
+) -> Session:
+    options = {**cuda_options(Settings(), precision), **changes}
+    return open_session(model / graph.file, graph, device=device, threads=threads, cuda=options)
 
 
 def _nodes(

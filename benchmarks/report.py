@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import cuda, loop, served
+from benchmarks import cuda, loop, served, workers
 from benchmarks.frameworks import comparison
 from benchmarks.through_openvino import ABSENT
 
@@ -38,6 +38,8 @@ def markdown(measured: dict[str, Any]) -> str:
         "frameworks": partial(comparison.markdown, table=_table),
         "loop": partial(loop.markdown, table=_table),
         "cuda": partial(cuda.markdown, table=_table),
+        "cuda-served": partial(workers.markdown, table=_table),
+        "cuda-training": _training,
     }
     texts = [make(measured[name]) for name, make in parts.items() if name in measured]
     return (
@@ -105,7 +107,7 @@ def _training(part: dict[str, Any]) -> str:
         rows.append([arithmetic, f"{step:.0f}", f"{alone:.0f}", f"{step / alone:.2f}", f"{peak:.0f}"])
     return "\n".join(
         [
-            f"## A training step (batch {part['batch']}, {part['threads']} threads, {part['machine']})",
+            f"## A training step (batch {part['batch']}, {_where(part)})",
             "",
             "Shifts, network, losses, gradients and Adam, beside forward and backward of the two "
             "convolutions alone.",
@@ -116,6 +118,12 @@ def _training(part: dict[str, Any]) -> str:
             ),
         ]
     )
+
+
+def _where(part: dict[str, Any]) -> str:
+    """The processor that trained, or the GPU."""
+    device = part.get("device", "cpu")
+    return f"{part['threads']} threads, {part['machine']}" if device == "cpu" else str(device)
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

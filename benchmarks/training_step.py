@@ -15,54 +15,79 @@ from training.config import ModelConfig, TrainConfig
 from training.data import random_shift
 from training.model import CapsNet, scale
 from training.precision import convolutions_in
-from training.train import losses
+from training.train import losses, resolve_device
 
 BATCH = 128
 ARITHMETICS = ("fp32", "bf16")
+AT_ONCE = 20
+"""Steps between two waits for a GPU, which training does not wait for either."""
 
 
 def run(
-    seconds: float, threads: int, config: ModelConfig | None = None, batch: int = BATCH
+    seconds: float,
+    threads: int,
+    config: ModelConfig | None = None,
+    batch: int = BATCH,
+    device_name: str = "cpu",
 ) -> dict[str, Any]:
-    """Images per second of each, and MiB at the peak of a process that does nothing but steps."""
+    """Images per second of each, and MiB at the peak of a process that does nothing but steps.
+
+    On a GPU the peak is of the memory that PyTorch's tensors take there.
+    """
     torch.set_num_threads(threads)
+    device = resolve_device(device_name)
     config = config or ModelConfig(classes=tuple("0123456789"))
     tasks = {}
     for arithmetic in ARITHMETICS:
-        network = _network(config)
-        tasks[f"step, {arithmetic}"] = _step(network, arithmetic, batch)
-        tasks[f"the two convolutions alone, {arithmetic}"] = _convolutions(network, arithmetic, batch)
-    medians = take_turns(tasks, seconds)
+        network = _network(config, device)
+        tasks[f"step, {arithmetic}"] = _step(network, arithmetic, batch, device)
+        tasks[f"the two convolutions alone, {arithmetic}"] = _convolutions(network, arithmetic, batch, device)
+    at_once = 1 if device.type == "cpu" else AT_ONCE
+    medians = take_turns({name: _repeated(task, at_once, device) for name, task in tasks.items()}, seconds)
     context = multiprocessing.get_context("spawn")  # a process of its own, or the peak would be this one's
     peaks = {}
     for arithmetic in ARITHMETICS:
         with context.Pool(1) as pool:
-            peaks[arithmetic] = pool.apply(_peak, (arithmetic, threads, config, batch))
+            peaks[arithmetic] = pool.apply(_peak, (arithmetic, threads, config, batch, device_name))
     return {
         "batch": batch,
         "threads": threads,
-        "images_per_second": {name: batch / median for name, median in medians.items()},
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "images_per_second": {name: at_once * batch / median for name, median in medians.items()},
         "peak_mib": peaks,
     }
 
 
-def _network(config: ModelConfig) -> CapsNet:
-    network = CapsNet(config)
+def _repeated(task: Callable[[], object], times: int, device: torch.device) -> Callable[[], None]:
+    """`task` so many times, and then a wait for the device."""
+
+    def run() -> None:
+        for _ in range(times):
+            task()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return run
+
+
+def _network(config: ModelConfig, device: torch.device) -> CapsNet:
+    network = CapsNet(config).to(device)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in its types
     return network
 
 
-def _images(config: ModelConfig, batch: int) -> torch.Tensor:
-    return torch.randint(0, 256, (batch, *config.image_shape), dtype=torch.uint8)
+def _images(config: ModelConfig, batch: int, device: torch.device) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, *config.image_shape), dtype=torch.uint8, device=device)
 
 
-def _step(network: CapsNet, arithmetic: str, batch: int) -> Callable[[], object]:
+def _step(network: CapsNet, arithmetic: str, batch: int, device: torch.device) -> Callable[[], object]:
     config = TrainConfig()
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
-    images, labels = _images(network.config, batch), torch.arange(batch) % len(network.config.classes)
-    generator = torch.Generator()
+    images = _images(network.config, batch, device)
+    labels = torch.arange(batch, device=device) % len(network.config.classes)
+    generator = torch.Generator(device)
 
     def step() -> None:
         with convolutions_in(network, arithmetic):
@@ -75,9 +100,11 @@ def _step(network: CapsNet, arithmetic: str, batch: int) -> Callable[[], object]
     return step
 
 
-def _convolutions(network: CapsNet, arithmetic: str, batch: int) -> Callable[[], object]:
+def _convolutions(
+    network: CapsNet, arithmetic: str, batch: int, device: torch.device
+) -> Callable[[], object]:
     first, second = network.encoder.conv, network.encoder.primary_capsules.conv
-    x = scale(_images(network.config, batch)).unsqueeze(1)
+    x = scale(_images(network.config, batch, device)).unsqueeze(1)
 
     def forward_and_backward() -> None:
         with convolutions_in(network, arithmetic):
@@ -86,11 +113,14 @@ def _convolutions(network: CapsNet, arithmetic: str, batch: int) -> Callable[[],
     return forward_and_backward
 
 
-def _peak(arithmetic: str, threads: int, config: ModelConfig, batch: int) -> float:
+def _peak(arithmetic: str, threads: int, config: ModelConfig, batch: int, device_name: str) -> float:
     torch.set_num_threads(threads)
-    step = _step(_network(config), arithmetic, batch)
+    device = resolve_device(device_name)
+    step = _step(_network(config, device), arithmetic, batch, device)
     for _ in range(3):
         step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     # Not getrusage's figure: that one is handed down from the parent process.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) / 1024  # KiB

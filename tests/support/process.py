@@ -92,7 +92,7 @@ def served(
     try:
         for line in process.stderr:
             log.append(line)
-            if found := re.search(r"serving on http://127\.0\.0\.1:(\d+) \((?:cpu|\d+ workers)\)", line):
+            if found := re.search(r"serving on http://127\.0\.0\.1:(\d+) \((?:cpu|cuda|\d+ workers)\)", line):
                 break
         else:
             raise AssertionError("the process did not start:\n" + "".join(log))

@@ -15,7 +15,7 @@ MODEL = command.newest(ROOT / "models" / "mnist")
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    return cuda.run(MODEL, 0, max_batch=3, device="cpu")
+    return cuda.run(MODEL, 0, max_batch=3, device="cpu", offline=(1, 2))
 
 
 def test_every_form_is_checked_and_measured(measured: dict[str, Any], tmp_path: Path) -> None:
