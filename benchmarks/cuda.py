@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.timing import take_turns
 from service.binding import BoundSession, fetched
 from service.engine import BOUND, Graphs, bring_together
+from service.errors import DeviceError
 from service.manifest import Graph, Manifest, Precision, read_manifest
 from service.sessions import Session, UsedDevice, buckets, cuda_options, open_session, warm_up
 from service.settings import Settings
@@ -74,18 +75,25 @@ def run(
         (images, drawn)
     )
     forms: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     opened: dict[str, Graphs] = {}
     for name, (precision, changes, tolerance) in FORMS.items():
         if manifest.encoder_in(precision) is None:
             continue
         memory = {"before": _used_mib()}
-        graphs = _open(model, manifest, precision, changes, max_batch, device, threads)
-        warm_up(graphs.encoder, manifest.encoder, max_batch)
-        warm_up(graphs.drawer, manifest.decoder, max_batch)
-        memory["warmed up"] = _used_mib()
-        difference = 0.0
-        for rows in range(1, max_batch + 1):
-            difference = max(difference, _difference(graphs, images[:rows], expected))
+        try:
+            graphs = _open(model, manifest, precision, changes, max_batch, device, threads)
+            warm_up(graphs.encoder, manifest.encoder, max_batch)
+            warm_up(graphs.drawer, manifest.decoder, max_batch)
+            memory["warmed up"] = _used_mib()
+            difference = 0.0
+            for rows in range(1, max_batch + 1):
+                difference = max(difference, _difference(graphs, images[:rows], expected))
+        except DeviceError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions share no base but this
+            failed[name] = str(error)[:200]
+            continue
         memory["after every size"] = _used_mib()
         opened[name] = graphs
         forms[name] = {
@@ -109,14 +117,16 @@ def run(
         "device": _smi("name") or device,
         "driver": _smi("driver_version"),
         "forms": forms,
+        "failed": failed,
         "rows": speeds,
-        **_alone(model, manifest, offline, seconds, device, threads),
+        **_alone(model, manifest, forms, offline, seconds, device, threads),
     }
 
 
 def _alone(
     model: Path,
     manifest: Manifest,
+    forms: Collection[str],
     batches: tuple[int, ...],
     seconds: float,
     device: UsedDevice,
@@ -126,7 +136,7 @@ def _alone(
     encoders: dict[str, BoundSession] = {}
     for name, (precision, changes, _) in FORMS.items():
         graph = manifest.encoder_in(precision)
-        if graph is not None:
+        if graph is not None and name in forms:
             session = _session(model, graph, precision, changes, device, threads)
             encoders[name] = BoundSession(session, graph, max(batches))
     images = sevens(max(batches), manifest.image_shape)
@@ -165,7 +175,7 @@ def _kernels(encoder: BoundSession, images: NDArray[np.uint8]) -> dict[str, floa
 
 def failures(part: Mapping[str, Any]) -> list[str]:
     """What a run found wrong, a sentence each."""
-    found = []
+    found = [f"{name} failed: {error}" for name, error in part["failed"].items()]
     for name, form in part["forms"].items():
         if not form["difference"] <= form["tolerance"]:
             found.append(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.timing import take_turns
+from training.captured import WARM_UP, CapturedStep
 from training.compose import Batch
 from training.config import ModelConfig, TrainConfig
 from training.data import random_shift
@@ -84,18 +85,25 @@ def _images(config: ModelConfig, batch: int, device: torch.device) -> torch.Tens
 
 def _step(network: CapsNet, arithmetic: str, batch: int, device: torch.device) -> Callable[[], object]:
     config = TrainConfig()
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True, capturable=on_gpu)
     images = _images(network.config, batch, device)
     labels = torch.arange(batch, device=device) % len(network.config.classes)
     generator = torch.Generator(device)
 
+    def update(seen: Batch, _whole: int) -> tuple[torch.Tensor, ...]:
+        _, margin, reconstruction = losses(network, seen)
+        optimizer.zero_grad()
+        (margin + config.reconstruction_weight * reconstruction).mean().backward()
+        optimizer.step()
+        return ()
+
+    learn = CapturedStep(update) if on_gpu else update
+
     def step() -> None:
         with convolutions_in(network, arithmetic):
             shifted = random_shift(images, config.max_shift, generator)
-            _, margin, reconstruction = losses(network, Batch(shifted, labels, shifted))
-            optimizer.zero_grad()
-            (margin + config.reconstruction_weight * reconstruction).mean().backward()
-            optimizer.step()
+            learn(Batch(shifted, labels, shifted), batch)
 
     return step
 
@@ -117,7 +125,7 @@ def _peak(arithmetic: str, threads: int, config: ModelConfig, batch: int, device
     torch.set_num_threads(threads)
     device = resolve_device(device_name)
     step = _step(_network(config, device), arithmetic, batch, device)
-    for _ in range(3):
+    for _ in range(WARM_UP + 2):
         step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

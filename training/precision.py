@@ -19,6 +19,10 @@ def resolve_precision(name: Precision, device: torch.device) -> Literal["fp32", 
     return "bf16" if device.type == "cuda" else "fp32"
 
 
+ALIGNED = 8
+"""Numbers of 16 bits that matrices on a GPU should have a multiple of in a row."""
+
+
 @contextmanager
 def convolutions_in(network: nn.Module, arithmetic: str) -> Iterator[None]:
     """Run the convolutions of `network` in `arithmetic`; everything else stays in fp32."""
@@ -31,7 +35,7 @@ def convolutions_in(network: nn.Module, arithmetic: str) -> Iterator[None]:
         module for module in network.modules() if isinstance(module, nn.Conv2d) and module.groups == 1
     ]
     for conv in convolutions:
-        forward = _on_cpu(conv) if on_cpu else torch.autocast("cuda", torch.bfloat16)(conv.forward)
+        forward = _on_cpu(conv) if on_cpu else _on_gpu(conv)
         conv.forward = forward  # type: ignore[assignment, method-assign] # hides the class's method, for a while
     try:
         yield
@@ -47,6 +51,28 @@ def _on_cpu(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
         if conv.padding != (0, 0):
             x = F.pad(x, (columns, columns, rows, rows))
         return Bf16Convolution.apply(x, conv.weight, conv.bias, conv.stride)  # type: ignore[no-any-return, no-untyped-call] # torch's
+
+    return forward
+
+
+def _on_gpu(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
+    if conv.in_channels > 1:
+        return torch.autocast("cuda", torch.bfloat16)(conv.forward)  # type: ignore[no-any-return] # torch's
+    return as_product(conv)
+
+
+def as_product(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
+    """The convolution of a single channel in bf16 as a product of matrices: cuDNN has no fast one."""
+
+    def forward(x: Tensor) -> Tensor:
+        rows, columns = (int(pixels) for pixels in conv.padding)
+        height, width = conv.kernel_size
+        x = F.pad(x.squeeze(1).bfloat16(), (columns, columns, rows, rows))
+        patches = x.unfold(1, height, conv.stride[0]).unfold(2, width, conv.stride[1]).flatten(3)
+        more = -patches.shape[-1] % ALIGNED
+        patches, weight = F.pad(patches, (0, more)), F.pad(conv.weight.flatten(1).bfloat16(), (0, more))
+        bias = None if conv.bias is None else conv.bias.bfloat16()
+        return F.linear(patches, weight, bias).permute(0, 3, 1, 2)  # whose channels lie side by side
 
     return forward
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from training import checkpoint as checkpoints
 from training.baseline import BaselineCNN
+from training.captured import CapturedStep, Step
 from training.checkpoint import Checkpoint
 from training.compose import Batch, Compose, as_seen, composer
 from training.config import ModelConfig, TrainConfig
@@ -139,7 +140,10 @@ def _network(
     for module in network.modules():
         if isinstance(module, nn.Conv2d):  # and nothing else: other weights with four axes are no images
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in its types
-    return network, torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
+    on_gpu = device.type == "cuda"
+    # A captured step reads the rate where it lies.
+    rate = torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate
+    return network, torch.optim.Adam(network.parameters(), lr=rate, fused=True, capturable=on_gpu)
 
 
 def _resume(run: _Run, path: Path, new: Checkpoint) -> Checkpoint:
@@ -152,7 +156,10 @@ def _resume(run: _Run, path: Path, new: Checkpoint) -> Checkpoint:
     for name in ("dataset", "start"):
         checkpoints.require_same(path, {name: getattr(saved, name)}, {name: getattr(new, name)})
     run.network.load_state_dict(saved.model)
+    rates = [group["lr"] for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(saved.optimizer)
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate  # which each step sets
     for name, generator in run.generators.items():
         generator.set_state(saved.generators[name])
     if run.team.first:
@@ -194,13 +201,16 @@ def _train_epochs(
     device = next(network.parameters()).device
     training = replace(training, images=training.images.to(device), labels=training.labels.to(device))
     compose = composer(training, config.max_shift, strong=config.augmentation == "strong")
-    joined = run.team.join(network)
+    totals = torch.zeros(3, device=device)  # classification loss, reconstruction loss, mistakes
+    update = _update(run, run.team.join(network), totals)
+    if device.type == "cuda" and run.team.count == 1:
+        update = CapturedStep(update)
     steps = math.ceil(len(training) / config.batch_size)
     board = SummaryWriter(path.parent, purge_step=state.epoch * steps) if run.team.first else None
     try:
         for epoch in range(state.epoch, config.epochs):
             began = time.monotonic()
-            row = _train_epoch(run, joined, compose, len(training), epoch, board)
+            row = _train_epoch(run, update, totals, compose, len(training), epoch, board)
             row["seconds"] = time.monotonic() - began
             if board is None:
                 continue
@@ -221,19 +231,48 @@ def _train_epochs(
             board.close()
 
 
+def _update(run: _Run, joined: nn.Module, totals: Tensor) -> Step:
+    """One step of the optimizer, by this process's part of a batch of so many images.
+
+    It adds to `totals`, and gives the loss, and the mean of either part of it.
+    """
+    optimizer, config, team = run.optimizer, run.config, run.team
+
+    def update(batch: Batch, whole: int) -> tuple[Tensor, Tensor, Tensor]:
+        scores, margin, reconstruction = losses(joined, batch)
+        total = margin + config.reconstruction_weight * reconstruction
+        # The mean over the whole batch: the gradients of the processes will be averaged.
+        loss = total.sum() / whole * team.count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            mistakes = mistaken(named(scores, batch.labels), batch.labels).sum()
+            totals.add_(torch.stack([margin.sum(), reconstruction.sum(), mistakes]))
+            return loss.detach(), margin.mean(), reconstruction.mean()
+
+    return update
+
+
 def _train_epoch(
-    run: _Run, joined: nn.Module, compose: Compose, images: int, epoch: int, board: SummaryWriter | None
+    run: _Run,
+    update: Step,
+    totals: Tensor,
+    compose: Compose,
+    images: int,
+    epoch: int,
+    board: SummaryWriter | None,
 ) -> dict[str, float]:
     """One pass over the images in random order; returns the mean losses and the training error.
 
     Every process draws the whole batch, so that each sees the same random numbers as a single one would, and
     goes on with its part.
     """
-    network, optimizer, config, team = run.network, run.optimizer, run.config, run.team
+    network, config, team = run.network, run.config, run.team
     device = next(network.parameters()).device
     steps = math.ceil(images / config.batch_size)
     order = torch.randperm(images, generator=run.generators["order"]).to(device)
-    totals = torch.zeros(3, device=device)  # classification loss, reconstruction loss, mistakes
+    totals.zero_()
     network.train()
     with (
         convolutions_in(network, config.precision),
@@ -245,30 +284,21 @@ def _train_epoch(
         ) as bar,
     ):
         for step, indices in enumerate(bar, start=epoch * steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate_at(step, steps * config.epochs)
+            rate = config.learning_rate_at(step, steps * config.epochs)
+            _set_rate(run.optimizer, rate)
             batch = compose(indices, run.generators["shift"]).part(team.part(len(indices)))
             if isinstance(network, BaselineCNN):  # dropout draws from a generator that is not saved
                 torch.manual_seed(((config.seed * 1_000_003 + step) * team.count + team.rank) % 2**64)
-            scores, margin, reconstruction = losses(joined, batch)
-            # The mean over the whole batch: the gradients of the processes will be averaged.
-            total = (margin + config.reconstruction_weight * reconstruction).sum()
-            loss = total / len(indices) * team.count
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                mistakes = mistaken(named(scores, batch.labels), batch.labels).sum()
-                totals += torch.stack([margin.sum(), reconstruction.sum(), mistakes])
+            loss, margin, reconstruction = update(batch, len(indices))
             if step % LOG_EVERY == 0:
                 value = loss.item()
                 _require_finite(value, step, config)
                 bar.set_postfix(loss=f"{value:.4f}")
                 if board is not None:
                     board.add_scalar("loss/total", value, step)
-                    board.add_scalar(f"loss/{classification(network)}", margin.mean(), step)
-                    board.add_scalar("loss/reconstruction", reconstruction.mean(), step)
-                    board.add_scalar("learning_rate", optimizer.param_groups[0]["lr"], step)
+                    board.add_scalar(f"loss/{classification(network)}", margin, step)
+                    board.add_scalar("loss/reconstruction", reconstruction, step)
+                    board.add_scalar("learning_rate", rate, step)
     margin_mean, reconstruction_mean, error = (team.add(totals) / images).tolist()
     # Nothing that is not a number may reach the checkpoint, which would keep it for ever.
     weights = sum(parameter.detach().sum().item() for parameter in network.parameters())
@@ -278,6 +308,14 @@ def _train_epoch(
         "reconstruction_loss": reconstruction_mean,
         "training_error": 100 * error,
     }
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def classification(network: Network) -> str:

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.config import ModelConfig
 from training.model import CapsNet
-from training.precision import Bf16Convolution, convolutions_in, resolve_precision
+from training.precision import Bf16Convolution, as_product, convolutions_in, resolve_precision
 from training.predictor import TorchPredictor
 
 
@@ -73,3 +73,19 @@ def test_auto_precision() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert [resolve_precision("auto", device) for device in (cpu, cuda)] == ["fp32", "bf16"]
     assert [resolve_precision("bf16", cpu), resolve_precision("fp32", cuda)] == ["bf16", "fp32"]
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_single_channel_as_a_product(padding: int) -> None:
+    """The product that stands for a GPU's convolution of one channel gives it and its gradients, in bf16."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 6, 5, stride=2, padding=padding)
+    x = torch.rand(3, 1, 14, 11)
+    found = as_product(conv)(x)
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.float(), conv(x), atol=2e-2, rtol=2e-2)
+    gradients = torch.autograd.grad(found.float().sum(), list(conv.parameters()))
+    expected = torch.autograd.grad(conv(x).sum(), list(conv.parameters()))
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=2e-1, rtol=2e-2)
