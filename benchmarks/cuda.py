@@ -32,17 +32,13 @@ from service.settings import Settings
 Options = Mapping[str, str]
 
 GRAPHS: Options = {"enable_cuda_graph": "1"}
-NHWC: Options = {"prefer_nhwc": "1"}
 FORMS: dict[str, tuple[Precision, Options, float]] = {
     "fp32": ("fp32", {}, 1e-4),
     "fp32, CUDA graphs": ("fp32", GRAPHS, 1e-4),
-    "fp32, NHWC": ("fp32", NHWC, 1e-4),
-    "fp32, TF32": ("fp32", {"use_tf32": "1"}, 2e-3),
+    "fp32, NHWC, fused bias": ("fp32", {"prefer_nhwc": "1", "fuse_conv_bias": "1"}, 1e-4),
     "fp16": ("fp16", {}, 2e-3),
     "fp16, CUDA graphs": ("fp16", GRAPHS, 2e-3),
-    "fp16, NHWC": ("fp16", NHWC, 2e-3),
-    "fp16, NHWC, CUDA graphs": ("fp16", {**NHWC, **GRAPHS}, 2e-3),
-    "fp16, heuristic search": ("fp16", {"cudnn_conv_algo_search": "HEURISTIC"}, 2e-3),
+    "fp16, NCHW, bias apart": ("fp16", {"prefer_nhwc": "0", "fuse_conv_bias": "0"}, 2e-3),
 }
 """What differs from the service's options, and how far any output may be from fp32 on the CPU."""
 OFFLINE = (256, 512, 1024, 2048)

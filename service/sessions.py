@@ -144,6 +144,9 @@ def cuda_options(settings: Settings, precision: Precision) -> dict[str, str]:
         "use_tf32": "1" if precision == "fp16" else "0",
         "enable_cuda_graph": "1" if settings.cuda_graphs else "0",
     }
+    if precision == "fp16":
+        # Kernels for half precision want channels innermost, and add the bias themselves.
+        options |= {"prefer_nhwc": "1", "fuse_conv_bias": "1"}
     if settings.cuda_memory is not None:
         options["gpu_mem_limit"] = str(settings.cuda_memory)
     return options

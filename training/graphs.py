@@ -1,4 +1,4 @@
-"""The encoder as ONNX operators, written for ONNX Runtime's speed; `model.py` is the same to read.
+"""The encoder as ONNX operators, written for ONNX Runtime's speed on a CPU; `model.py` is the same to read.
 
 What is computed is the same as there, and export compares the two. What differs is the order of the axes, so
 that no intermediate value is ever transposed: the channels of the second convolution are ordered dimension
@@ -27,7 +27,7 @@ from training.config import ModelConfig
 from training.model import EPSILON, CapsNet, as_channels
 
 OPSET = 20
-Arithmetic = Literal["fp32", "fp16", "int8"]
+Arithmetic = Literal["fp32", "int8"]
 """Of the convolutions; capsules and routing are always computed in single precision."""
 FEW = 4
 """Images up to which storing u_hat is faster on a CPU; measured, see docs/decisions/0020."""
@@ -78,11 +78,10 @@ def encoder_graph(
         if ranges is None:
             raise ValueError("int8 takes the ranges that the convolutions' values have")
         u = graph.primary_capsules(graph.int8_convolutions(ranges))
-        # CUDA, which the others are for as well, cannot capture a branch.
+        # CUDA, which fp32 is for as well, cannot capture a branch.
         v = graph.route(u) if network.config.shared_weights else graph.route_by_size(u)
     else:
-        element = TensorProto.FLOAT if arithmetic == "fp32" else TensorProto.FLOAT16
-        v = graph.route(graph.primary_capsules(graph.convolutions(element)))
+        v = graph.route(graph.primary_capsules(graph.convolutions()))
     graph.finish(v)
     return graph.model()
 
@@ -140,29 +139,22 @@ class EncoderGraph:
         values = self.op("Transpose", values, perm=[1, 0, *range(2, 2 + len(rest))])
         return self.op("Reshape", values, self.axes(groups * dimensions, *rest))
 
-    def convolutions(self, element: int) -> str:
-        """Both convolutions, (B, I * G, rows, columns) in single precision."""
+    def convolutions(self) -> str:
+        """Both convolutions, (B, I * G, rows, columns)."""
         config, kernel = self.config, self.config.kernel_size
         x = self.op(
             "Mul", self.op("Cast", "images", to=TensorProto.FLOAT), self.constant(np.float32(1 / 255))
         )
-        if element != TensorProto.FLOAT:
-            x = self.op("Cast", x, to=element)
         x = self.op(
-            "Conv",
-            self.planes(x),
-            self.weight("encoder.conv.weight", element),
-            self.weight("encoder.conv.bias", element),
+            "Conv", self.planes(x), self.weight("encoder.conv.weight"), self.weight("encoder.conv.bias")
         )
         x = self.op("Relu", x)
-        name = PRIMARY
-        weight = self.weight(f"{name}.weight", element)
+        weight = self.weight(f"{PRIMARY}.weight")
         if self.votes != 1:
-            weight = self.op("Mul", weight, self.op("Cast", self.constant(self.votes), to=element))
+            weight = self.op("Mul", weight, self.constant(self.votes))
         weight = self.by_dimension(weight, config.conv_channels, kernel, kernel)
-        bias = self.by_dimension(self.weight(f"{name}.bias", element))
-        x = self.op("Conv", x, weight, bias, strides=[2, 2])
-        return x if element == TensorProto.FLOAT else self.op("Cast", x, to=TensorProto.FLOAT)
+        bias = self.by_dimension(self.weight(f"{PRIMARY}.bias"))
+        return self.op("Conv", x, weight, bias, strides=[2, 2])
 
     def int8_convolutions(self, ranges: Ranges) -> str:
         """The same on bytes with 7-bit weights, each output channel on its own scale, summed in 32 bits.
@@ -228,9 +220,12 @@ class EncoderGraph:
 
     def squash(self, s: str, axis: int) -> str:
         squared = self.op("ReduceSum", self.op("Mul", s, s), self.axes(axis), keepdims=1)
+        return self.op("Mul", s, self.squash_factor(squared))
+
+    def squash_factor(self, squared: str) -> str:
+        """What squashing multiplies a vector with, of its squared length."""
         root = self.op("Sqrt", self.op("Add", squared, self.constant(np.float32(EPSILON), "epsilon")))
-        factor = self.op("Div", root, self.op("Add", squared, self.constant(np.float32(1), "one")))
-        return self.op("Mul", s, factor)
+        return self.op("Div", root, self.op("Add", squared, self.constant(np.float32(1), "one")))
 
     def route(self, u: str) -> str:
         """Routing by agreement of u (B, I, N) to v (K, B, D), without u_hat, as `CapsuleLayer` has it.
@@ -240,11 +235,12 @@ class EncoderGraph:
         """
         return self.route_without_u_hat(u, *self.matrices())
 
-    def matrices(self) -> tuple[str, str]:
+    def matrices(self, element: int = TensorProto.FLOAT) -> tuple[str, str]:
         """The transformation matrices class by class, (K, I * G, D), and the same transposed."""
         config = self.config
         groups = config.primary_groups if config.shared_weights else config.primary_count
-        weight = self.op("Transpose", self.weight("encoder.digit_capsules.weight"), perm=[0, 2, 1, 3])
+        weight = self.weight("encoder.digit_capsules.weight", element)
+        weight = self.op("Transpose", weight, perm=[0, 2, 1, 3])
         shape = len(config.classes), config.primary_dimensions * groups, config.digit_dimensions
         weight = self.op("Reshape", weight, self.axes(*shape))
         return weight, self.op("Transpose", weight, perm=[0, 2, 1])

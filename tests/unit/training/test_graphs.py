@@ -6,13 +6,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import numpy_helper
 
 from training.config import ModelConfig
 from training.export import round_to_half
+from training.gpu_graph import fits_half, gpu_encoder_graph
 from training.graphs import (
     FEW,
-    Arithmetic,
     EncoderGraph,
     encoder_graph,
     measure_ranges,
@@ -27,6 +27,15 @@ NUMBER_OF_IMAGES = 5
 def images(model_config: ModelConfig) -> torch.Tensor:
     shape = (NUMBER_OF_IMAGES, model_config.height, model_config.width)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def written(network: CapsNet, images: torch.Tensor, precision: str) -> onnx.ModelProto:
+    """The encoder's graph in any precision."""
+    if precision == "fp16":
+        return gpu_encoder_graph(network)
+    if precision == "int8":
+        return encoder_graph(network, measure_ranges(network, images), "int8")
+    return encoder_graph(network)
 
 
 def run(path: Path, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +87,7 @@ def test_both_routings_are_the_networks(
             parameter.mul_(2)
     round_to_half(network)
     graph = EncoderGraph(network)
-    graph.finish(graph.route_by_size(graph.primary_capsules(graph.convolutions(TensorProto.FLOAT))))
+    graph.finish(graph.route_by_size(graph.primary_capsules(graph.convolutions())))
     onnx.checker.check_model(graph.model(), full_check=True)
     onnx.save(graph.model(), tmp_path / "encoder.onnx")
     assert FEW < NUMBER_OF_IMAGES, "one branch would never run"
@@ -99,22 +108,22 @@ def test_each_branch_runs_on_its_side(model_config: ModelConfig) -> None:
     }
     shared = CapsNet(replace(model_config, shared_weights=True))
     assert "If" not in {node.op_type for node in encoder_graph(shared, ranges, "int8").graph.node}
-    for arithmetic in ("fp32", "fp16"):
-        graph = encoder_graph(network, arithmetic=arithmetic).graph
+    for model in (encoder_graph(network), gpu_encoder_graph(network)):
+        graph = model.graph
         assert "If" not in {node.op_type for node in graph.node}, "CUDA cannot capture a branch"
 
 
-@pytest.mark.parametrize("arithmetic", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_the_authors_switches(
-    model_config: ModelConfig, images: torch.Tensor, tmp_path: Path, arithmetic: Arithmetic
+    model_config: ModelConfig, images: torch.Tensor, tmp_path: Path, precision: str
 ) -> None:
     """Biases of the digit capsules and votes divided by the number of groups are in the graph as well."""
     torch.manual_seed(1)
     network = CapsNet(replace(model_config, capsule_biases=True, scaled_votes=True))
     round_to_half(network)
-    onnx.save(encoder_graph(network, measure_ranges(network, images), arithmetic), tmp_path / "encoder.onnx")
+    onnx.save(written(network, images, precision), tmp_path / "encoder.onnx")
     capsules, _ = run(tmp_path / "encoder.onnx", images)
-    tolerance = {"fp32": 2e-6, "fp16": 2e-3, "int8": 2e-2}[arithmetic]
+    tolerance = {"fp32": 2e-6, "fp16": 2e-3, "int8": 2e-2}[precision]
     np.testing.assert_allclose(capsules, network.encoder(images).detach().numpy(), atol=tolerance)
 
 
@@ -134,18 +143,59 @@ def test_logits_beyond_what_exp_can_take(
     grouped = u.unflatten(1, (layer.num_groups, -1))
     v = torch.nn.functional.normalize(layer.uniform_sum(grouped), dim=-1)
     assert layer.agreement(grouped, v).max() > 100, "these weights do not reach where exp overflows"
-    onnx.save(encoder_graph(network), tmp_path / "encoder.onnx")
-    capsules, _ = run(tmp_path / "encoder.onnx", images)
-    np.testing.assert_allclose(capsules, network.encoder(images).detach().numpy(), atol=1e-3)
+    expected = network.encoder(images).detach().numpy()
+    for precision, tolerance in (("fp32", 1e-3), ("fp16", 2e-2)):
+        onnx.save(written(network, images, precision), tmp_path / "encoder.onnx")
+        np.testing.assert_allclose(run(tmp_path / "encoder.onnx", images)[0], expected, atol=tolerance)
 
 
-@pytest.mark.parametrize(("arithmetic", "tolerance"), [("fp16", 2e-3), ("int8", 2e-2)])
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_gpus_graph_is_the_network(
+    model_config: ModelConfig,
+    images: torch.Tensor,
+    tmp_path: Path,
+    iterations: int,
+    shared: bool,
+    channels: int,
+) -> None:
+    """Patches as a product, sums as products with ones, routing in half precision: three digits, or so."""
+    torch.manual_seed(1)
+    network = CapsNet(
+        replace(model_config, routing_iterations=iterations, shared_weights=shared, channels=channels)
+    )
+    with torch.no_grad():
+        network.encoder.digit_capsules.weight.mul_(2)
+    round_to_half(network)
+    if channels == 3:
+        images = torch.stack([images, images // 2, 255 - images], dim=-1)
+    assert fits_half(network) is not shared
+    model = gpu_encoder_graph(network)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, tmp_path / "encoder.onnx")
+    for size in (1, NUMBER_OF_IMAGES):
+        expected = network.encoder(images[:size]).detach()
+        np.testing.assert_allclose(run(tmp_path / "encoder.onnx", images[:size])[0], expected, atol=2e-3)
+
+
+def test_what_half_precision_could_not_hold(model_config: ModelConfig) -> None:
+    """Matrices whose logits might be too large to be raised are routed in single precision."""
+    network = CapsNet(model_config)
+    assert fits_half(network)
+    layer = network.encoder.digit_capsules
+    with torch.no_grad():
+        layer.weight[1, 0] *= 20 / torch.linalg.matrix_norm(layer.weight[1, 0], ord=2)
+    assert not fits_half(network)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 2e-3), ("int8", 2e-2)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_variants_are_close(
     model_config: ModelConfig,
     images: torch.Tensor,
     tmp_path: Path,
-    arithmetic: Arithmetic,
+    precision: str,
     tolerance: float,
     channels: int,
 ) -> None:
@@ -154,7 +204,7 @@ def test_variants_are_close(
     network = CapsNet(replace(model_config, channels=channels))
     if channels == 3:
         images = torch.stack([images, images // 2, 255 - images], dim=-1)
-    onnx.save(encoder_graph(network, measure_ranges(network, images), arithmetic), tmp_path / "encoder.onnx")
+    onnx.save(written(network, images, precision), tmp_path / "encoder.onnx")
     capsules, _ = run(tmp_path / "encoder.onnx", images)
     difference = np.abs(capsules - network.encoder(images).detach().numpy())
     assert 0 < difference.max() < tolerance
@@ -186,7 +236,7 @@ def test_weights_are_read_from_the_other_file(
     network = CapsNet(model_config)
     whole, shared, holder = (tmp_path / f"{name}.onnx" for name in ("whole", "shared", "encoder"))
     onnx.save(encoder_graph(network), holder)
-    onnx.save(encoder_graph(network, arithmetic="fp16"), whole)
-    save_sharing(encoder_graph(network, arithmetic="fp16"), shared, holder)
+    onnx.save(gpu_encoder_graph(network), whole)
+    save_sharing(gpu_encoder_graph(network), shared, holder)
     assert shared.stat().st_size < whole.stat().st_size / 2
     np.testing.assert_array_equal(run(shared, images)[0], run(whole, images)[0])
