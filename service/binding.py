@@ -1,12 +1,12 @@
-"""A graph's inputs and outputs in buffers on its device, one set for each bucket of batch sizes.
+"""A graph's inputs and outputs in buffers on its device, one set for each size that a batch may have there.
 
-A batch is padded up to its bucket and copied once. So the device meets few shapes, each always at the same
+A batch is padded up to the next size and copied once. So the device meets few shapes, each always at the same
 addresses: the warm-up settles its memory and its choice of algorithms, and CUDA graphs can be captured. What
 a graph gives stays on the device until somebody fetches it, or the next graph reads it there. Nothing here
 knows of CUDA; on the CPU the same code works on the same buffers. See docs/decisions/0042.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -16,7 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from service.manifest import Graph, TensorSpec
-from service.sessions import DTYPES, Session, buckets
+from service.sessions import DTYPES, Session
 
 _graph_ids: Iterator[int] = count(1)  # ONNX Runtime keeps 0 for itself
 
@@ -46,19 +46,20 @@ class BoundSession:
     """A session with buffers of its own. Two of them may run at once, but each in one thread at a time."""
 
     def __init__(
-        self, session: Session, graph: Graph, max_batch: int, upstream: "BoundSession | None" = None
+        self, session: Session, graph: Graph, sizes: Sequence[int], upstream: "BoundSession | None" = None
     ) -> None:
         """Allocate every buffer.
 
         Args:
-            upstream: its outputs that are inputs here by name are read where they are; `max_batch` must be
-                the same.
+            sizes: that a batch is padded to, in ascending order. A graph with convolutions should have one:
+                for another one than the last, ONNX Runtime plans them anew on CUDA.
+            upstream: its outputs that are inputs here by name are read where they are; `sizes` must be the
+                same.
         """
         self._session = session
-        above = upstream._buckets if upstream else [None] * len(buckets(max_batch))
+        above = upstream._buckets if upstream else [None] * len(sizes)
         self._buckets: list[_Bucket] = [
-            _Bucket(session, graph, rows, given)
-            for rows, given in zip(buckets(max_batch), above, strict=True)
+            _Bucket(session, graph, rows, given) for rows, given in zip(sizes, above, strict=True)
         ]
 
     def run(self, *inputs: NDArray[Any] | Held) -> tuple[Held, ...]:
@@ -78,7 +79,7 @@ class BoundSession:
 
 
 class _Bucket:
-    """The buffers for one batch size."""
+    """The buffers for one size."""
 
     def __init__(self, session: Session, graph: Graph, rows: int, upstream: "_Bucket | None") -> None:
         self.rows = rows
@@ -113,7 +114,7 @@ class _Bucket:
 
 
 def _pad(name: str, given: NDArray[Any], padded: NDArray[Any], rows: int) -> NDArray[Any]:
-    """`given` if it fills the bucket; otherwise `padded`, with its rows and zeros behind them."""
+    """`given` if it is of the bucket's size; otherwise `padded`, with its rows and zeros behind them."""
     # ONNX Runtime would copy any array with as many elements as if it were of the buffer's type.
     if given.dtype != padded.dtype or given.shape != (rows, *padded.shape[1:]):
         raise ValueError(

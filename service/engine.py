@@ -26,6 +26,7 @@ from service.sessions import (
     Runs,
     Session,
     UsedDevice,
+    buckets,
     choose_precision,
     cuda_options,
     open_session,
@@ -155,12 +156,13 @@ def bring_together(
     if not {encoder.device, decoder.device} <= bound:
         return graphs
     chosen = manifest.encoder_in(precision) or manifest.encoder
-    upstream = BoundSession(encoder, chosen, max_batches[0])
+    most, most_decoded = max_batches
+    upstream = BoundSession(encoder, chosen, [most])  # it has convolutions
     return replace(
         graphs,
         encoder=upstream,
-        drawer=BoundSession(decoder, manifest.decoder, max_batches[0], upstream=upstream),
-        decoder=BoundSession(decoder, manifest.decoder, max_batches[1]),
+        drawer=BoundSession(decoder, manifest.decoder, [most], upstream=upstream),
+        decoder=BoundSession(decoder, manifest.decoder, buckets(most_decoded)),
     )
 
 

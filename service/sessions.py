@@ -145,8 +145,9 @@ def cuda_options(settings: Settings, precision: Precision) -> dict[str, str]:
         "enable_cuda_graph": "1" if settings.cuda_graphs else "0",
     }
     if precision == "fp16":
-        # Kernels for half precision want channels innermost, and add the bias themselves.
-        options |= {"prefer_nhwc": "1", "fuse_conv_bias": "1"}
+        # Kernels for half precision want channels innermost, and add the bias themselves; but those that do
+        # are compiled at run time, and a captured one was gone when it was to be replayed.
+        options |= {"prefer_nhwc": "1", "fuse_conv_bias": "0" if settings.cuda_graphs else "1"}
     if settings.cuda_memory is not None:
         options["gpu_mem_limit"] = str(settings.cuda_memory)
     return options

@@ -23,6 +23,7 @@ from service.sessions import Session, buckets, open_session, warm_up
 from tests.support.tiny_model import CLASSES, image_of
 
 MAX_BATCH = 12  # no power of two
+SIZES = buckets(MAX_BATCH)
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (MAX_BATCH, 28, 28), np.uint8)
 TARGETS = RANDOM.integers(0, CLASSES, MAX_BATCH)
@@ -43,8 +44,8 @@ def plain(tiny_models: Path, graphs: tuple[Graph, Graph]) -> tuple[Session, Sess
 
 @pytest.fixture
 def bound(plain: tuple[Session, Session], graphs: tuple[Graph, Graph]) -> tuple[BoundSession, BoundSession]:
-    encoder = BoundSession(plain[0], graphs[0], MAX_BATCH)
-    return encoder, BoundSession(plain[1], graphs[1], MAX_BATCH, upstream=encoder)
+    encoder = BoundSession(plain[0], graphs[0], SIZES)
+    return encoder, BoundSession(plain[1], graphs[1], SIZES, upstream=encoder)
 
 
 def small_graph(folder: Path, nodes: Sequence[onnx.NodeProto], datatype: str) -> tuple[Session, Graph]:
@@ -92,11 +93,13 @@ def test_only_the_buckets_reach_the_device(tmp_path: Path) -> None:
         ],
         "FP32",
     )
-    runs = BoundSession(session, graph, MAX_BATCH)
+    runs = BoundSession(session, graph, SIZES)
     warm_up(runs, graph, MAX_BATCH)
     met = [int(fetched(*runs.run(np.zeros(rows, np.float32)))[0]) for rows in range(1, MAX_BATCH + 1)]
     assert met == [1, 2, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12]
-    assert set(met) == set(buckets(MAX_BATCH))
+    assert set(met) == set(SIZES)
+    alone = BoundSession(session, graph, [MAX_BATCH])
+    assert {int(fetched(*alone.run(np.zeros(rows, np.float32)))[0]) for rows in (1, 7, 12)} == {12}
 
 
 def test_padding_holds_nothing_of_anybody(bound: tuple[BoundSession, BoundSession]) -> None:
@@ -153,7 +156,7 @@ def test_two_that_share_a_session_share_no_buffer(
     plain: tuple[Session, Session], graphs: tuple[Graph, Graph]
 ) -> None:
     """What one holds is untouched by the other, and both can run at the same time."""
-    first, second = (BoundSession(plain[0], graphs[0], MAX_BATCH) for _ in range(2))
+    first, second = (BoundSession(plain[0], graphs[0], SIZES) for _ in range(2))
     _, lengths = first.run(image_of(3)[np.newaxis])
     second.run(image_of(5)[np.newaxis])
     assert fetched(lengths).argmax() == 3
@@ -179,7 +182,7 @@ def test_a_failed_run_leaves_the_session_usable(tmp_path: Path) -> None:
         ],
         "INT64",
     )
-    runs = BoundSession(session, graph, MAX_BATCH)
+    runs = BoundSession(session, graph, SIZES)
     with pytest.raises(Exception, match="indices element out of data bounds"):
         runs.run(np.array([0, 1, 99]))
     assert fetched(*runs.run(np.array([2, 0, 1]))).tolist() == [30, 10, 20]
@@ -231,11 +234,11 @@ def test_cuda_graphs_have_an_id_for_each_bucket(
 
     monkeypatch.setattr(plain[1].inference, "run_with_iobinding", record)
     capturing = replace(plain[1], cuda_graphs=True)
-    for runs in (BoundSession(capturing, graphs[1], MAX_BATCH), BoundSession(capturing, graphs[1], 4)):
+    for runs in (BoundSession(capturing, graphs[1], SIZES), BoundSession(capturing, graphs[1], buckets(4))):
         warm_up(runs, graphs[1], 4)
     assert len(set(used)) == 6
     assert min(map(int, used)) >= 1
-    warm_up(BoundSession(plain[1], graphs[1], 1), graphs[1], 1)
+    warm_up(BoundSession(plain[1], graphs[1], [1]), graphs[1], 1)
     assert used[-1] is None
 
 
@@ -243,7 +246,7 @@ def test_cuda_graphs_leave_the_device_to_one_thread(
     plain: tuple[Session, Session], graphs: tuple[Graph, Graph]
 ) -> None:
     """While somebody calls the device, runs and fetches of any session wait: captures bear no other."""
-    runs = BoundSession(replace(plain[0], cuda_graphs=True), graphs[0], 1)
+    runs = BoundSession(replace(plain[0], cuda_graphs=True), graphs[0], [1])
     _, lengths = runs.run(image_of(4)[np.newaxis])
     with ThreadPoolExecutor(2) as threads:
         with replace(plain[1], cuda_graphs=True).turn():

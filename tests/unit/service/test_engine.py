@@ -181,6 +181,19 @@ async def test_every_path_is_the_one_it_is_called(tiny_models: Path, path: str) 
         assert isinstance(runs, BoundSession) == (path == "bound")
 
 
+@pytest.mark.parametrize("path", ["bound"], indirect=True)
+@pytest.mark.usefixtures("path")
+async def test_convolutions_meet_one_batch_size_on_a_device(tiny_models: Path) -> None:
+    """Whatever the batch, the same buffers: for another size than the last, CUDA plans convolutions anew."""
+    graphs = load_graphs(tiny_models / "tiny" / "1", settings(tiny_models), "cpu")
+    places = set()
+    for rows in (1, 2, 5, settings(tiny_models).max_batch):
+        capsules, lengths = graphs.encoder.run(np.stack([image_of(3)] * rows))
+        (drawn,) = graphs.drawer.run(capsules, np.full(rows, 3))
+        places.add((capsules.value.data_ptr(), lengths.value.data_ptr(), drawn.value.data_ptr()))
+    assert len(places) == 1
+
+
 async def test_buffers_that_do_not_fit_stop_the_start(
     tiny_models: Path, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

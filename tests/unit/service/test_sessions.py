@@ -136,6 +136,7 @@ def test_what_the_cuda_provider_is_told(
     }
     half = {"use_tf32": "1", "prefer_nhwc": "1", "fuse_conv_bias": "1"}
     assert cuda_options(Settings(), "fp16") == usual | half
+    assert cuda_options(Settings(cuda_graphs=True), "fp16")["fuse_conv_bias"] == "0"
     limited = cuda_options(Settings(cuda_memory=1 << 30, cuda_graphs=True), "fp32")
     assert limited == usual | {"gpu_mem_limit": "1073741824", "enable_cuda_graph": "1"}
 
