@@ -457,6 +457,25 @@ def test_strips_that_failed_come_with_the_next_slider(page: Page) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
+def test_a_late_refusal_of_strips_is_not_said(page: Page) -> None:
+    """Strips that are refused once another class was chosen are nobody's concern; that class has its own."""
+    give(page, 3)
+    held: list[Route] = []
+
+    def hold_first(route: Route) -> None:
+        if held:
+            route.continue_()
+        held.append(route)
+
+    page.route("**/reconstruct/sweep?*", hold_first)
+    with page.expect_request("**/reconstruct/sweep?*"):
+        page.get_by_role("radio", name="4", exact=False).first.check()
+    page.get_by_role("radio", name="5", exact=False).first.check()
+    held[0].fulfill(status=503, json={"detail": "Busy."})
+    expect(page.locator(".strip").first).to_be_visible()
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 def test_the_last_of_two_files_counts(page: Page) -> None:
     """However long the first one takes to be decoded."""
     give(page, 3)

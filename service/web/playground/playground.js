@@ -89,11 +89,13 @@ const readAgain = asked(async () => {
 const sweep = asked(async () => {
   const { model, found, label } = state;
   if (!found || !state.settled) return;
+  const late = () => state.found !== found || state.label !== label;
   state.unswept = false;
   try {
     const swept = await api.sweep(model, found.capsules, label);
-    if (state.found === found && state.label === label) dimensions.showStrips(swept.reconstructions);
+    if (!late()) dimensions.showStrips(swept.reconstructions);
   } catch (error) {
+    if (late()) return;
     state.unswept = true;
     throw error;
   }
