@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=8, help="for each table row (%(default)s)")
     parser.add_argument("--threads", type=int, default=cpu_limit(), help="CPU threads (%(default)s)")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="of the parts served and frameworks (%(default)s)"
+        "--rounds", type=int, default=5, help="of the parts served, cuda-served and frameworks (%(default)s)"
     )
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args(arguments)

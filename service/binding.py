@@ -56,10 +56,11 @@ class BoundSession:
             upstream: its outputs that are inputs here by name are read where they are; `sizes` must be the
                 same.
         """
+        self.sizes = tuple(sizes)
         self._session = session
         above = upstream._buckets if upstream else [None] * len(sizes)
         self._buckets: list[_Bucket] = [
-            _Bucket(session, graph, rows, given) for rows, given in zip(sizes, above, strict=True)
+            _Bucket(session, graph, rows, given) for rows, given in zip(self.sizes, above, strict=True)
         ]
 
     def run(self, *inputs: NDArray[Any] | Held) -> tuple[Held, ...]:

@@ -133,7 +133,7 @@ def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
         (graphs.decoder, manifest.decoder, settings.max_decoder_batch),
     ):
         try:
-            warm_up(runs, graph, most)
+            warm_up(runs, graph, runs.sizes if isinstance(runs, BoundSession) else buckets(most))
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise ManifestError(f"{folder / graph.file}: ONNX Runtime cannot run it: {error}") from error
     return graphs

@@ -23,7 +23,7 @@ Datatype = Literal["UINT8", "INT64", "FP32"]
 """Element types by their Open Inference Protocol names."""
 
 Precision = Literal["fp32", "fp16", "int8"]
-"""Arithmetic of an encoder's convolutions; everything else is computed in single precision."""
+"""Arithmetic of an encoder; int8 is that of its convolutions alone."""
 
 Measure = Literal["thickness", "slant", "width", "height", "ink", "across", "down"]
 """What is measured on a drawing, in pixels; slant in degrees, growing to the right; ink in per cent of what

@@ -276,7 +276,7 @@ class ServedModel(BaseModel):
     version: str
     default: Annotated[bool, Field(description="Whether it answers requests that name no model")]
     device: UsedDevice
-    precision: Annotated[Precision, Field(description="Arithmetic of the encoder's convolutions")]
+    precision: Annotated[Precision, Field(description="Arithmetic of the encoder")]
     threads: Annotated[int, Field(description="CPU threads of a session")]
     manifest: Manifest
 
@@ -289,7 +289,7 @@ class ReadyModel(BaseModel):
     name: str
     version: str
     device: UsedDevice
-    precision: Annotated[Precision, Field(description="Arithmetic of the encoder's convolutions")]
+    precision: Annotated[Precision, Field(description="Arithmetic of the encoder")]
 
 
 class ReadyAnswer(BaseModel):

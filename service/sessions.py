@@ -261,10 +261,10 @@ def buckets(max_batch: int) -> list[int]:
     return sorted({max_batch, *(1 << power for power in range(max_batch.bit_length()))})
 
 
-def warm_up(session: Runs, graph: Graph, max_batch: int) -> None:
-    """Run the session once at each of the `buckets`.
+def warm_up(session: Runs, graph: Graph, sizes: Iterable[int]) -> None:
+    """Run the session once with each of so many rows.
 
     The first run of a shape allocates memory and, on CUDA, chooses algorithms.
     """
-    for rows in buckets(max_batch):
+    for rows in sizes:
         session.run(*(np.zeros((rows, *spec.shape[1:]), DTYPES[spec.datatype]) for spec in graph.inputs))

@@ -63,15 +63,13 @@ class Settings(BaseSettings):
     precision: Annotated[
         WantedPrecision,
         Field(
-            description="Arithmetic of the encoder's convolutions: auto takes the fastest that the "
+            description="Arithmetic of the encoder: auto takes the fastest that the "
             "manifest's figures show to be as good as fp32."
         ),
     ] = "auto"
     cuda_graphs: Annotated[
         bool,
-        Field(
-            description="Capture what each batch size launches on CUDA once, and replay it: small batches take half the time."
-        ),
+        Field(description="Capture what each batch size launches on CUDA once, and replay it."),
     ] = False
     cuda_memory: Annotated[
         int | None,
@@ -95,7 +93,9 @@ class Settings(BaseSettings):
         ),
     ] = None
 
-    max_batch: Annotated[int, Field(ge=1, le=4096, description="Images in one encoder batch; on a GPU each is padded to it.")] = 32
+    max_batch: Annotated[
+        int, Field(ge=1, le=4096, description="Images in one encoder batch; on a GPU each is padded to it.")
+    ] = 32
     queue_length: Annotated[
         int, Field(ge=1, le=1_000_000, description="Images that may wait for the encoder; beyond: 503.")
     ] = 256

@@ -1,10 +1,10 @@
 """The encoder as ONNX operators for ONNX Runtime on a GPU, in half precision; `graphs.py` is that for CPUs.
 
 There a kernel takes as long as reading and writing its values does, so that the routing costs as much as the
-convolutions. Hence half precision for whatever is as large as the classes times the capsules; what becomes
-the answer, digit capsules and all squashing, is computed in single precision. And ONNX Runtime has no fast
-kernel for a convolution of one channel, nor for a sum over an axis in the middle: both are products of
-matrices here. Measured: docs/decisions/0050.
+convolutions. Hence half precision for whatever is as large as the classes times the capsules; digit capsules
+and all squashing have the range of single precision (and its products the 10 bits of TF32). ONNX Runtime has
+no fast kernel for a convolution of one channel, nor for a sum over an axis in the middle: both are products
+of matrices here. Measured: docs/decisions/0050.
 
 The letters are those of `model.py`.
 """
@@ -18,10 +18,9 @@ from onnx import TensorProto
 
 from training.graphs import PRIMARY, EncoderGraph
 from training.model import CapsNet
+from training.precision import ALIGNED
 
 HALF, SINGLE = TensorProto.FLOAT16, TensorProto.FLOAT
-ALIGNED = 8
-"""Numbers of 16 bits that a row of a matrix should be a multiple of."""
 LARGEST = 65_504
 """In half precision."""
 
@@ -39,8 +38,8 @@ def fits_half(network: CapsNet) -> bool:
     """Whether no image can bring the softmax out of half precision, by the norms of the matrices.
 
     An agreement is u . W^T v, and the logits are the agreement with the sum of all v so far; u and v are
-    shorter than 1. So the softmax needs no subtraction of the largest logit. Matrices that a group shares
-    are routed in single precision.
+    shorter than 1. So the softmax needs no subtraction of the largest logit. What does not fit, and matrices
+    that a group shares, are routed as on a CPU.
     """
     config = network.config
     norms = torch.linalg.matrix_norm(network.encoder.digit_capsules.weight.detach(), ord=2)
@@ -110,7 +109,7 @@ class GpuEncoderGraph(EncoderGraph):
         return self.op("Mul", s, self.squash_factor(squared))
 
     def half_route(self, u: str) -> str:
-        """`route` in half precision: u (B, I, N) to v (K, B, D), these in single precision."""
+        """`route` in half precision: u (B, I, N) to v (K, B, D), which are not."""
         config = self.config
         classes, dimensions = len(config.classes), config.primary_dimensions
         capsules, inner = config.primary_count, config.primary_dimensions * config.primary_count

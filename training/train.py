@@ -156,15 +156,20 @@ def _resume(run: _Run, path: Path, new: Checkpoint) -> Checkpoint:
     for name in ("dataset", "start"):
         checkpoints.require_same(path, {name: getattr(saved, name)}, {name: getattr(new, name)})
     run.network.load_state_dict(saved.model)
-    rates = [group["lr"] for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(saved.optimizer)
-    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate  # which each step sets
+    _restore(run.optimizer, saved.optimizer)
     for name, generator in run.generators.items():
         generator.set_state(saved.generators[name])
     if run.team.first:
         print(f"Resuming {path} after epoch {saved.epoch} of {run.config.epochs}.")
     return saved
+
+
+def _restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take over what was learnt, but not how a step is made, which older code had otherwise."""
+    own = [{name: group[name] for name in ("lr", "capturable")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, kept in zip(optimizer.param_groups, own, strict=True):
+        group.update(kept)
 
 
 def _require_alike(run: _Run) -> None:

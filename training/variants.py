@@ -1,6 +1,7 @@
 """The encoder in other precisions: written beside the fp32 one, and compared with it on the test images."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from training.gpu_graph import gpu_encoder_graph
 from training.graphs import encoder_graph, measure_ranges, save_sharing
 from training.losses import mistaken, named
 from training.model import CapsNet
-from training.predictor import Floats, OnnxPredictor, open_graph, run_encoder
+from training.predictor import Floats, Images, OnnxPredictor, open_graph, run_encoder
+from training.rounded import RoundedEncoder
 
 BEST_PSNR = 200.0
 """dB of equal images, whose true value is infinite; more than single precision can tell apart."""
@@ -39,7 +41,9 @@ def measure_variants(
     graphs: Mapping[str, Graph], fp32: OnnxPredictor, dataset: Dataset, batch_size: int = 32
 ) -> tuple[Variant, ...]:
     """Mistakes, agreement and PSNR of the encoders `graphs` in the folder of `fp32`, on all of `dataset`."""
-    sessions = {precision: open_graph(fp32.folder / graph.file) for precision, graph in graphs.items()}
+    encoders = {
+        precision: _encoder(precision, fp32.folder / graph.file) for precision, graph in graphs.items()
+    }
     mistakes = dict.fromkeys(graphs, 0)
     agreed = dict.fromkeys(graphs, 0)
     squares = dict.fromkeys(graphs, 0.0)
@@ -49,8 +53,8 @@ def measure_variants(
         capsules, lengths = fp32.encode(images)
         expected = named(torch.from_numpy(lengths), labels)
         drawn = fp32.decode(capsules, lengths.argmax(axis=1))
-        for precision, session in sessions.items():
-            capsules, lengths = run_encoder(session, images)
+        for precision, encode in encoders.items():
+            capsules, lengths = encode(images)
             found = named(torch.from_numpy(lengths), labels)
             mistakes[precision] += int(mistaken(found, labels).sum())
             agreed[precision] += len(found) - int(mistaken(found, expected).sum())
@@ -68,6 +72,13 @@ def measure_variants(
         )
         for precision, graph in graphs.items()
     )
+
+
+def _encoder(precision: str, path: Path) -> Callable[[Images], tuple[Floats, Floats]]:
+    """As it computes where it is served: what is in half precision on a GPU."""
+    if precision == "fp16":
+        return RoundedEncoder(path).encode
+    return partial(run_encoder, open_graph(path))
 
 
 def _squares(found: Floats, expected: Floats) -> float:

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from service.binding import BoundSession, fetched
 from service.manifest import Manifest, Precision, read_manifest
-from service.sessions import buckets, open_session
+from service.sessions import open_session
 from tests.support.mnist import ROOT, mnist_test_images
 from training.config import ModelConfig
 from training.data import Dataset
@@ -68,8 +68,8 @@ def test_bound_buffers_change_no_answer(folder: Path, precision: Precision, mnis
     plain, draws = (
         open_session(folder / graph.file, graph, device="cpu", threads=1) for graph in (encoder, decoder)
     )
-    bound = BoundSession(plain, encoder, buckets(most))
-    drawer = BoundSession(draws, decoder, buckets(most), upstream=bound)
+    bound = BoundSession(plain, encoder, [most])
+    drawer = BoundSession(draws, decoder, [most], upstream=bound)
     for size in range(1, most + 1):
         images = mnist.images[most : most + size].numpy()
         capsules, lengths = plain.run(images)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import loop, offline, report, served, through_openvino, timing, training_step
+from benchmarks import loop, offline, report, served, through_openvino, timing, training_step, workers
 from tests.support.mnist import ROOT
 from training.config import ModelConfig
 from training.trained import read_exported
@@ -150,6 +150,17 @@ def test_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.write({"served": {"machine": "a test", **measured}}, tmp_path)
     assert "## Served over HTTP (1 threads, a test)" in (tmp_path / "benchmarks.md").read_text()
     assert (tmp_path / "served.png").stat().st_size > 0
+
+
+@pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
+def test_served_by_workers(tmp_path: Path) -> None:
+    """Every number of processes has a row for every number of callers, all of whom are answered."""
+    measured = workers.run(MODEL, 1, rounds=1, workers=[1, 2], callers=[1, 3], device="cpu")
+    assert [(row["workers"], row["callers"]) for row in measured["rows"]] == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    assert all(row["rate"] > row["refused"] == 0 < row["p50"] <= row["p99"] for row in measured["rows"])
+    assert measured["device"] == "cpu"
+    report.write({"cuda-served": {"machine": "a test", **measured}}, tmp_path)
+    assert "PNG to /predict in int8 on cpu" in (tmp_path / "benchmarks.md").read_text()
 
 
 @pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")

@@ -94,7 +94,7 @@ def test_only_the_buckets_reach_the_device(tmp_path: Path) -> None:
         "FP32",
     )
     runs = BoundSession(session, graph, SIZES)
-    warm_up(runs, graph, MAX_BATCH)
+    warm_up(runs, graph, SIZES)
     met = [int(fetched(*runs.run(np.zeros(rows, np.float32)))[0]) for rows in range(1, MAX_BATCH + 1)]
     assert met == [1, 2, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12]
     assert set(met) == set(SIZES)
@@ -235,10 +235,10 @@ def test_cuda_graphs_have_an_id_for_each_bucket(
     monkeypatch.setattr(plain[1].inference, "run_with_iobinding", record)
     capturing = replace(plain[1], cuda_graphs=True)
     for runs in (BoundSession(capturing, graphs[1], SIZES), BoundSession(capturing, graphs[1], buckets(4))):
-        warm_up(runs, graphs[1], 4)
+        warm_up(runs, graphs[1], buckets(4))
     assert len(set(used)) == 6
     assert min(map(int, used)) >= 1
-    warm_up(BoundSession(plain[1], graphs[1], [1]), graphs[1], 1)
+    warm_up(BoundSession(plain[1], graphs[1], [1]), graphs[1], [1])
     assert used[-1] is None
 
 

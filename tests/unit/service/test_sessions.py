@@ -12,6 +12,7 @@ import pytest
 from service.errors import DeviceError
 from service.manifest import Graph, Manifest, ManifestError, Measured, TensorSpec, Variant, read_manifest
 from service.sessions import (
+    buckets,
     choose_precision,
     cpu_limit,
     cuda_options,
@@ -38,7 +39,7 @@ def encoder(folder: Path) -> Graph:
 def test_a_graph_runs(folder: Path, encoder: Graph) -> None:
     """Outputs come in the manifest's order, for every batch size."""
     session = open_session(folder / encoder.file, encoder, device="cpu", threads=1)
-    warm_up(session, encoder, max_batch=3)
+    warm_up(session, encoder, buckets(3))
     for rows in (1, 2, 7):
         capsules, lengths = session.run(np.stack([image_of(4)] * rows))
         assert capsules.shape == (rows, 10, DIMENSIONS)
@@ -86,7 +87,7 @@ def test_warm_up_covers_the_batch_sizes(folder: Path, encoder: Graph) -> None:
             return ()
 
     recorder = Recorder()
-    warm_up(recorder, encoder, max_batch=24)
+    warm_up(recorder, encoder, buckets(24))
     assert recorder.rows == [1, 2, 4, 8, 16, 24]
 
 

@@ -19,6 +19,7 @@ from training.graphs import (
     save_sharing,
 )
 from training.model import CapsNet, length
+from training.rounded import RoundedEncoder
 
 NUMBER_OF_IMAGES = 5
 
@@ -38,7 +39,10 @@ def written(network: CapsNet, images: torch.Tensor, precision: str) -> onnx.Mode
     return encoder_graph(network)
 
 
-def run(path: Path, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def run(path: Path, images: torch.Tensor, precision: str = "fp32") -> tuple[np.ndarray, np.ndarray]:
+    """By ONNX Runtime; in half precision as a GPU rounds, which it does not on a CPU."""
+    if precision == "fp16":
+        return RoundedEncoder(path).encode(images.numpy())
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     capsules, lengths = session.run(["digit_capsules", "capsule_lengths"], {"images": images.numpy()})
     return capsules, lengths
@@ -122,7 +126,7 @@ def test_the_authors_switches(
     network = CapsNet(replace(model_config, capsule_biases=True, scaled_votes=True))
     round_to_half(network)
     onnx.save(written(network, images, precision), tmp_path / "encoder.onnx")
-    capsules, _ = run(tmp_path / "encoder.onnx", images)
+    capsules, _ = run(tmp_path / "encoder.onnx", images, precision)
     tolerance = {"fp32": 2e-6, "fp16": 2e-3, "int8": 2e-2}[precision]
     np.testing.assert_allclose(capsules, network.encoder(images).detach().numpy(), atol=tolerance)
 
@@ -146,7 +150,8 @@ def test_logits_beyond_what_exp_can_take(
     expected = network.encoder(images).detach().numpy()
     for precision, tolerance in (("fp32", 1e-3), ("fp16", 2e-2)):
         onnx.save(written(network, images, precision), tmp_path / "encoder.onnx")
-        np.testing.assert_allclose(run(tmp_path / "encoder.onnx", images)[0], expected, atol=tolerance)
+        found, _ = run(tmp_path / "encoder.onnx", images, precision)
+        np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
@@ -176,7 +181,8 @@ def test_the_gpus_graph_is_the_network(
     onnx.save(model, tmp_path / "encoder.onnx")
     for size in (1, NUMBER_OF_IMAGES):
         expected = network.encoder(images[:size]).detach()
-        np.testing.assert_allclose(run(tmp_path / "encoder.onnx", images[:size])[0], expected, atol=2e-3)
+        found, _ = run(tmp_path / "encoder.onnx", images[:size], "fp16")
+        assert 0 < np.abs(found - expected.numpy()).max() < 2e-3
 
 
 def test_what_half_precision_could_not_hold(model_config: ModelConfig) -> None:
@@ -205,7 +211,7 @@ def test_variants_are_close(
     if channels == 3:
         images = torch.stack([images, images // 2, 255 - images], dim=-1)
     onnx.save(written(network, images, precision), tmp_path / "encoder.onnx")
-    capsules, _ = run(tmp_path / "encoder.onnx", images)
+    capsules, _ = run(tmp_path / "encoder.onnx", images, precision)
     difference = np.abs(capsules - network.encoder(images).detach().numpy())
     assert 0 < difference.max() < tolerance
 

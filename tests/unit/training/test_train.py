@@ -288,3 +288,18 @@ def test_auto_is_settled_at_the_start(run: Run, train_config: TrainConfig, tmp_p
     state = run(replace(train_config, epochs=1, device="auto"), tmp_path)
     assert state.train_config["device"] == resolve_device("auto").type
     assert state.train_config["precision"] in ("fp32", "bf16")
+
+
+def test_how_a_step_is_made_is_not_restored() -> None:
+    """A run of older code resumes with its moments, and with this code's rate and kind of step."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    old = torch.optim.Adam([weight], lr=0.5)
+    weight.sum().backward()
+    old.step()
+    rate = torch.tensor(0.1)
+    new = torch.optim.Adam([weight], lr=rate, capturable=True)
+    training._restore(new, old.state_dict())
+    (group,) = new.param_groups
+    assert group["lr"] is rate
+    assert group["capturable"]
+    torch.testing.assert_close(new.state[weight]["exp_avg"], old.state[weight]["exp_avg"])
