@@ -12,7 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -30,16 +31,31 @@ from service.settings import Settings
 
 Options = Mapping[str, str]
 
-GRAPHS: Options = {"enable_cuda_graph": "1"}
-FORMS: dict[str, tuple[Precision, Options, float]] = {
-    "fp32": ("fp32", {}, 1e-4),
-    "fp32, CUDA graphs": ("fp32", GRAPHS, 1e-4),
-    "fp32, NHWC, fused bias": ("fp32", {"prefer_nhwc": "1", "fuse_conv_bias": "1"}, 1e-4),
-    "fp16": ("fp16", {}, 2e-3),
-    "fp16, CUDA graphs": ("fp16", {**GRAPHS, "fuse_conv_bias": "0"}, 2e-3),
-    "fp16, NCHW, bias apart": ("fp16", {"prefer_nhwc": "0", "fuse_conv_bias": "0"}, 2e-3),
+
+class Form(NamedTuple):
+    """An encoder as it is opened on CUDA."""
+
+    precision: Precision
+    tolerance: float
+    """How far any output may be from fp32 on the CPU."""
+    graphs: bool = False
+    """As the service is told by `CAPSNET_CUDA_GRAPHS`."""
+    changes: Options = MappingProxyType({})
+    """Options of the provider that are not the service's."""
+
+    def options(self, precision: Precision) -> dict[str, str]:
+        """Of the provider, for a graph in `precision`."""
+        return {**cuda_options(Settings(cuda_graphs=self.graphs), precision), **self.changes}
+
+
+FORMS = {
+    "fp32": Form("fp32", 1e-4),
+    "fp32, CUDA graphs": Form("fp32", 1e-4, graphs=True),
+    "fp32, NHWC, fused bias": Form("fp32", 1e-4, changes={"prefer_nhwc": "1", "fuse_conv_bias": "1"}),
+    "fp16": Form("fp16", 2e-3),
+    "fp16, CUDA graphs": Form("fp16", 2e-3, graphs=True),
+    "fp16, NCHW, bias apart": Form("fp16", 2e-3, changes={"prefer_nhwc": "0", "fuse_conv_bias": "0"}),
 }
-"""What differs from the service's options, and how far any output may be from fp32 on the CPU."""
 OFFLINE = (256, 512, 1024, 2048)
 """Batches for the encoder alone, beyond what the service gathers. Each has sessions of its own, as in the
 service: see docs/decisions/0050."""
@@ -67,16 +83,16 @@ def run(
     manifest = read_manifest(model)
     images = sevens(max_batch, manifest.image_shape)
     drawn = np.ones(max_batch, np.bool_)
-    expected = _open(model, manifest, "fp32", {}, max_batch, "cpu", threads, bound=False).predict(
+    expected = _open(model, manifest, FORMS["fp32"], max_batch, "cpu", threads, bound=False).predict(
         (images, drawn)
     )
     forms: dict[str, Any] = {}
     opened: dict[str, Graphs] = {}
-    for name, (precision, changes, tolerance) in FORMS.items():
-        if manifest.encoder_in(precision) is None:
+    for name, form in FORMS.items():
+        if manifest.encoder_in(form.precision) is None:
             continue
         memory = {"before": _used_mib()}
-        graphs = _open(model, manifest, precision, changes, max_batch, device, threads)
+        graphs = _open(model, manifest, form, max_batch, device, threads)
         warm_up(graphs.encoder, manifest.encoder, [max_batch])
         warm_up(graphs.drawer, manifest.decoder, [max_batch])
         memory["warmed up"] = _used_mib()
@@ -87,9 +103,9 @@ def run(
         opened[name] = graphs
         forms[name] = {
             "difference": difference,
-            "tolerance": tolerance,
+            "tolerance": form.tolerance,
             "memory_mib": memory,
-            "nodes": _nodes(model, manifest, precision, changes, device, images[:1]),
+            "nodes": _nodes(model, manifest, form, device, images[:1]),
             "memory_stays": memory["after every size"] == memory["warmed up"],
         }
     speeds = []
@@ -97,10 +113,7 @@ def run(
         tasks: dict[str, Callable[[], object]] = {
             name: partial(graphs.predict, (images[:rows], drawn[:rows])) for name, graphs in opened.items()
         }
-        medians = take_turns(tasks, seconds)
-        speeds.append(
-            {"batch": rows, "images_per_second": {name: rows / median for name, median in medians.items()}}
-        )
+        speeds.append(_speeds(rows, tasks, seconds))
     opened.clear()
     return {
         "device": _smi("name") or device,
@@ -125,19 +138,21 @@ def _alone(
     kernels: dict[str, dict[str, float]] = {}
     for batch in batches:
         encoders: dict[str, BoundSession] = {}
-        for name, (precision, changes, _) in FORMS.items():
-            graph = manifest.encoder_in(precision)
+        for name, form in FORMS.items():
+            graph = manifest.encoder_in(form.precision)
             if graph is not None:
-                session = _session(model, graph, precision, changes, device, threads)
+                session = _session(model, graph, form, form.precision, device, threads)
                 encoders[name] = BoundSession(session, graph, [batch])
-        medians = take_turns(
-            {name: partial(_encode, encoder, images[:batch]) for name, encoder in encoders.items()}, seconds
-        )
-        rows.append(
-            {"batch": batch, "images_per_second": {name: batch / median for name, median in medians.items()}}
-        )
+        tasks = {name: partial(_encode, encoder, images[:batch]) for name, encoder in encoders.items()}
+        rows.append(_speeds(batch, tasks, seconds))
         kernels = {name: _kernels(encoder, images[:batch]) for name, encoder in encoders.items()}
     return {"offline": rows, "profiled_batch": batches[-1], "kernels": kernels}
+
+
+def _speeds(batch: int, tasks: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Any]:
+    """Images a second of tasks that take a batch each."""
+    medians = take_turns(tasks, seconds)
+    return {"batch": batch, "images_per_second": {name: batch / median for name, median in medians.items()}}
 
 
 def _encode(encoder: BoundSession, images: NDArray[np.uint8]) -> None:
@@ -253,46 +268,45 @@ def sevens(count: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 def _open(
     model: Path,
     manifest: Manifest,
-    precision: Precision,
-    changes: Options,
+    form: Form,
     max_batch: int,
     device: UsedDevice,
     threads: int,
     *,
     bound: bool = True,
 ) -> Graphs:
-    """As the engine opens it, with other options of the provider."""
+    """As the engine opens it, with the form's options of the provider."""
 
-    graph = manifest.encoder_in(precision) or manifest.encoder
-    encoder = _session(model, graph, precision, changes, device, threads)
-    decoder = _session(model, manifest.decoder, "fp32", changes, device, threads)
+    graph = manifest.encoder_in(form.precision) or manifest.encoder
+    encoder = _session(model, graph, form, form.precision, device, threads)
+    decoder = _session(model, manifest.decoder, form, "fp32", device, threads)
     devices = BOUND | {device} if bound else frozenset[UsedDevice]()
-    return bring_together(manifest, precision, encoder, decoder, (max_batch, max_batch), devices)
+    return bring_together(manifest, form.precision, encoder, decoder, (max_batch, max_batch), devices)
 
 
 def _session(
-    model: Path, graph: Graph, precision: Precision, changes: Options, device: UsedDevice, threads: int
+    model: Path, graph: Graph, form: Form, precision: Precision, device: UsedDevice, threads: int
 ) -> Session:
-    options = {**cuda_options(Settings(), precision), **changes}
+    """A graph in `precision`, which of the decoder is another than the form's."""
+    options = form.options(precision)
     return open_session(model / graph.file, graph, device=device, threads=threads, cuda=options)
 
 
 def _nodes(
     model: Path,
     manifest: Manifest,
-    precision: Precision,
-    changes: Options,
+    form: Form,
     device: UsedDevice,
     image: NDArray[np.uint8],
 ) -> dict[str, int]:
     """How many of the encoder's nodes each provider ran, by ONNX Runtime's profiler."""
-    cuda = {**cuda_options(Settings(), precision), **changes, "enable_cuda_graph": "0"}
+    cuda = {**form.options(form.precision), "enable_cuda_graph": "0"}
     providers = ["CPUExecutionProvider"] if device == "cpu" else [("CUDAExecutionProvider", cuda)]
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        encoder = manifest.encoder_in(precision) or manifest.encoder
+        encoder = manifest.encoder_in(form.precision) or manifest.encoder
         session = ort.InferenceSession(model / encoder.file, options, providers=providers)
         session.run(None, {encoder.inputs[0].name: image})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

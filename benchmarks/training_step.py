@@ -3,20 +3,20 @@
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.timing import take_turns
-from training.captured import WARM_UP, CapturedStep
+from training.captured import WARM_UP
 from training.compose import Batch
 from training.config import ModelConfig, TrainConfig
 from training.data import random_shift
 from training.model import CapsNet, scale
+from training.parallel import Processes
 from training.precision import convolutions_in
-from training.train import losses, resolve_device
+from training.train import begin, resolve_device, step_of
 
 BATCH = 128
 ARITHMETICS = ("fp32", "bf16")
@@ -40,9 +40,8 @@ def run(
     config = config or ModelConfig(classes=tuple("0123456789"))
     tasks = {}
     for arithmetic in ARITHMETICS:
-        network = _network(config, device)
-        tasks[f"step, {arithmetic}"] = _step(network, arithmetic, batch, device)
-        tasks[f"the two convolutions alone, {arithmetic}"] = _convolutions(network, arithmetic, batch, device)
+        tasks[f"step, {arithmetic}"] = _step(config, arithmetic, batch, device)
+        tasks[f"the two convolutions alone, {arithmetic}"] = _convolutions(config, arithmetic, batch, device)
     at_once = 1 if device.type == "cpu" else AT_ONCE
     medians = take_turns({name: _repeated(task, at_once, device) for name, task in tasks.items()}, seconds)
     context = multiprocessing.get_context("spawn")  # a process of its own, or the peak would be this one's
@@ -71,48 +70,33 @@ def _repeated(task: Callable[[], object], times: int, device: torch.device) -> C
     return run
 
 
-def _network(config: ModelConfig, device: torch.device) -> CapsNet:
-    network = CapsNet(config).to(device)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in its types
-    return network
-
-
 def _images(config: ModelConfig, batch: int, device: torch.device) -> torch.Tensor:
     return torch.randint(0, 256, (batch, *config.image_shape), dtype=torch.uint8, device=device)
 
 
-def _step(network: CapsNet, arithmetic: str, batch: int, device: torch.device) -> Callable[[], object]:
-    config = TrainConfig()
-    on_gpu = device.type == "cuda"
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True, capturable=on_gpu)
-    images = _images(network.config, batch, device)
-    labels = torch.arange(batch, device=device) % len(network.config.classes)
+def _step(config: ModelConfig, arithmetic: str, batch: int, device: torch.device) -> Callable[[], object]:
+    """As the trainer makes it."""
+    settings = TrainConfig()
+    network, optimizer = begin(config, settings, None, device)
+    learn = step_of(network, optimizer, settings, torch.zeros(3, device=device), Processes())
+    images = _images(config, batch, device)
+    labels = torch.arange(batch, device=device) % len(config.classes)
     generator = torch.Generator(device)
-
-    def update(seen: Batch, _whole: int) -> tuple[torch.Tensor, ...]:
-        _, margin, reconstruction = losses(network, seen)
-        optimizer.zero_grad()
-        (margin + config.reconstruction_weight * reconstruction).mean().backward()
-        optimizer.step()
-        return ()
-
-    learn = CapturedStep(update) if on_gpu else update
 
     def step() -> None:
         with convolutions_in(network, arithmetic):
-            shifted = random_shift(images, config.max_shift, generator)
+            shifted = random_shift(images, settings.max_shift, generator)
             learn(Batch(shifted, labels, shifted), batch)
 
     return step
 
 
 def _convolutions(
-    network: CapsNet, arithmetic: str, batch: int, device: torch.device
+    config: ModelConfig, arithmetic: str, batch: int, device: torch.device
 ) -> Callable[[], object]:
+    network = cast("CapsNet", begin(config, TrainConfig(), None, device)[0])
     first, second = network.encoder.conv, network.encoder.primary_capsules.conv
-    x = scale(_images(network.config, batch, device)).unsqueeze(1)
+    x = scale(_images(config, batch, device)).unsqueeze(1)
 
     def forward_and_backward() -> None:
         with convolutions_in(network, arithmetic):
@@ -124,7 +108,7 @@ def _convolutions(
 def _peak(arithmetic: str, threads: int, config: ModelConfig, batch: int, device_name: str) -> float:
     torch.set_num_threads(threads)
     device = resolve_device(device_name)
-    step = _step(_network(config, device), arithmetic, batch, device)
+    step = _step(config, arithmetic, batch, device)
     for _ in range(WARM_UP + 2):
         step()
     if device.type == "cuda":

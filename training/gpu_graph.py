@@ -16,7 +16,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from training.graphs import PRIMARY, EncoderGraph
+from training.graphs import EncoderGraph
 from training.model import CapsNet
 from training.precision import ALIGNED
 
@@ -52,15 +52,7 @@ class GpuEncoderGraph(EncoderGraph):
 
     def convolutions(self) -> str:
         """Both convolutions, (B, I * G, rows, columns) in single precision."""
-        config = self.config
-        weight = self.weight(f"{PRIMARY}.weight", HALF)
-        if self.votes != 1:
-            weight = self.op("Mul", weight, self.constant(np.float16(self.votes), "votes"))
-        kernel = config.kernel_size
-        weight = self.by_dimension(weight, config.conv_channels, kernel, kernel)
-        bias = self.by_dimension(self.weight(f"{PRIMARY}.bias", HALF))
-        x = self.op("Conv", self.features(), weight, bias, strides=[2, 2])
-        return self.op("Cast", x, to=SINGLE)
+        return self.op("Cast", self.second_convolution(self.features(), HALF), to=SINGLE)
 
     def features(self) -> str:
         """The first convolution as a product with every patch of the image, and ReLU.
@@ -72,8 +64,7 @@ class GpuEncoderGraph(EncoderGraph):
         rows, columns = config.height - kernel + 1, config.width - kernel + 1
         pixels, taps = config.height * config.width * config.channels, kernel**2 * config.channels
         more = ALIGNED - taps % ALIGNED  # at least one
-        x = self.op("Mul", self.op("Cast", "images", to=SINGLE), self.constant(np.float32(1 / 255)))
-        x = self.op("Reshape", self.op("Cast", x, to=HALF), self.axes(0, pixels))
+        x = self.op("Reshape", self.op("Cast", self.scaled_images(), to=HALF), self.axes(0, pixels))
         x = self.op("Pad", x, self.axes(0, 0, 0, 1), self.constant(np.float16(1), "one.half"))
         # Where the numbers of a patch lie: its corner's place, and from there those of the kernel's taps.
         places = np.arange(pixels, dtype=np.int32).reshape(config.height, config.width, config.channels)
@@ -120,10 +111,7 @@ class GpuEncoderGraph(EncoderGraph):
 
         def output(pooled: str) -> str:
             """v (K, B, D) of pooled votes (1 or K, B, I * N)."""
-            s = self.op("Cast", self.op("MatMul", pooled, weight), to=SINGLE)
-            if config.capsule_biases:
-                s = self.op("Add", s, self.weight("encoder.digit_capsules.bias"))
-            return self.squash(s, axis=2)
+            return self.digit_capsules(self.op("Cast", self.op("MatMul", pooled, weight), to=SINGLE))
 
         uniform = self.op("Mul", u, self.constant(np.float16(1 / classes)))
         v = output(self.op("Reshape", uniform, self.axes(1, -1, inner)))

@@ -141,20 +141,29 @@ class EncoderGraph:
 
     def convolutions(self) -> str:
         """Both convolutions, (B, I * G, rows, columns)."""
-        config, kernel = self.config, self.config.kernel_size
-        x = self.op(
+        return self.second_convolution(self.features())
+
+    def scaled_images(self) -> str:
+        """Bytes to numbers in [0, 1]."""
+        return self.op(
             "Mul", self.op("Cast", "images", to=TensorProto.FLOAT), self.constant(np.float32(1 / 255))
         )
-        x = self.op(
-            "Conv", self.planes(x), self.weight("encoder.conv.weight"), self.weight("encoder.conv.bias")
-        )
-        x = self.op("Relu", x)
-        weight = self.weight(f"{PRIMARY}.weight")
+
+    def features(self) -> str:
+        """The first convolution and ReLU, (B, conv_channels, rows, columns)."""
+        x = self.planes(self.scaled_images())
+        x = self.op("Conv", x, self.weight("encoder.conv.weight"), self.weight("encoder.conv.bias"))
+        return self.op("Relu", x)
+
+    def second_convolution(self, features: str, element: int = TensorProto.FLOAT) -> str:
+        """(B, I * G, rows, columns) of features, all in the arithmetic of `element`."""
+        config, kernel = self.config, self.config.kernel_size
+        weight = self.weight(f"{PRIMARY}.weight", element)
         if self.votes != 1:
-            weight = self.op("Mul", weight, self.constant(self.votes))
+            weight = self.op("Mul", weight, self.op("Cast", self.constant(self.votes), to=element))
         weight = self.by_dimension(weight, config.conv_channels, kernel, kernel)
-        bias = self.by_dimension(self.weight(f"{PRIMARY}.bias"))
-        return self.op("Conv", x, weight, bias, strides=[2, 2])
+        bias = self.by_dimension(self.weight(f"{PRIMARY}.bias", element))
+        return self.op("Conv", features, weight, bias, strides=[2, 2])
 
     def int8_convolutions(self, ranges: Ranges) -> str:
         """The same on bytes with 7-bit weights, each output channel on its own scale, summed in 32 bits.
@@ -263,10 +272,7 @@ class EncoderGraph:
 
         def output(pooled: str) -> str:
             """v (K, B, D) of pooled votes (1 or K, B, I * G)."""
-            s = self.op("MatMul", pooled, weight)
-            if config.capsule_biases:
-                s = self.op("Add", s, self.weight("encoder.digit_capsules.bias"))
-            return self.squash(s, axis=2)
+            return self.digit_capsules(self.op("MatMul", pooled, weight))
 
         uniform = self.op("Mul", u, self.constant(np.float32(1 / classes)))
         v = output(pool(uniform, 1))
@@ -294,6 +300,12 @@ class EncoderGraph:
             v = output(pool(coupled, classes))
             total = self.op("Add", total, v)
         return v
+
+    def digit_capsules(self, s: str) -> str:
+        """v (K, B, D) of weighted sums s."""
+        if self.config.capsule_biases:
+            s = self.op("Add", s, self.weight("encoder.digit_capsules.bias"))
+        return self.squash(s, axis=2)
 
     def route_by_size(self, u: str) -> str:
         """`route`, which for few images stores u_hat, instead of reading all matrices again."""

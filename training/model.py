@@ -54,8 +54,8 @@ with a batch of 128 takes 7 % less time than with all at once (two threads, fp32
 
 
 PIECES = 16
-"""Of a sum over all capsules, on a GPU, which has more processors than such a product has tiles: each of the
-two in a step then takes a fifth of the time."""
+"""Of a sum over all capsules, on a GPU, which has more processors than such a product has tiles: on an H100
+0.04 ms and a copy, instead of 0.31 ms (batch 128)."""
 
 
 def long_product(a: Tensor, b: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def train(
     rest, validation = hold_out(dataset, config.validation_images, config.seed)
     with processes(device) as team:
         run = _Run(
-            *_network(model_config, config, start, device),
+            *begin(model_config, config, start, device),
             generators={
                 "order": torch.Generator().manual_seed(config.seed),
                 "shift": torch.Generator(device).manual_seed(config.seed),
@@ -129,9 +129,10 @@ def train(
     return state
 
 
-def _network(
+def begin(
     model_config: ModelConfig, config: TrainConfig, start: Start | None, device: torch.device
 ) -> tuple[Network, torch.optim.Optimizer]:
+    """A network with its first weights, and what will change them."""
     torch.manual_seed(config.seed)
     network = build(model_config)
     if start is not None:
@@ -206,10 +207,8 @@ def _train_epochs(
     device = next(network.parameters()).device
     training = replace(training, images=training.images.to(device), labels=training.labels.to(device))
     compose = composer(training, config.max_shift, strong=config.augmentation == "strong")
-    totals = torch.zeros(3, device=device)  # classification loss, reconstruction loss, mistakes
-    update = _update(run, run.team.join(network), totals)
-    if device.type == "cuda" and run.team.count == 1:
-        update = CapturedStep(update)
+    totals = torch.zeros(3, device=device)
+    update = step_of(run.team.join(network), run.optimizer, config, totals, run.team)
     steps = math.ceil(len(training) / config.batch_size)
     board = SummaryWriter(path.parent, purge_step=state.epoch * steps) if run.team.first else None
     try:
@@ -236,12 +235,18 @@ def _train_epochs(
             board.close()
 
 
-def _update(run: _Run, joined: nn.Module, totals: Tensor) -> Step:
-    """One step of the optimizer, by this process's part of a batch of so many images.
+def step_of(
+    joined: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    totals: Tensor,
+    team: Processes,
+) -> Step:
+    """One step of the optimizer, by this process's part of a batch of so many images; captured on a GPU.
 
-    It adds to `totals`, and gives the loss, and the mean of either part of it.
+    It adds to `totals` (classification loss, reconstruction loss, mistakes), and gives the loss, and the
+    mean of either part of it.
     """
-    optimizer, config, team = run.optimizer, run.config, run.team
 
     def update(batch: Batch, whole: int) -> tuple[Tensor, Tensor, Tensor]:
         scores, margin, reconstruction = losses(joined, batch)
@@ -256,7 +261,7 @@ def _update(run: _Run, joined: nn.Module, totals: Tensor) -> Step:
             totals.add_(torch.stack([margin.sum(), reconstruction.sum(), mistakes]))
             return loss.detach(), margin.mean(), reconstruction.mean()
 
-    return update
+    return CapturedStep(update) if totals.is_cuda and team.count == 1 else update
 
 
 def _train_epoch(

@@ -46,7 +46,7 @@ def test_every_operator_rounds(tmp_path: Path) -> None:
 
 
 def test_an_encoder_by_half_precision(model_config: ModelConfig, tmp_path: Path) -> None:
-    """It is farther from the network than by ONNX Runtime on a CPU, and not far."""
+    """It is farther from the network than single precision would be, and not far."""
     torch.manual_seed(0)
     network = CapsNet(model_config)
     onnx.save(gpu_encoder_graph(network), tmp_path / "encoder.onnx")
