@@ -220,7 +220,7 @@ def markdown(part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]
             "",
             speeds(part["offline"]),
             "",
-            "Predictions with reconstruction as the service makes them, images per second by bucket.",
+            "Predictions with reconstruction as the service makes them, images per second by batch size.",
             "",
             speeds(part["rows"]),
             "",
