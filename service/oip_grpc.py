@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from service import grpc_health, protocol
 from service import oip_pb2 as pb
+from service.body_room import Share
 from service.context import begin_record, request_id
 from service.engine import Model
 from service.errors import (
@@ -134,6 +135,7 @@ class _Inference:
         self._metrics = service.metrics
         self._tracing = service.tracing
         self._repository = service.repository
+        self._body_room = service.body_room
         self._keys = KeyRing(service.settings.api_keys)
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -269,7 +271,9 @@ class _Inference:
 
     async def _model_infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
         graph = protocol.find_graph(self._engine, request.model_name, request.model_version)
-        with graph.model.in_use():
+        with graph.model.in_use(), Share(self._body_room) as share:
+            # gRPC has received it whole by now, each message within CAPSNET_MAX_BODY.
+            share.resize(request.ByteSize())
             arguments = graph, request, self._settings.max_images
             if request.raw_input_contents or request.ByteSize() <= _SMALL_CONTENTS:
                 inputs = _inputs(*arguments)

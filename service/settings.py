@@ -114,8 +114,8 @@ class Settings(BaseSettings):
         Field(
             ge=1024,
             le=1 << 40,
-            description="Bytes of all request bodies that a process holds at a time; beyond: 503. "
-            "At least max_body.",
+            description="Bytes of all request bodies and gRPC messages that a process holds at a time; "
+            "beyond: 503. At least max_body.",
         ),
     ] = 256 * MIB
     max_pixels: Annotated[

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -178,6 +179,38 @@ def test_messages_are_bounded_also_when_compressed(tiny_models: Path) -> None:
             assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert process.peak_memory() - before < 32 * 2**20
         assert client.is_server_ready()
+
+
+def test_messages_share_the_room_of_bodies(tiny_models: Path) -> None:
+    """A message that finds too little room beside HTTP bodies is refused, and may try again in a second."""
+    with (
+        served(tiny_models, grpc_port="0", max_body="6000", max_bodies="10000") as process,
+        sync.InferenceServerClient(address(process)) as client,
+    ):
+        images = tensor("images", np.stack([image_of(3)] * 6))  # 4,704 bytes
+        client.infer("tiny-encoder", [images])
+        with socket.create_connection(("127.0.0.1", process.port)) as uploading:
+            head = "POST /predict HTTP/1.1\r\nHost: it\r\nContent-Type: image/png\r\n"
+            uploading.sendall(head.encode() + b"Content-Length: 6000\r\n\r\n" + bytes(5999))
+            deadline = time.monotonic() + LIMIT
+
+            def ask_until_refused() -> None:  # which it is once the body has arrived
+                while time.monotonic() < deadline:
+                    client.infer("tiny-encoder", [images])
+
+            with pytest.raises(InferenceServerException) as caught:
+                ask_until_refused()
+        assert caught.value.status() == "StatusCode.UNAVAILABLE"
+        assert "request bodies of 10000 bytes" in caught.value.message()
+        room = 0
+        while room < 9 and time.monotonic() < deadline:  # each gives its own back
+            try:
+                client.infer("tiny-encoder", [images])
+            except InferenceServerException:
+                assert room == 0  # the upload's end has not been noticed yet
+            else:
+                room += 1
+        assert room == 9
 
 
 def test_keys_are_asked_for_as_over_http(tiny_models: Path) -> None:
