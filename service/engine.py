@@ -91,13 +91,20 @@ class Graphs:
             reconstructions = fetched(*self.drawer.run(encoded, index))
         differences = (reconstructions - images / np.float32(255)).reshape(len(images), -1)
         errors = np.einsum("bp,bp->b", differences, differences)
-        usual = self.manifest.calibration.usual(errors, lengths)
+        usual = self.manifest.calibration.usual(errors, lengths) & ~_blank(images)
         return capsules, lengths, index, reconstructions, errors, usual
 
     def decode(self, inputs: Arrays) -> Arrays:
         """Capsules (B, classes, dimensions) and targets (B,) to reconstructions (B, H, W[, 3])."""
         with Measured("decoder"):
             return (fetched(*self.decoder.run(*inputs)),)
+
+
+def _blank(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which of the images (B, H, W[, 3]) are of one level: nothing is on them, whatever the capsules say."""
+    levels = images.reshape(len(images), -1)
+    same: NDArray[np.bool_] = levels.max(axis=1) == levels.min(axis=1)
+    return same
 
 
 def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:

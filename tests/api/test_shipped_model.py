@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.manifest import read_manifest
 from service.settings import Settings
-from tests.support.encoded import npy
+from tests.support.encoded import encode, npy
 from tests.support.mnist import ROOT, mnist_test_images
 from training.data import Dataset
 
@@ -91,6 +91,22 @@ def test_a_scanned_digit(client: TestClient) -> None:
     page = (ROOT / "docs/examples/page.png").read_bytes()
     answer = client.post("/predict", content=page, headers={"content-type": "image/png"})
     assert answer.json()["predictions"][0]["label"] == "4"
+
+
+PAGES = {
+    "a white page": np.full((300, 200), 255, np.uint8),
+    "a grey image of the model's size": np.full((28, 28), 90, np.uint8),
+    "a black one": np.zeros((28, 28), np.uint8),
+    "noise": np.random.default_rng(0).integers(0, 256, (280, 280), np.uint8),
+    "a noisy page": np.random.default_rng(0).normal(200, 3, (300, 300)).astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
+def test_a_page_with_nothing_on_it_is_no_digit(client: TestClient, page: NDArray[np.uint8]) -> None:
+    """Where no ink is found, whatever the capsules say, the image is not one of a digit."""
+    answer = client.post("/predict", content=encode(page), headers={"content-type": "image/png"})
+    assert answer.json()["predictions"][0]["in_distribution"] is False
 
 
 def draw(client: TestClient, **request: object) -> NDArray[np.float32]:
