@@ -88,7 +88,8 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("capsnet"),
         description="Class predictions, capsule vectors, reconstructions and perturbed reconstructions.",
         lifespan=lifespan,
-        docs_url=None,  # ours is in `pages`
+        openapi_url=None,  # this and the next are in `pages`
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # what /docs does not list is not there
     )

@@ -1,6 +1,7 @@
 """Request bodies and queries: read within limits, parsed into the forms of `schemas`."""
 
 import asyncio
+import json
 import zlib
 from collections.abc import AsyncGenerator, Sequence
 from functools import cache
@@ -31,6 +32,9 @@ PNG = "image/png"
 # A JSON text has at most one more value than commas in each container, so this bounds the memory that
 # parsing takes. The largest honest body, 1,024 data URLs with two commas each, stays far below.
 _MAX_COMMAS = 32_768
+
+# Pydantic's names of errors in a name, and our words for them.
+_NAME_ERRORS = {"extra_forbidden": "there is no such field", "missing": "it is missing"}
 
 Part = bytes | str
 """A file's content, or the text of a part without a file name."""
@@ -197,8 +201,13 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
     return content
 
 
-def parse_json(form: type[Form], text: bytes | str, *, max_commas: int = _MAX_COMMAS) -> Form:
+def parse_json(
+    form: type[Form], text: bytes | str, *, where: str = "body", max_commas: int = _MAX_COMMAS
+) -> Form:
     """Parse and validate a JSON text.
+
+    Args:
+        where: what errors call it.
 
     Raises:
         MalformedBody: not JSON.
@@ -214,7 +223,7 @@ def parse_json(form: type[Form], text: bytes | str, *, max_commas: int = _MAX_CO
     try:
         return form.model_validate_json(text)
     except ValidationError as error:
-        raise _explain(error, "body") from error
+        raise _explain(error, form, where) from error
 
 
 def parse_query(form: type[Form], request: Request) -> Form:
@@ -235,7 +244,7 @@ def parse_query(form: type[Form], request: Request) -> Form:
     try:
         return form.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, "query") from error
+        raise _explain(error, form, "query") from error
 
 
 @cache
@@ -243,18 +252,37 @@ def _defaults(form: type[BaseModel]) -> BaseModel:
     return form()
 
 
-def _explain(error: ValidationError, where: str) -> MalformedBody | InvalidInput:
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part)[:50] for part in first["loc"]) or where
+def _explain(error: ValidationError, form: type[BaseModel], where: str) -> MalformedBody | InvalidInput:
+    errors = error.errors(include_url=False)
+    # A field by another name is the reason why one is missing.
+    first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
-        return MalformedBody("The body is not JSON.", received=message, expected="a JSON text (RFC 8259)")
-    received = "nothing" if first["type"] == "missing" else repr(first["input"])[:100]
-    return InvalidInput(f"{where} {place}: {message}", received=received, expected=message)
+        return MalformedBody(f"The {where} is not JSON.", received=message, expected="a JSON text (RFC 8259)")
+    received = "nothing" if first["type"] == "missing" else json.dumps(first["input"], default=str)[:100]
+    expected = message
+    if first["type"] in _NAME_ERRORS:
+        message = _NAME_ERRORS[first["type"]]
+        if len(first["loc"]) == 1:  # not within a value, whose form is another
+            expected = f"fields among {', '.join(_names(form))}"
+    elif first["type"] == "bool_type":
+        expected = "true or false"
+    place = " ".join([where, ".".join(str(part)[:50] for part in first["loc"])]).rstrip()
+    return InvalidInput(f"{place}: {message}", received=received, expected=expected)
+
+
+def _names(form: type[BaseModel]) -> list[str]:
+    """What the fields are called in JSON."""
+    return [field.alias or name for name, field in form.model_fields.items()]
 
 
 class _Parser(MultiPartParser):
     spool_max_size = 1 << 62  # the body is already in memory; nothing goes to disk
+    ended = False
+    """Whether the closing boundary has come: without it a part may be missing."""
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
 async def parse_multipart(request: Request, body: bytes, names: Sequence[str], max_files: int) -> Parts:
@@ -272,6 +300,8 @@ async def parse_multipart(request: Request, body: bytes, names: Sequence[str], m
 
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
+        if not parser.ended:  # said here, where the parser closes its files
+            raise MultiPartException("no closing boundary, which has two hyphens behind it")
 
     parser = _Parser(
         request.headers, stream(), max_files=max_files, max_fields=max_files, max_part_size=len(body)

@@ -70,7 +70,7 @@ class Decoder:
         shape = (spec.height, spec.width) if spec.channels == 1 else (spec.height, spec.width, spec.channels)
         opened: list[Image.Image] = []
         for position, data in enumerate(images):
-            with _naming(position, len(images)):
+            with naming(position, len(images)):
                 opened.append(open_image(data, self._settings.max_pixels))
         pixels = sum(image.width * image.height for image in opened)
         if pixels > self._settings.max_request_pixels:
@@ -83,7 +83,7 @@ class Decoder:
         for position, image in enumerate(opened):
             if abandoned.is_set():
                 break  # the caller left or ran out of time: nobody reads the result
-            with _naming(position, len(images)):
+            with naming(position, len(images)):
                 prepared[position] = prepare(image, spec, preprocess)
             image.close()
         return prepared
@@ -93,7 +93,7 @@ class Decoder:
 
 
 @contextmanager
-def _naming(position: int, count: int) -> Iterator[None]:
+def naming(position: int, count: int) -> Iterator[None]:
     """Say in an error which of several images is at fault."""
     try:
         yield

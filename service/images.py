@@ -40,6 +40,9 @@ _LEAST_CONTRAST = 16.0
 # far as passing errs no more than laying out. See docs/decisions/0045.
 _NEAR_GROUND = 1
 
+# Bits that cameras and instruments store in 16; which, no file says.
+_DEPTHS = (8, 10, 12, 14, 16)
+
 # Median absolute deviation to standard deviation, for normally distributed noise.
 _MAD_TO_SIGMA = 1.4826
 
@@ -122,8 +125,9 @@ def _decode(image: Image.Image, spec: ImageSpec) -> Pixels:
     image.draft(mode, (least, least))  # a large JPEG is decoded at a fraction of its size
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
-        levels = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((np.clip(levels, 0, 65535) // 257).astype(np.uint8))
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        bits = next(bits for bits in _DEPTHS if levels.max() < 1 << bits)
+        image = Image.fromarray((levels * 255 // ((1 << bits) - 1)).astype(np.uint8))
     if image.has_transparency_data:
         image = _flatten(image.convert("RGBA"))
     image = image if image.mode == mode else image.convert(mode)

@@ -56,6 +56,11 @@ _HEADERS: dict[str, Schema] = {
         "schema": {"type": "integer", "minimum": 1},
     },
     "WWW-Authenticate": {"required": True, "schema": {"type": "string"}},
+    "X-Capsnet-Model": {
+        "description": "The model that answered, `name/version`",
+        "required": True,
+        "schema": {"type": "string"},
+    },
 }
 _EVERY_ANSWER = ("X-Request-ID", "Server-Timing")
 _BY_STATUS = {"401": "WWW-Authenticate", "503": "Retry-After"}
@@ -144,7 +149,10 @@ def operation(
             "requestBody": {"description": _COMPRESSED, "required": True, "content": bodies},
         },
         "responses": {
-            200: {"content": {media: {"schema": answer} for media, answer in answers.items()}},
+            200: {
+                "content": {media: {"schema": answer} for media, answer in answers.items()},
+                "headers": {"X-Capsnet-Model": {"$ref": "#/components/headers/X-Capsnet-Model"}},
+            },
             **problems(*_titles()),
         },
     }
@@ -234,6 +242,7 @@ def install(app: FastAPI, settings: Settings, *, open_paths: Collection[str] | N
             if open_paths is not None:
                 _require_key(schema, open_paths)
             _state_headers(schema)
+            schema["servers"] = [{"url": "."}]  # beside the document, also below a proxy's prefix
             app.openapi_schema = schema
         return app.openapi_schema
 

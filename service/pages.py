@@ -4,6 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 from starlette.staticfiles import StaticFiles
 
 from service.handling import Router
@@ -42,3 +43,9 @@ def _serve(path: str, file: Path) -> None:
 
 for _path, _file in _FILES.items():
     _serve(_path, _file)
+
+
+@router.get("/openapi.json")
+async def openapi(request: Request) -> Response:
+    """The document; FastAPI's own route for it would be counted with the paths that are not there."""
+    return JSONResponse(request.app.openapi())

@@ -29,6 +29,7 @@ from service.bodies import (
     read_body,
 )
 from service.body_room import Share
+from service.decoding import naming
 from service.engine import Float, Model, Predictions
 from service.errors import InvalidInput
 from service.figures import sweep_figure
@@ -110,16 +111,24 @@ async def predict(request: Request) -> Response:
             predictions = await model.predict(images)
             return await _encode(len(images), _predict_answer, answer, model, query, images, predictions)
 
-        return await answer_in_time(request, work())
+        return _of(model, await answer_in_time(request, work()))
 
 
 async def _predict_images(request: Request, kind: str, body: bytes, settings: Settings) -> list[bytes]:
     if kind == JSON:
-        return [decode_base64(text) for text in parse_json(PredictRequest, body).images]
+        return _decoded(parse_json(PredictRequest, body).images)
     if kind == MULTIPART:
         parts = await parse_multipart(request, body, ["images"], settings.max_images)
         return file_parts(parts, "images")
     return [body]
+
+
+def _decoded(texts: list[str]) -> list[bytes]:
+    images = []
+    for position, text in enumerate(texts):
+        with naming(position, len(texts)):
+            images.append(decode_base64(text))
+    return images
 
 
 def _predict_answer(
@@ -219,7 +228,7 @@ async def reconstruct(request: Request) -> Response:
                 document["pixels"] = drawn[0]
             return _json(document)
 
-        return await answer_in_time(request, work())
+        return _of(model, await answer_in_time(request, work()))
 
 
 SWEEP_ANSWERS = (JSON, NPZ, PNG)
@@ -246,7 +255,7 @@ async def sweep(request: Request) -> Response:
     """The paper's figure 4: one row for each dimension, one reconstruction for each delta.
 
     `Accept: image/png` answers with the labelled grid; `application/x-npz` with `reconstructions`,
-    float32 (dimensions, deltas, H, W[, 3]), `dimensions`, `deltas` and `capsule`.
+    float32 (dimensions, deltas, H, W[, 3]), `dimensions`, `deltas`, `capsule` and its class's `index`.
     """
     service = service_of(request)
     query = parse_query(SweepQuery, request)
@@ -271,7 +280,7 @@ async def sweep(request: Request) -> Response:
             swept = _Sweep(index, capsules[index], dimensions, deltas, drawn)
             return await _encode(len(dimensions) * len(deltas), _sweep_answer, answer, model, swept)
 
-        return await answer_in_time(request, work())
+        return _of(model, await answer_in_time(request, work()))
 
 
 @dataclass(frozen=True)
@@ -291,6 +300,7 @@ def _sweep_answer(answer: str, model: Model, swept: _Sweep) -> Response:
                 "dimensions": np.array(swept.dimensions),
                 "deltas": np.array(swept.deltas),
                 "capsule": swept.capsule,
+                "index": np.array(swept.index),
             }
         )
     label = model.manifest.classes[swept.index]
@@ -342,7 +352,9 @@ async def _source(
     image = only_part(file_parts(parts, "image"), "image")
     given = _Given(image, None)
     texts = parts.get("request")
-    return parse_json(choice, only_part(texts, "request")) if texts else choice(), given
+    if not texts:
+        return choice(), given
+    return parse_json(choice, only_part(texts, "request"), where="part request"), given
 
 
 def _array(vectors: list[list[float]]) -> Float:
@@ -482,6 +494,12 @@ async def _encode(count: int, encode: Callable[..., Response], *arguments: objec
     if count <= 8:
         return encode(*arguments)
     return await asyncio.to_thread(encode, *arguments)
+
+
+def _of(model: Model, response: Response) -> Response:
+    """The answer with the model's name in a header, since arrays and images have no place for it."""
+    response.headers["X-Capsnet-Model"] = f"{model.manifest.name}/{model.manifest.version}"
+    return response
 
 
 def _name(model: Model) -> dict[str, str]:

@@ -11,10 +11,13 @@ from service.tweaks import MAX_COMPONENT, Tweak
 
 
 def _from_query(text: object) -> object:
-    """A query parameter's text as the JSON value that it spells, so that `capsules=yes` is refused."""
+    """A query parameter's text as the JSON value that it spells, so that `capsules=yes` is refused.
+
+    `True` and `False` are how Python clients write what they were given.
+    """
     if isinstance(text, str):
-        if text in ("true", "false"):
-            return text == "true"
+        if text in ("true", "false", "True", "False"):
+            return text in ("true", "True")
         if text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 10:
             return int(text)
     return text
@@ -64,7 +67,8 @@ class _ModelQuery(_Request):
         Preprocess,
         Field(
             description="`auto` lays out any image as the training images were, and leaves one of the "
-            "model's size and ground alone; `none` takes only the model's own size; `centre` lays out all"
+            "model's size and ground alone; `none` takes only the model's own size; `centre` lays out all. "
+            "Arrays are taken as they are"
         ),
     ] = "auto"
 
@@ -95,6 +99,8 @@ class SweepQuery(_ModelQuery):
 
 
 class PredictRequest(_Request):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"images": [_EXAMPLE]}]})
+
     images: Annotated[list[Base64], FailFast(), Field(min_length=1)]
 
 
@@ -179,6 +185,8 @@ class _SweepChoice(_Choice):
 class ReconstructChoice(_Choice):
     """The part `request` beside a part `image` in multipart/form-data."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tweaks": [{"dimension": 3, "delta": 0.15}]}]})
+
 
 class ReconstructRequest(_Source, _Choice):
     model_config = ConfigDict(
@@ -197,6 +205,10 @@ class ReconstructRequest(_Source, _Choice):
 
 class SweepChoice(_SweepChoice):
     """The part `request` beside a part `image` in multipart/form-data."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"dimensions": [0, 3], "deltas": [-0.2, 0, 0.2]}]}
+    )
 
 
 class SweepRequest(_Source, _SweepChoice):
@@ -231,7 +243,10 @@ class Prediction(BaseModel):
     reconstruction_error: Annotated[float, Field(description="Summed squared error against the image")]
     in_distribution: Annotated[
         bool,
-        Field(description="Whether that error, and the longest capsule's lead over the next, are usual"),
+        Field(
+            description="Whether that error, and the longest capsule's lead over the next, are usual; "
+            "never for an image of a single level"
+        ),
     ]
     capsules: list[list[float]] | None = None
     reconstruction: DataUrl | None = None

@@ -19,6 +19,7 @@ _READABLE_HEADERS = (
     "Retry-After",
     "Server-Timing",
     "WWW-Authenticate",
+    "X-Capsnet-Model",
     "X-Request-ID",
 )
 _SENDABLE_HEADERS = (
@@ -61,7 +62,7 @@ def protect(app: ASGIApp, settings: Settings) -> ASGIApp:
         app = CORSMiddleware(
             app,
             allow_origins=settings.cors_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "HEAD", "POST"),
             allow_headers=_SENDABLE_HEADERS,
             expose_headers=_READABLE_HEADERS,
         )

@@ -135,6 +135,59 @@ def test_forms_are_refused(
     assert says in problem(answer, status)["detail"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        # A part counts once the boundary after it has come; the last one is `--x--`.
+        ("/predict", multipart((FILE.format("images"), PNG))[: -len("--x--\r\n")]),
+        ("/predict", multipart((FILE.format("images"), PNG), (FILE.format("images"), PNG))[:-200]),
+        (
+            "/reconstruct",
+            multipart((FILE.format("image"), PNG), (TEXT.format("request"), b'{"class": "9"}'))[
+                : -len("--\r\n")
+            ],
+        ),
+    ],
+    ids=["no last boundary", "broken off within a file", "a boundary that is not the last"],
+)
+def test_a_form_that_breaks_off_is_refused(client: TestClient, path: str, body: bytes) -> None:
+    """No part is left out in silence: without its closing boundary the form is not whole."""
+    document = problem(post(client, path, body, "multipart/form-data; boundary=x"), 400)
+    assert "closing boundary" in document["received"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "detail", "received", "expected"),
+    [
+        ("/predict", {"image": "x"}, "body image: there is no such field", '"x"', "images"),
+        ("/predict", {}, "body images: it is missing", "nothing", "images"),
+        ("/predict", [], "body: Input should be an object", "[]", "object"),
+        ("/predict?capsule=true", {}, "query capsule: there is no such field", '"true"', "top_k"),
+        ("/predict?capsules=yes", {}, "query capsules", '"yes"', "true or false"),
+        ("/reconstruct", {}, "body: give either an image or capsules", "{}", "image"),
+        ("/reconstruct", {"image": ENCODED, "class": None}, "body class", "null", "string"),
+        ("/reconstruct", {"image": ENCODED, "klass": {"a": 1}}, "body klass", '{"a": 1}', "class"),
+        ("/predict", {"images": [ENCODED, "%"]}, "Image 1: ", "'%'", "base64"),
+    ],
+)
+def test_an_error_names_the_place_and_what_belongs_there(
+    client: TestClient, path: str, body: object, detail: str, received: str, expected: str
+) -> None:
+    """What was received is told as JSON, and of a wrong name the right ones are."""
+    document = problem(post(client, path, json.dumps(body), JSON), 422)
+    assert document["detail"].startswith(detail)
+    assert received in document["received"]
+    assert expected in document["expected"]
+
+
+def test_an_error_in_a_forms_text_names_the_part(client: TestClient) -> None:
+    """The text of the part `request` is not the body."""
+    for text, status in ((b"{", 400), (b'{"klass": "3"}', 422)):
+        form = multipart((FILE.format("image"), PNG), (TEXT.format("request"), text))
+        answer = post(client, "/reconstruct", form, "multipart/form-data; boundary=x")
+        assert "part request" in problem(answer, status)["detail"]
+
+
 def text_of(body: dict[str, Any]) -> str:
     return json.dumps(body)  # which writes NaN and Infinity as JavaScript would
 

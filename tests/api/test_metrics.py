@@ -57,6 +57,7 @@ def test_callers_cannot_make_up_labels(serve: Serve) -> None:
     """All unknown paths are one route, and all unknown models none."""
     client = serve()
     client.get("/a")
+    client.get("/openapi.json")  # is there
     before = scrape(client).keys()
     for number in range(20):
         client.get(f"/unknown/{number}")
@@ -72,7 +73,7 @@ def test_callers_cannot_make_up_labels(serve: Serve) -> None:
         "capsnet_request_duration_seconds_created",
     }
     routes = {dict(labels)["route"] for name, labels in after if name == "capsnet_requests_total"}
-    assert routes == {"none", "/predict", "/metrics"}
+    assert routes == {"none", "/predict", "/metrics", "/openapi.json"}
 
 
 def test_stages_are_measured(serve: Serve) -> None:

@@ -89,7 +89,7 @@ def test_unknown_fields_and_parameters_are_left_alone(client: TestClient) -> Non
     ("body", "words"),
     [
         (b"{", "The body is not JSON"),
-        (b"[]", "body body"),
+        (b"[]", "body: Input should be an object"),
         (ask(), "needs more inputs: received none, expected images"),
         (ask(NUMBERS, NUMBERS), "named twice"),
         (ask({**NUMBERS, "name": "x"}), "no such input: received x, expected images"),

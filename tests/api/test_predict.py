@@ -92,6 +92,25 @@ def test_what_is_asked_for_is_added(client: TestClient) -> None:
     assert decode_data_url(prediction["reconstruction"]).shape == (28, 28)
 
 
+@pytest.mark.parametrize(("spelled", "added"), [("True", True), ("False", False)])
+def test_pythons_true_and_false_are_taken(client: TestClient, spelled: str, added: bool) -> None:
+    """The Python clients that many use write a flag of the query so."""
+    answer = client.post(f"/predict?capsules={spelled}", content=PNG, headers={"content-type": "image/png"})
+    assert ("capsules" in answer.json()["predictions"][0]) is added
+
+
+def test_every_form_of_answer_names_its_model(client: TestClient) -> None:
+    """Arrays and images have no place for it, so a header has it."""
+    headers = {"content-type": "image/png"}
+    for accept in ("application/json", "application/x-npy", "application/x-npz"):
+        answer = client.post("/predict?model=tiny/1", content=PNG, headers={**headers, "accept": accept})
+        assert answer.headers["x-capsnet-model"] == "tiny/1"
+    form = {"image": ("a.png", PNG, "image/png")}
+    for path in ("/reconstruct", "/reconstruct/sweep"):
+        answer = client.post(path, files=form, headers={"accept": "image/png"})
+        assert answer.headers["x-capsnet-model"] == "tiny/2"
+
+
 def test_preprocessing_is_on_by_default(client: TestClient) -> None:
     """A large image of dark ink is laid out for the network, and the answer shows how."""
     paper = np.full((300, 200), 250, np.uint8)

@@ -691,6 +691,31 @@ def test_the_page_may_lie_below_a_prefix(page: Page, service: str) -> None:
     page.unroute_all(behavior="wait")  # or answers would be sent on after the end
 
 
+def test_what_the_docs_try_goes_below_a_prefix(opened: Opened, service: str) -> None:
+    """Swagger UI asks where its document came from, and each body that it offers is answered."""
+    prefix = f"{service}/capsnet/"
+    page = opened(f"{service}/livez")
+    page.route(
+        f"{prefix}**",
+        lambda route: route.fulfill(
+            response=route.fetch(url=route.request.url.replace(prefix, f"{service}/"))
+        ),
+    )
+    page.goto(f"{prefix}docs")
+    for path in ("/livez", "/predict", "/reconstruct", "/reconstruct/sweep"):
+        operation = page.locator(f'.opblock:has([data-path="{path}"])')
+        operation.locator(".opblock-summary-control").click()
+        operation.get_by_role("button", name="Try it out").click()
+        if path != "/livez":
+            operation.locator(
+                ".body-param-content-type select, .opblock-section-request-body select"
+            ).first.select_option("application/json")
+        operation.get_by_role("button", name="Execute").click()
+        expect(operation.locator(".request-url")).to_contain_text(f"{prefix}{path[1:]}")
+        expect(operation.locator(".live-responses-table .response-col_status").last).to_have_text("200")
+    page.unroute_all(behavior="wait")  # or answers would be sent on after the end
+
+
 def test_the_request_is_copied(page: Page) -> None:
     """To the clipboard; where a browser gives none, without TLS, it is selected."""
     give(page, 3)

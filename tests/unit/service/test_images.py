@@ -197,6 +197,14 @@ def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
     np.testing.assert_allclose(got, glyph() // 2, atol=1)
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_16_bits_may_hold_fewer(bits: int) -> None:
+    """Cameras write levels of fewer bits into 16: they are scaled by those that are in use."""
+    full = (1 << bits) - 1
+    levels = np.rint(glyph() / 255 * full).astype(np.uint16)
+    np.testing.assert_allclose(prepared(encode(levels), preprocess="none"), glyph(), atol=1)
+
+
 @pytest.mark.parametrize("ink", [0, 255])
 def test_transparency_is_put_on_what_the_ink_stands_out_from(ink: int) -> None:
     """Black or white strokes on a transparent sheet both become the same digit."""
