@@ -1,10 +1,16 @@
 """What every kind of test may use."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.support.tiny_model import write_tiny_model
+
+# Settings that whoever runs the tests has for the service, which reads them in any case, are not the tests'.
+for name in list(os.environ):
+    if name.upper().startswith("CAPSNET_") and name != "CAPSNET_DATA_DIR":
+        del os.environ[name]
 
 
 @pytest.fixture
