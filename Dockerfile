@@ -5,7 +5,7 @@
 #   docker build -t capsnet --build-arg EXTRAS=grpc,otel .   with gRPC and traces
 #
 # Plain instructions only, without cache mounts: the classic builder and BuildKit both make it, and neither fetches
-# anything but the base image and the pinned packages.
+# anything but the base image, the pinned packages and, for a GPU, the libraries of NVIDIA's that these ask for.
 ARG BASE=python:3.13-slim
 
 FROM ${BASE} AS dependencies
