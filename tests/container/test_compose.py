@@ -19,16 +19,17 @@ GPU_FILES = (*FILES, "--file", str(ROOT / "docker-compose.gpu.yml"))
 SET_INSIDE = {"CAPSNET_HOST", "CAPSNET_PORT", "CAPSNET_MODELS"}
 # Compose makes the image without the extra `grpc`, and a port that may not be there cannot be published.
 NOT_IN_THE_IMAGE = {"CAPSNET_GRPC_PORT"}
+UVICORNS = {"FORWARDED_ALLOW_IPS"}
 
 
 def test_every_setting_is_passed_on() -> None:
-    """A setting that works with `make serve` works with `docker compose up`."""
+    """A variable that works with `make serve` works with `docker compose up`."""
     text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
     settings = {f"CAPSNET_{name.upper()}" for name in Settings.model_fields}
 
     assert (
-        set(re.findall(r"^ +- (CAPSNET_\w+)$", text, re.MULTILINE))
-        == settings - SET_INSIDE - NOT_IN_THE_IMAGE
+        set(re.findall(r"^ +- ([A-Z]+_\w+)$", text, re.MULTILINE))
+        == (settings - SET_INSIDE - NOT_IN_THE_IMAGE) | UVICORNS
     )
 
 
