@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 Body = Callable[[str], dict[str, Any]]
@@ -13,6 +14,7 @@ class Framework:
 
     name: str
     requirements: tuple[str, ...]
+    """What pip installs; the table names the version of the first."""
     command: tuple[str, ...]
     """After its environment's Python; `{port}` and `{workers}` are filled in."""
     path: str
@@ -20,8 +22,8 @@ class Framework:
     """What is sent, of the image in base64."""
     lengths: Callable[[Any], list[float]]
     """The lengths of the capsules in its answer."""
-    packaged_as: str
-    """The package whose version the table names."""
+    folder: str
+    """Of its environment, in `processes.ENVIRONMENTS`."""
     waits: bool = True
     """Whether it can be told how long a batch may wait for more."""
 
@@ -65,7 +67,7 @@ def _plain(answer: Any) -> list[float]:
 FRAMEWORKS = (
     Framework(
         "FastAPI, as in its tutorial",
-        ("fastapi==0.165.0", "uvicorn[standard]==0.54.0"),
+        (f"fastapi=={version('fastapi')}", f"uvicorn[standard]=={version('uvicorn')}"),  # as the service has
         (
             *("-m", "uvicorn", "benchmarks.frameworks.by_fastapi:app"),
             *("--port", "{port}", "--workers", "{workers}", "--no-access-log"),

@@ -41,7 +41,7 @@ def installed(framework: Framework) -> Path:
     Raises:
         FrameworkError: if it does not install.
     """
-    folder = ENVIRONMENTS / framework.packaged_as
+    folder = ENVIRONMENTS / framework.folder
     python = folder / "bin" / "python"
     stamp = folder / "installed"
     wanted: list[str] = [*framework.requirements, f"onnxruntime=={version('onnxruntime')}", "numpy", "pillow"]
