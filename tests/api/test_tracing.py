@@ -1,7 +1,6 @@
 """Traces reach a collector over OTLP, where one is named, and only there."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -121,10 +120,9 @@ def test_a_grpc_method_is_a_trace_as_well(
     """The metadata's traceparent is taken up, and the stages are the method's children."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
     with served(tiny_models, grpc_port="0") as service:
-        address = next(filter(None, (re.search(r"over gRPC on (\S+)", line) for line in service.log)))[1]
         image = grpc.InferInput("images", [1, SIDE, SIDE], "UINT8")
         image.set_data_from_numpy(image_of(3)[np.newaxis])
-        with grpc.InferenceServerClient(address) as client:
+        with grpc.InferenceServerClient(service.grpc_address) as client:
             client.infer("tiny-encoder", [image], headers={"traceparent": TRACEPARENT})
         stop(service)
     spans = {span.name: span for span in collector.spans}

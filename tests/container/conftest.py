@@ -1,13 +1,12 @@
-import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from tests.container import docker
 from tests.container.docker import Container
+from tests.support.encoded import encode
 from tests.support.tiny_model import image_of, write_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +53,4 @@ def container(image: str, models: Path) -> Iterator[Container]:
 @pytest.fixture(scope="session")
 def png() -> bytes:
     """An image that the tiny model takes for DIGIT."""
-    file = io.BytesIO()
-    Image.fromarray(image_of(DIGIT)).save(file, "PNG")
-    return file.getvalue()
+    return encode(image_of(DIGIT))

@@ -1,6 +1,5 @@
 """Health as gRPC's own protocol has it, asked of the real process by the protocol's own stub."""
 
-import re
 import signal
 from pathlib import Path
 
@@ -15,8 +14,7 @@ OIP = "inference.GRPCInferenceService"
 
 
 def channel(process: Served) -> grpc.Channel:
-    found = next(filter(None, (re.search(r"over gRPC on (127\.0\.0\.1:\d+)", line) for line in process.log)))
-    return grpc.insecure_channel(found[1])
+    return grpc.insecure_channel(process.grpc_address)
 
 
 def test_health_follows_readiness_until_the_stop(tiny_models: Path) -> None:

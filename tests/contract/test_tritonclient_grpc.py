@@ -21,14 +21,7 @@ from tritonclient.grpc import aio, service_pb2
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from tests.support.process import LIMIT, Served, environment, served
-from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, band, image_of
-
-
-def address(process: Served) -> str:
-    for line in process.log:
-        if found := re.search(r"over gRPC on (127\.0\.0\.1:\d+)", line):
-            return found[1]
-    raise AssertionError("no gRPC server was started:\n" + "".join(process.log))
+from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, band, capsules_of, image_of
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +32,13 @@ def process(tiny_models: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def client(process: Served) -> Iterator[sync.InferenceServerClient]:
-    with sync.InferenceServerClient(address(process)) as opened:
+    with sync.InferenceServerClient(process.grpc_address) as opened:
         yield opened
 
 
 @pytest.fixture
 async def async_client(process: Served) -> AsyncIterator[aio.InferenceServerClient]:
-    async with aio.InferenceServerClient(address(process)) as opened:
+    async with aio.InferenceServerClient(process.grpc_address) as opened:
         yield opened
 
 
@@ -53,13 +46,6 @@ def tensor(name: str, array: NDArray[Any]) -> sync.InferInput:
     given = sync.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
     given.set_data_from_numpy(array)
     return given
-
-
-def capsules_of(*classes: int) -> NDArray[np.float32]:
-    """Capsule sets (N, classes, dimensions) that the tiny decoder draws as full bands."""
-    capsules = np.zeros((len(classes), CLASSES, DIMENSIONS), np.float32)
-    capsules[range(len(classes)), classes, 0] = 1
-    return capsules
 
 
 def test_the_server_and_its_models_introduce_themselves(client: sync.InferenceServerClient) -> None:
@@ -169,7 +155,7 @@ def test_messages_are_bounded_also_when_compressed(tiny_models: Path) -> None:
     """A small message that inflates to a large one takes no more than the limit, and the next is served."""
     with (
         served(tiny_models, grpc_port="0", max_body=str(2**20)) as process,
-        sync.InferenceServerClient(address(process)) as client,
+        sync.InferenceServerClient(process.grpc_address) as client,
     ):
         before = process.peak_memory()
         bomb = service_pb2.ModelInferRequest(model_name="tiny-encoder", raw_input_contents=[bytes(2**26)])
@@ -185,7 +171,7 @@ def test_messages_share_the_room_of_bodies(tiny_models: Path) -> None:
     """A message that finds too little room beside HTTP bodies is refused, and may try again in a second."""
     with (
         served(tiny_models, grpc_port="0", max_body="6000", max_bodies="10000") as process,
-        sync.InferenceServerClient(address(process)) as client,
+        sync.InferenceServerClient(process.grpc_address) as client,
     ):
         images = tensor("images", np.stack([image_of(3)] * 6))  # 4,704 bytes
         client.infer("tiny-encoder", [images])
@@ -218,7 +204,7 @@ def test_keys_are_asked_for_as_over_http(tiny_models: Path) -> None:
     key = "correct horse battery staple"
     with (
         served(tiny_models, grpc_port="0", api_keys=f"another-valid-key-1,{key}") as process,
-        sync.InferenceServerClient(address(process)) as client,
+        sync.InferenceServerClient(process.grpc_address) as client,
     ):
         assert client.is_server_live()
         assert client.is_server_ready()
@@ -264,7 +250,7 @@ def test_sigterm_drains_and_exits_cleanly(tiny_models: Path) -> None:
         refused: list[str] = []
 
         def ask_until_refused() -> None:
-            with sync.InferenceServerClient(address(process)) as client:
+            with sync.InferenceServerClient(process.grpc_address) as client:
                 images = tensor("images", np.stack([image_of(3)] * 200))
                 while not refused:
                     try:
@@ -292,7 +278,7 @@ def test_sigterm_drains_and_exits_cleanly(tiny_models: Path) -> None:
 
 def test_a_taken_port_stops_the_start(process: Served, tiny_models: Path) -> None:
     """The setting is named, on one line."""
-    port = address(process).rpartition(":")[2]
+    port = process.grpc_address.rpartition(":")[2]
     ended = subprocess.run(  # noqa: S603 # our own interpreter and module
         [sys.executable, "-m", "service.main", "--port", "0", "--grpc-port", port],
         env=environment(tiny_models),

@@ -13,7 +13,7 @@ from tritonclient.http import aio
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from tests.support.process import Served, served
-from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, band, image_of
+from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, band, capsules_of, image_of
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,6 @@ def tensor(name: str, array: NDArray[Any], *, binary: bool = True) -> http.Infer
     given = http.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
     given.set_data_from_numpy(array, binary_data=binary)
     return given
-
-
-def capsules_of(*classes: int) -> NDArray[np.float32]:
-    """Capsule sets (N, classes, dimensions) that the tiny decoder draws as full bands."""
-    capsules = np.zeros((len(classes), CLASSES, DIMENSIONS), np.float32)
-    capsules[range(len(classes)), classes, 0] = 1
-    return capsules
 
 
 def test_the_server_introduces_itself(client: http.InferenceServerClient) -> None:

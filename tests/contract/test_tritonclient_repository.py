@@ -1,6 +1,5 @@
 """Stock clients load and retire versions, over HTTP and over gRPC, in the real process."""
 
-import re
 import shutil
 import threading
 import time
@@ -39,12 +38,8 @@ def client(request: pytest.FixtureRequest, process: Served) -> Iterator[Client]:
         with http.InferenceServerClient(f"127.0.0.1:{process.port}") as over_http:
             yield over_http
     else:
-        with grpc.InferenceServerClient(grpc_address(process)) as over_grpc:
+        with grpc.InferenceServerClient(process.grpc_address) as over_grpc:
             yield over_grpc
-
-
-def grpc_address(process: Served) -> str:
-    return str(re.findall(r"over gRPC on (127\.0\.0\.1:\d+)", "".join(process.log))[0])
 
 
 def index(client: Client) -> list[tuple[str, str, str]]:
@@ -111,7 +106,7 @@ def test_grpc_takes_the_version_and_ready_as_the_protocol_has_them(process: Serv
     """As typed parameters; a parameter without a value and a named repository are refused."""
     write_tiny_model(models, "tiny", "2")
     write_tiny_model(models, "tiny", "3")
-    with grpc.InferenceServerClient(grpc_address(process)) as client:
+    with grpc.InferenceServerClient(process.grpc_address) as client:
         stub = client._client_stub
         request = service_pb2.RepositoryModelLoadRequest(model_name="tiny-encoder")
         request.parameters["version"].string_param = "3"
@@ -140,7 +135,7 @@ async def test_the_asyncio_client_does_the_same(process: Served, models: Path) -
 
 def test_grpc_calls_are_all_answered_while_versions_change(process: Served, models: Path) -> None:
     """Under continuous load every call ends well, with the right answer."""
-    address = grpc_address(process)
+    address = process.grpc_address
     stop = threading.Event()
     answered: list[tuple[str, int]] = []
     failures: list[BaseException] = []

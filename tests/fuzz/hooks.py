@@ -5,7 +5,6 @@ answered, and one that does not must be refused. Bodies that no JSON Schema can 
 tensors behind a JSON object) come from here as well.
 """
 
-import io
 import json
 import os
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any
 import numpy as np
 import schemathesis
 from hypothesis import strategies as st
-from PIL import Image
 from schemathesis.transport.serialization import Binary
 
 from service.images import FORMATS, data_url
 from service.manifest import read_manifest
 from service.oip import HEADER_LENGTH, OCTETS
 from service.tensors import Array, to_bytes
+from tests.support.encoded import encode, npy
 
 MODEL_FOLDER = "CAPSNET_FUZZED_MODEL"
 """The variable that names the folder of the model that is served."""
@@ -30,22 +29,10 @@ classes, dimensions = manifest.capsule_shape
 height, width = manifest.image_shape[:2]
 
 
-def _encoded(image: Any, image_format: str) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, image_format)
-    return file.getvalue()
-
-
 # Images of the model's own size, so that no way of preprocessing refuses them.
 _noise = np.random.default_rng(0).integers(0, 256, (4, *manifest.image_shape), np.uint8)
-bodies = {media: [_encoded(image, name) for image in _noise] for media, name in FORMATS.items()}
+bodies = {media: [encode(image, name) for image in _noise] for media, name in FORMATS.items()}
 texts = [data_url(image) for image in bodies["image/png"]]
-
-
-def _npy(images: Any) -> bytes:
-    file = io.BytesIO()
-    np.save(file, images, allow_pickle=False)
-    return file.getvalue()
 
 
 def _tensors(rows: int, *, binary: bool) -> tuple[dict[str, Any], bytes]:
@@ -76,7 +63,7 @@ for _rows in (1, 3):
 
 for _media, _files in bodies.items():
     schemathesis.openapi.media_type(_media, st.sampled_from(_files))
-schemathesis.openapi.media_type("application/x-npy", st.sampled_from([_npy(_noise[:n]) for n in (1, 4)]))
+schemathesis.openapi.media_type("application/x-npy", st.sampled_from([npy(_noise[:n]) for n in (1, 4)]))
 schemathesis.openapi.media_type(OCTETS, st.sampled_from(list(_with_bytes)))
 
 

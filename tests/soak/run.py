@@ -24,8 +24,9 @@ from pathlib import Path
 import uvloop
 
 from service.manifest import read_manifest
-from tests.soak.traffic import Honest, Hostile, honest, hostile, noise, png
+from tests.soak.traffic import Honest, Hostile, honest, hostile, noise
 from tests.soak.wire import Answer, Connection, request
+from tests.support.encoded import encode
 from tests.support.process import Served, alone, served, status_of
 from tests.support.tiny_model import write_tiny_model
 
@@ -77,7 +78,7 @@ def vitals(pid: int) -> Vitals:
 async def soak(service: Served, folder: Path, duration: float, *, seed: int = 0) -> Seen:
     """Load `service`, which serves the model in `folder`, for `duration` seconds."""
     kinds = await honest(service.port, folder)
-    enemies = hostile(png(noise(read_manifest(folder), 1)[0]), BODY_TIMEOUT)
+    enemies = hostile(encode(noise(read_manifest(folder), 1)[0]), BODY_TIMEOUT)
     seen = Seen()
     end = time.monotonic() + duration
     chance = random.Random(seed)  # noqa: S311 # no secret
@@ -229,7 +230,7 @@ async def goodput(
     Args:
         patient: whether who is refused waits as Retry-After says, or tries again at once.
     """
-    data = request("POST", "/predict", png(noise(read_manifest(folder), 1)[0]), content_type="image/png")
+    data = request("POST", "/predict", encode(noise(read_manifest(folder), 1)[0]), content_type="image/png")
     figures: dict[int, list[tuple[float, float]]] = {32: [], 512: []}
     for _ in range(rounds):
         for callers, measured in figures.items():

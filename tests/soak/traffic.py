@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from PIL import Image
 
 from service.manifest import Manifest, Precision, read_manifest
 from tests.soak.wire import Answer, Connection, request
+from tests.support.encoded import base64_text, decode, encode, npy
 
 TOLERANCE = 1e-3  # of lengths and pixels: a batch's other rows change the order of sums
 SHADE = 2  # of 255, by which a drawn pixel may differ for the same reason
@@ -56,8 +56,8 @@ async def honest(port: int, folder: Path) -> list[Honest]:
     """Every kind of request, with its answer by an idle service; lengths are proved by the graph itself."""
     manifest = read_manifest(folder)
     images = noise(manifest, 32)
-    one = png(images[0])
-    url = "data:image/png;base64," + base64.b64encode(one).decode()
+    one = encode(images[0])
+    url = "data:image/png;base64," + base64_text(one)
     graph = f"/v2/models/{manifest.name}"
     tensor = {"name": "images", "datatype": "UINT8", "shape": images[:2].shape}
     wanted = [{"name": "capsule_lengths"}]
@@ -68,14 +68,14 @@ async def honest(port: int, folder: Path) -> list[Honest]:
             "outputs": [{**wanted[0], "parameters": {"binary_data": True}}],
         }
     )
-    form, boundary = _form([png(image) for image in images[:4]])
+    form, boundary = _form([encode(image) for image in images[:4]])
     predict = {"content_type": "image/png"}
     requests = {
         "one": request("POST", "/predict", one, **predict),
         "drawn": request("POST", "/predict?reconstruction=true&capsules=true", one, **predict),
         "form": request("POST", "/predict", form, content_type=f"multipart/form-data; boundary={boundary}"),
         "bulk": request(
-            "POST", "/predict", _npy(images), content_type="application/x-npy", accept="application/x-npy"
+            "POST", "/predict", npy(images), content_type="application/x-npy", accept="application/x-npy"
         ),
         "reconstruct": request(
             "POST",
@@ -129,7 +129,7 @@ def hostile(image: bytes, body_timeout: float) -> list[Hostile]:
         _bad(image[: len(image) // 2], "image/png", 422),
         _bad(b'{"images": [', "application/json", 400),
         _bad(b'{"images": [1]}', "application/json", 422),
-        _bad(_npy(np.zeros((1, 5, 5), np.uint8)), "application/x-npy", 422),
+        _bad(npy(np.zeros((1, 5, 5), np.uint8)), "application/x-npy", 422),
         _bad(b"--x\r\n\r\n", "multipart/form-data; boundary=x", 400, 422),
         _bad(b"x", "text/plain", 415),
         _bad(bytes(2 << 20), "image/png", 413),
@@ -186,18 +186,6 @@ async def _no_http(port: int) -> int:
     return answer.status
 
 
-def png(image: NDArray[np.uint8]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()
-
-
 def _form(files: Sequence[bytes]) -> tuple[bytes, str]:
     boundary = "soak"
     parts = [
@@ -245,6 +233,6 @@ def _content(url: str) -> bytes:
 
 
 def _same_image(found: bytes, expected: bytes, where: str) -> None:
-    one, other = (np.asarray(Image.open(io.BytesIO(data)), np.int16) for data in (found, expected))
+    one, other = (decode(data).astype(np.int16) for data in (found, expected))
     assert one.shape == other.shape, where
     assert np.abs(one - other).max() <= SHADE, where

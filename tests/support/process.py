@@ -31,6 +31,13 @@ class Served:
         self.port = port
         self.client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT)
 
+    @property
+    def grpc_address(self) -> str:
+        """Where it serves gRPC, which its settings must ask for."""
+        found = re.search(r"over gRPC on (127\.0\.0\.1:\d+)", "".join(self.log))
+        assert found is not None, "no gRPC server was started:\n" + "".join(self.log)
+        return found[1]
+
     def predict(self) -> str:
         answer = self.client.post("/predict", content=PNG, headers=IMAGE)
         assert answer.status_code == 200, answer.text

@@ -50,6 +50,13 @@ def image_of(index: int, level: int = 255, channels: int = 1) -> NDArray[np.uint
     return image
 
 
+def capsules_of(*classes: int) -> NDArray[np.float32]:
+    """Capsule sets (N, classes, dimensions) that the decoder draws as full bands."""
+    capsules = np.zeros((len(classes), CLASSES, DIMENSIONS), np.float32)
+    capsules[range(len(classes)), classes, 0] = 1
+    return capsules
+
+
 def _bands() -> NDArray[np.float32]:
     """(classes, height, width): 1 on the class's band."""
     bands = np.zeros((CLASSES, SIDE, SIDE), np.float32)
