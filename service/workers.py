@@ -206,30 +206,32 @@ class _Supervisor:
         pause = 0.0
         while not self._stopping.is_set():
             born = time.monotonic()
-            worker = await self._start()
-            code = await worker.process.wait()
-            self._bury(worker)
+            try:
+                worker = await self._start()
+            except (OSError, RuntimeError) as error:  # no process, thread, memory or file descriptor is left
+                ended = failure = f"a worker cannot be started: {error}"
+            else:
+                code = await worker.process.wait()
+                self._bury(worker)
+                reason = f" ({worker.failure})" if worker.failure else ""
+                ended = f"worker {worker.process.pid} ended with exit code {code}{reason}"
+                failure = worker.failure or f"a worker ended with exit code {code} during its start"
             if self._stopping.is_set():
                 return
             if not self._serving:
-                self._failure = worker.failure or f"a worker ended with exit code {code} during its start"
+                self._failure = failure
                 self._changed.set()
                 return
             old = time.monotonic() - born > _OLD_AGE
             pause = 0.0 if old else min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
-            logger.error(
-                "worker %d ended with exit code %d%s; another starts in %g s",
-                worker.process.pid,
-                code,
-                f" ({worker.failure})" if worker.failure else "",
-                pause,
-            )
+            logger.error("%s; another starts in %g s", ended, pause)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
 
     async def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with contextlib.ExitStack() as unless_started, theirs:
+            unless_started.enter_context(ours)
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *sys.orig_argv[1:],  # this process's own command, so that both read the same settings
@@ -241,6 +243,7 @@ class _Supervisor:
                 pass_fds=(theirs.fileno(),),
                 process_group=0,  # a terminal's Ctrl-C reaches this process alone, which passes it on
             )
+            unless_started.pop_all()
         ours.setblocking(False)
         worker = _Worker(process, ours)
         self._workers.append(worker)

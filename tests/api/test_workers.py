@@ -5,6 +5,8 @@ import http.client
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +16,16 @@ from pathlib import Path
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.process import LIMIT, PNG, START_LIMIT, Served, connected, served, until_closed
+from tests.support.process import (
+    LIMIT,
+    PNG,
+    START_LIMIT,
+    Served,
+    connected,
+    environment,
+    served,
+    until_closed,
+)
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n" % len(PNG)
 ALONE = HEAD + b"Connection: close\r\n\r\n" + PNG
@@ -169,3 +180,59 @@ def test_workers_do_not_outlive_the_process_that_keeps_them(tiny_models: Path) -
         assert until_closed(connection).startswith(b"HTTP/1.1 200 OK")
         until(lambda: not any(map(is_running, orphans)))
         assert not folder.exists()
+
+
+# Starts no process while a certain file is there.
+SHORT_OF_PROCESSES = """
+import asyncio, os, sys
+from service import workers
+from service.main import main
+
+start = asyncio.create_subprocess_exec
+
+def start_if_possible(*arguments, **options):
+    if os.path.exists({file!r}):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return start(*arguments, **options)
+
+asyncio.create_subprocess_exec = start_if_possible
+workers._FIRST_PAUSE = 0.1
+sys.exit(main())
+"""
+
+
+def test_a_place_is_kept_while_no_process_can_be_started(tiny_models: Path, tmp_path: Path) -> None:
+    """A worker that dies when the system has no room for another is replaced once there is room."""
+    shortage = tmp_path / "shortage"
+    program = "-c", SHORT_OF_PROCESSES.format(file=str(shortage))
+    with served(tiny_models, program=program, workers="2") as service:
+        sockets = sockets_of(service.process.pid)
+        dying, staying = workers_of(service)
+        shortage.touch()
+        os.kill(dying, signal.SIGKILL)
+        until(lambda: any("cannot be started: [Errno 11]" in line for line in service.log))
+        assert service.predict() == "3"
+        shortage.unlink()
+        until(lambda: len(workers_of(service)) == 2)
+        assert staying in workers_of(service)
+        until(lambda: sockets_of(service.process.pid) == sockets)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(LIMIT) == 0
+    assert not any("Traceback" in line for line in service.log)
+
+
+def test_a_first_start_without_room_for_processes_fails(tiny_models: Path, tmp_path: Path) -> None:
+    """If the system has no room for the first workers, the reason is said once and the exit code is 1."""
+    program = SHORT_OF_PROCESSES.format(file=str(tmp_path))
+    ended = subprocess.run(  # noqa: S603 # our own interpreter and program
+        [sys.executable, "-c", program, "--port", "0"],
+        env=environment(tiny_models, workers="2"),
+        capture_output=True,
+        text=True,
+        timeout=START_LIMIT,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "capsnet-serve: a worker cannot be started: [Errno 11] Resource temporarily unavailable\n"
+    )
