@@ -283,8 +283,8 @@ class _Supervisor:
                     worker.taken += 1
                 case Notice.CLOSED:
                     worker.taken -= 1
-                case Notice.LEAVING if not self._stopping.is_set():  # it alone was told to stop
-                    worker.end_offers()
+                case Notice.LEAVING if not (self._serving and self._stopping.is_set()):
+                    worker.end_offers()  # it alone was told to stop, or nothing was ever accepted
                 case Notice.FAILED:
                     worker.failure = notices[position:].decode()
                     break

@@ -198,6 +198,52 @@ def test_sigterm_ends_a_start_at_once(tmp_path: Path, workers: str, in_namespace
         process.wait()
 
 
+# Of its workers, one gets ready and says so, and every other takes its time.
+ONE_READY = """
+import os, sys, time
+from service import engine, server
+from service.main import main
+
+load = engine.load_graphs
+
+def load_if_first(*arguments):
+    try:
+        os.mkdir({place!r})
+    except FileExistsError:
+        time.sleep(600)
+    return load(*arguments)
+
+class Inbox(server.Inbox):
+    def tell(self, notice):
+        super().tell(notice)
+        print("told", notice.name, file=sys.stderr, flush=True)
+
+engine.load_graphs = load_if_first
+server.Inbox = Inbox
+sys.exit(main())
+"""
+
+
+def test_sigterm_ends_a_start_in_which_one_worker_is_ready(tmp_path: Path) -> None:
+    """A worker that is ready already, but was never offered anything, waits for nothing when told to stop."""
+    write_tiny_model(tmp_path)
+    program = ONE_READY.format(place=str(tmp_path / "first"))
+    process = subprocess.Popen(  # noqa: S603 # our own interpreter and program
+        [sys.executable, "-c", program, "--port", "0"],
+        env=environment(tmp_path, workers="2", drain_timeout="60"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        assert any(line == "told READY\n" for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_full_disk_under_the_log_changes_no_answer(tiny_models: Path) -> None:
     """Lines that cannot be written are lost, and nothing else: answers, drain and exit code are as ever."""
     with socket.create_server(("127.0.0.1", 0)) as free:
