@@ -38,13 +38,14 @@ class _Application(FastAPI):
             inner = Direct(inner, routes.router)
         # Around Starlette's own handling of unforeseen errors, so that their answers are observed as well.
         inner = security.protect(inner, self._settings)
-        inner = Connections(
+        inner = Observation(inner, self._metrics, self._tracing, access_log=self._settings.access_log)
+        # Outermost, because what follows an answer serves the connection and is no longer the request.
+        return Connections(
             inner,
             stopping=lambda: not self.state.service.engine.ready,
             body_timeout=self._settings.body_timeout,
             max_body=self._settings.max_body,
         )
-        return Observation(inner, self._metrics, self._tracing, access_log=self._settings.access_log)
 
 
 def _telemetry(tracing: Tracing | None) -> TelemetryConfig:

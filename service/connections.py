@@ -36,7 +36,7 @@ class Connections:
             return
         deadline = time.monotonic() + self._body_timeout
         body_outstanding = _has_body(scope["headers"])
-        early = False
+        early = unended = False
 
         async def watched_receive() -> Message:
             nonlocal body_outstanding
@@ -46,18 +46,22 @@ class Connections:
             return message
 
         async def closing_send(message: Message) -> None:
-            nonlocal early
+            nonlocal early, unended
             if message["type"] == "http.response.start":
                 early = body_outstanding
                 if early or self._stopping():
                     message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             elif early and not message.get("more_body"):
-                await send({**message, "more_body": True})
-                await self._discard_rest(watched_receive, deadline)
-                message = {"type": "http.response.body"}
+                unended = True
+                message = {**message, "more_body": True}
             await send(message)
 
-        await self._app(scope, watched_receive, closing_send)
+        try:
+            await self._app(scope, watched_receive, closing_send)
+        finally:  # an error of ours is raised again after its answer
+            if unended:
+                await self._discard_rest(watched_receive, deadline)
+                await send({"type": "http.response.body"})
 
     async def _discard_rest(self, receive: Receive, deadline: float) -> None:
         left = self._max_body

@@ -80,6 +80,17 @@ def test_a_trickling_body_is_cut_off_in_time(tiny_models: Path) -> None:
                 assert time.monotonic() - started < 3
 
 
+def test_a_request_ends_with_its_answer(tiny_models: Path) -> None:
+    """One that was refused before its body came is counted at once, and not until the body is given up."""
+    with served(tiny_models, body_timeout="60") as service, connected(service) as connection:
+        connection.sendall(HEAD + b"Content-Length: 99999999\r\n\r\n")
+        assert b"413" in head_of(connection)
+        deadline = time.monotonic() + LIMIT
+        while "capsnet_requests_in_flight 1.0\n" not in (figures := service.client.get("/metrics").text):
+            assert time.monotonic() < deadline  # the one that asks is in flight
+        assert 'capsnet_requests_total{route="/predict",status="413"} 1.0\n' in figures
+
+
 def test_half_heads_hold_up_nobody(tiny_models: Path) -> None:
     """A connection without a whole request head is closed in time, new or kept, however its bytes trickle."""
     with served(tiny_models, head_timeout="2") as service, contextlib.ExitStack() as stack:
