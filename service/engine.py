@@ -309,6 +309,7 @@ class Engine:
             )
         self.ready = True
         """False from the moment the service begins to stop."""
+        self._closed = False
 
     def __iter__(self) -> Iterator[Model]:
         """Models by name, newest version first."""
@@ -378,8 +379,12 @@ class Engine:
         self._retiring.difference_update(retired)
 
     async def close(self, limit: float) -> None:
-        """Refuse new work, finish what waits within `limit` seconds, and fail the rest."""
+        """Refuse new work, finish what waits within `limit` seconds, and fail the rest.
+
+        A run that outlasted the limit of an earlier call is not waited for again.
+        """
         self.ready = False
+        limit, self._closed = 0.0 if self._closed else limit, True
         await asyncio.gather(*(model.close(limit) for model in (*self, *self._retiring)))
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import math
 import os
 import shutil
 import signal
@@ -96,6 +95,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Stop accepting, finish what is in flight; at the limit fail what still waits."""
+        end = time.monotonic() + self._drain_timeout
         limit = asyncio.create_task(self._close_engine_at_limit())
         if self._grpc:
             await self._grpc.leave()
@@ -109,11 +109,15 @@ class _Server(uvicorn.Server):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._inbox.ended.wait(), self._drain_timeout)
         await self._settle()
+        left = max(0.0, end + _LAST_ANSWERS - time.monotonic())
+        self.config.timeout_graceful_shutdown = left  # type: ignore[assignment] # asyncio takes parts of seconds
         stopping = [super().shutdown(sockets)]
         if self._grpc:
-            stopping.append(self._grpc.stop(self._drain_timeout + _LAST_ANSWERS))
+            stopping.append(self._grpc.stop(left))
         await asyncio.gather(*stopping)
         limit.cancel()
+        # Runs whose callers have left.
+        await self._engine.close(max(0.0, end - time.monotonic()))
 
     async def _settle(self) -> None:
         """Accept what has connected, and begin to answer what has been asked: the rest will be closed."""
@@ -166,7 +170,6 @@ async def _serve(settings: Settings, channel: socket | None) -> None:
         access_log=False,  # ours has the request's id and its stages
         server_header=False,
         timeout_keep_alive=settings.keep_alive,
-        timeout_graceful_shutdown=math.ceil(settings.drain_timeout + _LAST_ANSWERS),
     )
     async with app.router.lifespan_context(app):
         _calm_interpreter()

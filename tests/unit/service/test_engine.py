@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnx import numpy_helper
 
 from service import engine as engine_module
 from service.binding import BoundSession
-from service.engine import Engine, Model, load_graphs, model_folders, open_engine
+from service.engine import Engine, Graphs, Model, load_graphs, model_folders, open_engine
 from service.errors import DeviceError, ShuttingDown, StartError, UnknownModel
 from service.manifest import ManifestError, Variant, read_manifest, sha256, write_manifest
 from service.metrics import Metrics
@@ -162,6 +163,24 @@ async def test_a_closed_engine_refuses_and_is_not_ready(tiny_models: Path) -> No
     assert not engine.ready
     with pytest.raises(ShuttingDown):
         await model.predict(image_of(0)[np.newaxis])
+
+
+async def test_a_run_that_does_not_end_is_waited_for_once(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What outlasted the limit of one close does not hold up the next, so that a process can end."""
+    ends = threading.Event()
+    monkeypatch.setattr(Graphs, "predict", lambda *_: ends.wait())
+    try:
+        patient = settings(tiny_models, drain_timeout=3600)
+        async with asyncio.timeout(20), open_engine(patient, Metrics()) as engine:
+            asked = asyncio.create_task(engine.default.predict(image_of(3)[np.newaxis]))
+            await asyncio.sleep(0)
+            await engine.close(0.1)
+            with pytest.raises(ShuttingDown):
+                await asked
+    finally:
+        ends.set()
 
 
 async def test_models_can_be_put_together_by_hand(tiny_models: Path) -> None:
