@@ -22,6 +22,7 @@ from service.errors import StartError
 from service.handling import Service
 from service.handover import OWN_FOLDER, Inbox, Notice
 from service.heads import TimedHeads
+from service.listeners import bind, listen
 from service.logs import announce
 from service.settings import Settings
 
@@ -55,6 +56,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         # Not before uvicorn has taken over the signals: a call that is accepted must be finished.
+        listen(sockets or [])
         self._grpc = await _start_grpc(self._service)
         if self._channel is not None:
             await super().startup(sockets=[])
@@ -159,11 +161,10 @@ def run(settings: Settings, channel: socket | None = None) -> None:
 
 
 async def _serve(settings: Settings, channel: socket | None) -> None:
+    listeners = await bind(settings) if channel is None else None
     app = create_app(settings)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         http=partial(TimedHeads, head_timeout=settings.head_timeout),  # type: ignore[arg-type] # a factory does
         lifespan="off",  # entered below, so that a failed start is one line and not a stack
         log_config=None,
@@ -173,7 +174,7 @@ async def _serve(settings: Settings, channel: socket | None) -> None:
     )
     async with app.router.lifespan_context(app):
         _calm_interpreter()
-        await _Server(config, app.state.service, channel).serve()
+        await _Server(config, app.state.service, channel).serve(listeners)
 
 
 def _calm_interpreter() -> None:

@@ -23,6 +23,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from service.backlog import stop_handshakes
 from service.errors import StartError
 from service.handover import CHANNEL, OWN_FOLDER, Notice, offer
+from service.listeners import bind, listen
 from service.logs import announce
 from service.settings import Settings
 
@@ -30,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 # Connections that a worker was offered and has not taken; more wait in the kernel, for whoever has room.
 _MOST_OFFERED = 64
-
-# Connections that the kernel keeps for us; uvicorn's own default.
-_BACKLOG = 2048
 
 # Handshakes that have begun before the stop are done in this time.
 _SETTLE = 0.25  # seconds
@@ -127,7 +125,7 @@ class _Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
-        self._listeners = await self._bind()
+        self._listeners = await bind(self._settings)
         places = [asyncio.create_task(self._fill_place()) for _ in range(self._settings.workers)]
         try:
             if await self._all_ready():
@@ -141,21 +139,6 @@ class _Supervisor:
                 worker.process.kill()
             await asyncio.gather(*places)
 
-    async def _bind(self) -> list[socket.socket]:
-        """Take the address before models are loaded, and answer nobody yet."""
-        host, port = self._settings.host, self._settings.port
-        try:
-            server = await asyncio.get_running_loop().create_server(
-                asyncio.Protocol, host, port, start_serving=False
-            )
-        except OSError as error:
-            raise StartError(f"CAPSNET_PORT: {host}:{port} cannot be taken: {error}") from error
-        listeners = [bound.dup() for bound in server.sockets]
-        server.close()
-        for listener in listeners:
-            listener.setblocking(False)
-        return listeners
-
     async def _all_ready(self) -> bool:
         """Wait for the workers' start; False if a signal came before its end."""
         while not self._stopping.is_set():
@@ -168,11 +151,7 @@ class _Supervisor:
         return False
 
     def _begin_to_serve(self) -> None:
-        for listener in self._listeners:
-            try:
-                listener.listen(_BACKLOG)
-            except OSError as error:  # another process was faster
-                raise StartError(f"CAPSNET_PORT: {listener.getsockname()}: {error}") from error
+        listen(self._listeners)
         self._serving = True
         self._share_out()
         announce(self._listeners[0].getsockname(), f"{self._settings.workers} workers", self._settings)

@@ -162,14 +162,16 @@ def test_a_broken_model_stops_the_start_with_its_file_and_reason(tmp_path: Path,
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_taken_port_stops_the_start(tiny_models: Path, workers: str) -> None:
-    """The operator is told that the address is in use."""
+@pytest.mark.parametrize("settings", [{}, {"grpc_port": "0"}, {"workers": "2"}], ids=str)
+def test_a_taken_port_stops_the_start(tiny_models: Path, settings: dict[str, str]) -> None:
+    """Before anything else happens one line says that the address is in use."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ended = start(tiny_models, "--port", str(taken.getsockname()[1]), workers=workers)
-    assert ended.returncode != 0
-    assert "address already in use" in ended.stderr
-    assert "Traceback" not in ended.stderr
+        port = taken.getsockname()[1]
+        ended = start(tiny_models, "--port", str(port), **settings)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"capsnet-serve: CAPSNET_PORT: 127.0.0.1:{port} cannot be taken: ")
+    assert ended.stderr.endswith("address already in use\n")
+    assert ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -1,0 +1,45 @@
+"""The sockets on which HTTP is awaited: the address is taken early, and answered once there is who serves."""
+
+import asyncio
+import socket
+from collections.abc import Iterable
+
+from service.errors import StartError
+from service.settings import Settings
+
+# Connections that the kernel keeps for us; uvicorn's own default.
+_BACKLOG = 2048
+
+
+async def bind(settings: Settings) -> list[socket.socket]:
+    """Take the address before models are loaded, and answer nobody yet.
+
+    Raises:
+        StartError: it cannot be taken.
+    """
+    host, port = settings.host, settings.port
+    try:
+        server = await asyncio.get_running_loop().create_server(
+            asyncio.Protocol, host, port, start_serving=False
+        )
+    except OSError as error:
+        raise StartError(f"CAPSNET_PORT: {host}:{port} cannot be taken: {error}") from error
+    # Duplicates, because an event loop's own objects do nothing but tell of themselves.
+    listeners = [socket.fromfd(bound.fileno(), bound.family, bound.type) for bound in server.sockets]
+    server.close()
+    for listener in listeners:
+        listener.setblocking(False)
+    return listeners
+
+
+def listen(listeners: Iterable[socket.socket]) -> None:
+    """Let the kernel make connections.
+
+    Raises:
+        StartError: another process was faster.
+    """
+    for listener in listeners:
+        try:
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            raise StartError(f"CAPSNET_PORT: {listener.getsockname()}: {error}") from error
