@@ -23,7 +23,7 @@ _NO_ROUTE = "none"
 
 
 class Observation:
-    """ASGI middleware around the whole application.
+    """ASGI middleware around everything that answers; what keeps and closes connections is outside of it.
 
     A request keeps the X-Request-ID that it came with, if that is sane, and gets one otherwise.
     """
