@@ -2,13 +2,13 @@
 
 import multiprocessing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
 
 from benchmarks.timing import take_turns
+from tests.support.status import status_of
 from training.captured import WARM_UP
 from training.compose import Batch
 from training.config import ModelConfig, TrainConfig
@@ -114,5 +114,4 @@ def _peak(arithmetic: str, threads: int, config: ModelConfig, batch: int, device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     # Not getrusage's figure: that one is handed down from the parent process.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024  # KiB
+    return status_of("self", "VmHWM") / 1024

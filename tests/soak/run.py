@@ -27,7 +27,8 @@ from service.manifest import read_manifest
 from tests.soak.traffic import Honest, Hostile, honest, hostile, noise
 from tests.soak.wire import Answer, Connection, request
 from tests.support.encoded import encode
-from tests.support.process import Served, alone, served, status_of
+from tests.support.process import Served, alone, served
+from tests.support.status import status_of
 from tests.support.tiny_model import write_tiny_model
 
 MAX_BATCH = 32

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx2
 
 from tests.support.encoded import encode
+from tests.support.status import status_of
 from tests.support.tiny_model import image_of
 
 PNG = encode(image_of(3))
@@ -60,11 +61,6 @@ class Served:
             except ConnectionError:  # refused, or reset where the socket closed in between
                 return
         raise AssertionError("the process still accepts connections")
-
-
-def status_of(pid: int | str, name: str) -> int:
-    """A number that Linux tells of a process, memory in KiB."""
-    return int(re.findall(rf"{name}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
 
 
 def environment(models: Path, **settings: str) -> dict[str, str]:

@@ -52,7 +52,7 @@ import sys
 from pathlib import Path
 from service.manifest import read_manifest
 from service.sessions import open_session
-from tests.support.process import status_of
+from tests.support.status import status_of
 
 folder = Path(sys.argv[1])
 encoder = read_manifest(folder).encoder
