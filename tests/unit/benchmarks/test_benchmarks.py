@@ -21,6 +21,20 @@ MODEL = command.newest(ROOT / "models" / "mnist")
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8)
 
 
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The shipped encoder in every form."""
+    return offline.write_graphs(read_exported(MODEL), IMAGES, tmp_path_factory.mktemp("graphs"))
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns of one run, and loads without a warm-up: what is measured is not what is tested."""
+    monkeypatch.setattr(timing, "TURN", 0)
+    for module in (loop, served, workers):
+        monkeypatch.setattr(module, "h2load", partial(served.h2load, warm_up=0))
+
+
 def test_everybody_has_a_turn_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each task warms up, is tried once to see how long a turn must be, and then takes turns."""
     monkeypatch.setattr(timing, "TURN", 0)
@@ -30,10 +44,10 @@ def test_everybody_has_a_turn_in_every_round(monkeypatch: pytest.MonkeyPatch) ->
     assert set(medians) == {"a", "b"}
 
 
-def test_the_forms_agree(tmp_path: Path) -> None:
+def test_the_forms_agree(graphs: dict[str, Path]) -> None:
     """What is compared in speed computes the same: fp32 to six digits, int8 to two."""
     outputs = {}
-    for name, path in offline.write_graphs(read_exported(MODEL), IMAGES, tmp_path).items():
+    for name, path in graphs.items():
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         outputs[name] = session.run(["digit_capsules"], {"images": IMAGES})[0]
     np.testing.assert_allclose(outputs["fp32"], outputs["plain einsum"], atol=1e-5)
@@ -41,8 +55,12 @@ def test_the_forms_agree(tmp_path: Path) -> None:
     np.testing.assert_allclose(outputs["int8"], outputs["plain einsum"], atol=5e-2)
 
 
-def test_offline_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("hasty")
+def test_offline_and_profile(
+    graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every form has a figure for every batch size, next to its ceilings, in table, JSON and plot."""
+    monkeypatch.setattr(offline, "write_graphs", lambda *_: graphs)
     monkeypatch.setattr(offline, "GEMM", 64)
     monkeypatch.setattr(through_openvino, "version", lambda: through_openvino.ABSENT)
     threads = torch.get_num_threads()
@@ -67,9 +85,9 @@ def test_offline_and_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "benchmarks.png").stat().st_size > 1000
 
 
-def test_pairs_are_the_same_numbers(tmp_path: Path) -> None:
+def test_pairs_are_the_same_numbers(graphs: dict[str, Path], tmp_path: Path) -> None:
     """What OpenVINO gets in place of QLinearConv computes the 8-bit encoder to the bit."""
-    int8 = offline.write_graphs(read_exported(MODEL), IMAGES, tmp_path)["int8"]
+    int8 = graphs["int8"]
     pairs = through_openvino.as_pairs(onnx.load(int8))
     kinds = [node.op_type for node in pairs.graph.node]
     assert "QLinearConv" not in kinds
@@ -86,17 +104,17 @@ def test_pairs_are_the_same_numbers(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     through_openvino.version() == through_openvino.ABSENT, reason="OpenVINO is not installed: an option"
 )
-def test_openvino_agrees(tmp_path: Path) -> None:
+def test_openvino_agrees(graphs: dict[str, Path], tmp_path: Path) -> None:
     """Its fp32 and 8-bit encoders give what ONNX Runtime's give."""
-    paths = offline.write_graphs(read_exported(MODEL), IMAGES, tmp_path)
-    onnx.save(through_openvino.as_pairs(onnx.load(paths["int8"])), tmp_path / "pairs.onnx")
-    for path, name, tolerance in ((paths["fp32"], "fp32", 1e-5), (tmp_path / "pairs.onnx", "int8", 1e-3)):
-        session = ort.InferenceSession(paths[name], providers=["CPUExecutionProvider"])
+    onnx.save(through_openvino.as_pairs(onnx.load(graphs["int8"])), tmp_path / "pairs.onnx")
+    for path, name, tolerance in ((graphs["fp32"], "fp32", 1e-5), (tmp_path / "pairs.onnx", "int8", 1e-3)):
+        session = ort.InferenceSession(graphs[name], providers=["CPUExecutionProvider"])
         expected = session.run(None, {"images": IMAGES})[0]
         found = through_openvino.compiled(path, IMAGES, 1)()
         np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_training_step(tmp_path: Path) -> None:
     """A step and its convolutions are measured in both arithmetics, with the peak memory of each."""
     small = ModelConfig(("a", "b"), height=9, width=9, conv_channels=4, kernel_size=3, primary_groups=2)
@@ -135,15 +153,14 @@ def test_an_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
-def test_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_served(tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each load has its rate, its share of raw and its times, and each aim is judged by its figure."""
-    monkeypatch.setattr(served, "CONCURRENCIES", (1, 8, 32, 64, 512))
     monkeypatch.setattr(served, "BULK", 8)
     monkeypatch.setattr(served, "STARTS", 1)
-    monkeypatch.setattr(served, "PRECISIONS", ("int8",))
-    measured = served.run(MODEL, IMAGES, 1, threads=1, rounds=1)
-    row = measured["precisions"]["int8"]
+    measured = served.run(tiny_models / "tiny" / "2", IMAGES, 1, threads=1, rounds=1)
+    row = measured["precisions"]["fp32"]
     assert row["rate_32"] > row["refused_32"] == 0
     assert row["p50_1"] <= row["p99_1"]
     assert min(row[f"{who}_cpu_ms"] for who in ("graph", "raw", "loop", "client")) > 0
@@ -152,21 +169,25 @@ def test_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "served.png").stat().st_size > 0
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
-def test_served_by_workers(tmp_path: Path) -> None:
+def test_served_by_workers(tiny_models: Path, tmp_path: Path) -> None:
     """Every number of processes has a row for every number of callers, all of whom are answered."""
-    measured = workers.run(MODEL, 1, rounds=1, workers=[1, 2], callers=[1, 3], device="cpu")
+    measured = workers.run(
+        tiny_models / "tiny" / "2", 1, rounds=1, workers=[1, 2], callers=[1, 3], device="cpu"
+    )
     assert [(row["workers"], row["callers"]) for row in measured["rows"]] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     assert all(row["rate"] > row["refused"] == 0 < row["p50"] <= row["p99"] for row in measured["rows"])
     assert measured["device"] == "cpu"
     report.write({"cuda-served": {"machine": "a test", **measured}}, tmp_path)
-    assert "PNG to /predict in int8 on cpu" in (tmp_path / "benchmarks.md").read_text()
+    assert "PNG to /predict in fp32 on cpu" in (tmp_path / "benchmarks.md").read_text()
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
-def test_the_loops_profile(tmp_path: Path) -> None:
+def test_the_loops_profile(tiny_models: Path, tmp_path: Path) -> None:
     """The profile has the packages that a request passes through, with what each costs."""
-    measured = loop.run(MODEL, 1)
+    measured = loop.run(tiny_models / "tiny" / "2", 1)
     packages = measured["packages"]
     assert {"PIL", "uvicorn", "service/routes.py"} <= packages.keys()
     assert all(row["microseconds"] > 0 for row in packages.values() if row["calls"] >= 1)

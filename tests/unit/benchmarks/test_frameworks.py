@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.frameworks import comparison, processes
 from benchmarks.frameworks.contenders import FRAMEWORKS, Framework, Setting
+from benchmarks.served import h2load
 from tests.support.mnist import ROOT
 
 MODEL = command.newest(ROOT / "models" / "mnist")
@@ -24,11 +26,13 @@ TUTORIAL = FRAMEWORKS[0]
 
 
 @pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
-def test_the_tutorial_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tutorial_beside_ours(tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are loaded in each round, and the table has the answers of each as a share of ours."""
     monkeypatch.setattr(comparison, "CONCURRENCIES", (1, 32, 64))
     monkeypatch.setattr(comparison, "installed", lambda _: Path(sys.executable))
-    measured = comparison.run(MODEL, 1, threads=1, rounds=1, frameworks=(TUTORIAL,))
+    monkeypatch.setattr(comparison, "h2load", partial(h2load, warm_up=0))
+    tiny = tiny_models / "tiny" / "2"
+    measured = comparison.run(tiny, 1, threads=1, rounds=1, frameworks=(TUTORIAL,))
     assert set(measured["rows"]) == {comparison.OURS, TUTORIAL.name}
     assert all(row["rate_32"] > 0 and row["p99_64"] > 0 for row in measured["rows"].values())
     assert measured["chosen"][TUTORIAL.name]["settings"] == dict.fromkeys(("1", "32", "64"), "1 x 1 threads")
