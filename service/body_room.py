@@ -1,13 +1,14 @@
-"""How many bytes of request bodies there may be at a time, all requests together."""
+"""How many bytes of request bodies there may be at a time, all requests together; and of answers."""
 
 from service.errors import Overloaded
 
 
 class BodyRoom:
-    """Room for the bodies of all requests. Belongs to one event loop."""
+    """Room for the bodies of all requests, or of what else is named. Belongs to one event loop."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, holds: str = "request bodies") -> None:
         self.size = size
+        self.holds = holds
         self.taken = 0
 
 
@@ -35,6 +36,6 @@ class Share:
         room = self._room
         taken = room.taken - self._taken + size
         if taken > room.size:
-            raise Overloaded(f"request bodies of {room.size} bytes at most are held at a time", retry_after=1)
+            raise Overloaded(f"{room.holds} of {room.size} bytes at most are held at a time", retry_after=1)
         room.taken = taken
         self._taken = size

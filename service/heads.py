@@ -1,4 +1,6 @@
-"""HTTP on a connection as uvicorn speaks it, with limits for request heads and a rest after a refusal."""
+"""HTTP on a connection as uvicorn speaks it, with limits for request heads and for answers that nobody takes,
+and a rest after a refusal.
+"""
 
 import asyncio
 from asyncio.events import TimerHandle
@@ -7,8 +9,11 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.body_room import BodyRoom, Share
 from service.context import REFUSED
+from service.errors import Overloaded
 from service.one_write import OneWrite
+from service.refusals import RefusalLog
 
 # After a refusal for overload a connection is read again this much later. A client that waits as it was told
 # notices nothing; one that tries again at once costs one refusal a second at most.
@@ -17,30 +22,48 @@ REST = 1.0  # seconds, the least that Retry-After says
 # As in other servers. Parsed, a head of many short lines takes twenty times its size.
 MAX_HEAD = 64 * 1024  # bytes
 
+_log_seldom = RefusalLog().log_seldom
+
 
 class TimedHeads(HttpToolsProtocol):
-    """Closes a connection whose client does not finish a request's head in time, or sends one without end.
+    """Closes a connection whose client does not finish a request's head in time, or sends one without end, or
+    does not take an answer.
 
-    The time runs from the moment the connection is made, or from the first byte after an answer: until then
-    a kept connection has uvicorn's limit. There is no request on such a connection that could be lost.
+    The time for a head runs from the moment the connection is made, or from the first byte after an answer:
+    until then a kept connection has uvicorn's limit. There is no request on such a connection that could be
+    lost. That for an answer runs while the system has no room for the rest of it.
+
+    Args:
+        head_timeout: seconds for a request's head to arrive.
+        answer_timeout: seconds for a client to take an answer.
+        answer_room: what all connections together hold of answers that are not taken yet.
+        closed: called at the connection's end.
     """
 
     def __init__(
         self,
         *arguments: Any,
         head_timeout: float,
+        answer_timeout: float,
+        answer_room: BodyRoom,
         closed: Callable[[], None] = lambda: None,
         **parts: Any,
     ) -> None:
         super().__init__(*arguments, **parts)
         self._head_timeout = head_timeout
+        self._answer_timeout = answer_timeout
+        self._answer_room = answer_room
         self._closed = closed
         self._limit: TimerHandle | None = None
         self._unread = 0  # bytes since there was last anything for the application: a head, or of a body
         self._rest: TimerHandle | None = None
+        self._untaken = Share(answer_room)
+        self._taking: TimerHandle | None = None
+        self._behind = False  # an answer is complete, but not taken
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # hear of every byte that the system does not take at once
         self.transport = OneWrite(transport, self)  # type: ignore[assignment] # it does all that uvicorn asks of it
         self._await_head()
 
@@ -63,6 +86,35 @@ class TimedHeads(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         cast("OneWrite", self.transport).flush()
+        if self.flow.write_paused and not self.transport.is_closing():
+            # The answer to a next request would be held beside this one, and not be counted.
+            self._behind = True
+            self.flow.pause_reading()
+        else:
+            self._go_on()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # One that is larger than the room may be there alone.
+        size = min(self.transport.get_write_buffer_size(), self._answer_room.size)
+        try:
+            self._untaken.resize(size)
+        except Overloaded as error:
+            self._cut(error.detail)
+        else:
+            limit = self._answer_timeout
+            reason = f"its client did not take an answer within {limit:g} s"
+            self._taking = self.loop.call_later(limit, self._cut, reason)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_taking()
+        if self._behind:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """To the next request."""
+        self._behind = False
         refused = REFUSED in self.cycle.scope["state"]
         super().on_response_complete()
         if refused and not self.transport.is_closing():
@@ -70,13 +122,16 @@ class TimedHeads(HttpToolsProtocol):
             self._rest = self.loop.call_later(REST, self.read_on)
 
     def read_on(self) -> None:
-        """End the connection's rest, if it has one."""
+        """End the connection's rest, and its wait for an answer to be taken, if it has one."""
+        if self._behind:
+            self._go_on()
         if self._stop_resting() and not self.transport.is_closing():
             self.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         self._stop_resting()
+        self._stop_taking()
         self._unset_keepalive_if_required()  # after a reset uvicorn would keep the connection for that long
         super().connection_lost(exc)
         self._closed()
@@ -89,6 +144,16 @@ class TimedHeads(HttpToolsProtocol):
         if self._limit is not None:
             self._limit.cancel()
             self._limit = None
+
+    def _stop_taking(self) -> None:
+        self._untaken.resize(0)
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
+
+    def _cut(self, reason: str) -> None:
+        _log_seldom(f"a connection is cut: {reason}")
+        self.transport.abort()
 
     def _stop_resting(self) -> bool:
         rest, self._rest = self._rest, None

@@ -18,14 +18,19 @@ class RefusalLog:
         self._silent = 0
 
     def log(self, error: UnableToAnswer) -> None:
-        if not isinstance(error, Overloaded):
-            logger.warning("%s: %s", error.title, error.detail)
-            return
+        text = f"{error.title}: {error.detail}"
+        if isinstance(error, Overloaded):
+            self.log_seldom(text)
+        else:
+            logger.warning("%s", text)
+
+    def log_seldom(self, text: str) -> None:
+        """A line of what may come in floods, or none."""
         now = self._clock()
         if now < self._next:
             self._silent += 1
             return
-        logger.warning("%s: %s (%d more since the last such line)", error.title, error.detail, self._silent)
+        logger.warning("%s (%d more since the last such line)", text, self._silent)
         self._next = now + 1
         self._silent = 0
 

@@ -18,6 +18,7 @@ import uvicorn
 
 from service.app import create_app
 from service.backlog import stop_handshakes
+from service.body_room import BodyRoom
 from service.errors import StartError
 from service.handling import Service
 from service.handover import OWN_FOLDER, Inbox, Notice
@@ -72,8 +73,7 @@ class _Server(uvicorn.Server):
     async def _serve_connection(self, connection: socket, closed: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
         protocol = partial(
-            TimedHeads,
-            head_timeout=self._service.settings.head_timeout,
+            cast("type[TimedHeads]", self.config.http_protocol_class),
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,
@@ -165,7 +165,12 @@ async def _serve(settings: Settings, channel: socket | None) -> None:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
-        http=partial(TimedHeads, head_timeout=settings.head_timeout),  # type: ignore[arg-type] # a factory does
+        http=partial(  # type: ignore[arg-type] # a factory does
+            TimedHeads,
+            head_timeout=settings.head_timeout,
+            answer_timeout=settings.answer_timeout,
+            answer_room=BodyRoom(settings.max_bodies, "answers that are not taken yet"),
+        ),
         lifespan="off",  # entered below, so that a failed start is one line and not a stack
         log_config=None,
         access_log=False,  # ours has the request's id and its stages

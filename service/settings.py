@@ -115,7 +115,8 @@ class Settings(BaseSettings):
             ge=1024,
             le=1 << 40,
             description="Bytes of all request bodies and gRPC messages that a process holds at a time; "
-            "beyond: 503. At least max_body.",
+            "beyond: 503. As many of answers that clients are slow to take; beyond: cut off. "
+            "At least max_body.",
         ),
     ] = 256 * MIB
     max_pixels: Annotated[
@@ -177,6 +178,10 @@ class Settings(BaseSettings):
     request_timeout: Annotated[
         float,
         Field(gt=0, le=3600, description="Seconds for the answer once the body is there; beyond: 503."),
+    ] = 30
+    answer_timeout: Annotated[
+        float,
+        Field(gt=0, le=3600, description="Seconds for a client to take an answer; beyond: cut off."),
     ] = 30
     drain_timeout: Annotated[
         float, Field(ge=0, le=3600, description="Seconds to finish requests in flight after SIGTERM.")

@@ -157,6 +157,20 @@ def test_an_idle_connection_is_kept_as_long_as_the_settings_say(tiny_models: Pat
     assert Settings().keep_alive > 60
 
 
+def test_who_takes_no_answers_is_cut_off(tiny_models: Path) -> None:
+    """A client that asks and asks and reads nothing loses its connection, and the log says so."""
+    with served(tiny_models, answer_timeout="0.5") as service, connected(service) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # or the system would take it all
+        connection.sendall(300 * b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")  # for 12 MB
+        deadline = time.monotonic() + LIMIT
+        while "its client did not take an answer within 0.5 s" not in "".join(service.log):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with contextlib.suppress(ConnectionError):
+            assert until_closed(connection).count(b"HTTP/1.1 200 OK") < 300
+        assert service.predict() == "3"
+
+
 @pytest.mark.parametrize("path", ["/livez", "/models", "/docs", "/metrics", "/v2/health/ready"])
 def test_no_body_comes_after_head(tiny_models: Path, path: str) -> None:
     """What comes after an answer to HEAD is the answer to the next request, and GET's length is told."""

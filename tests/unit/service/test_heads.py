@@ -1,10 +1,10 @@
-"""Connections after a refusal: what is read of them, and when."""
+"""Connections: what is read of them, and when, and how long an answer waits for its client."""
 
 import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import cast
@@ -14,13 +14,16 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from service import heads
+from service.body_room import BodyRoom
 from service.context import REFUSED
 from service.heads import TimedHeads
+from service.refusals import RefusalLog
 
 pytestmark = pytest.mark.anyio
 
 LIMIT = 10.0  # seconds
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+SIZE = 16 * 2**20  # bytes, more than the system takes of an answer that nobody reads
 
 
 class App:
@@ -47,20 +50,31 @@ class App:
 
 @asynccontextmanager
 async def served(
-    app: App,
+    app: App, *, answer_timeout: float = LIMIT, answer_room: BodyRoom | None = None
 ) -> AsyncIterator[tuple[uvicorn.Server, asyncio.StreamReader, asyncio.StreamWriter]]:
-    http = partial(TimedHeads, head_timeout=LIMIT)
+    http = partial(
+        TimedHeads,
+        head_timeout=LIMIT,
+        answer_timeout=answer_timeout,
+        answer_room=answer_room or BodyRoom(2 * SIZE),
+    )
     server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, http=http))  # type: ignore[arg-type] # a factory does
     running = asyncio.create_task(server.serve())
     async with asyncio.timeout(LIMIT):
         while not server.started:
             await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await connected(server)
         yield server, reader, writer
         writer.close()
         server.should_exit = True
         await running
+
+
+async def connected(server: uvicorn.Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)  # or the system would make it ever larger
+    client.connect(server.servers[0].sockets[0].getsockname())
+    return await asyncio.open_connection(sock=client)
 
 
 async def answer(reader: asyncio.StreamReader) -> bytes:
@@ -227,3 +241,127 @@ async def test_a_client_is_told_to_go_on_with_its_body() -> None:
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(b"hi")
         assert await answer(reader) == b"ok"
+
+
+class Large(App):
+    """Answers everything with what the system does not take at once."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.requests += 1
+        length = b"%d" % SIZE
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        await send({"type": "http.response.body", "body": bytes(SIZE)})
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+async def take(reader: asyncio.StreamReader) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    for _ in range(SIZE // 2**20):
+        await reader.readexactly(2**20)
+
+
+@pytest.fixture(autouse=True)
+def log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test before has logged silences no line."""
+    monkeypatch.setattr(heads, "_log_seldom", RefusalLog().log_seldom)
+
+
+both_loops = pytest.mark.parametrize(
+    "anyio_backend", [("asyncio", {"use_uvloop": fast}) for fast in (True, False)], ids=["uvloop", "asyncio"]
+)
+
+
+@both_loops
+@pytest.mark.parametrize(
+    "request_", [REQUEST, REQUEST.replace(b"1.1", b"1.0")], ids=["a kept connection", "one that is closing"]
+)
+async def test_an_answer_that_nobody_takes_is_given_up(
+    request_: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client that reads nothing of its answer is cut off when its time is over, and the bytes are free."""
+    room = BodyRoom(2 * SIZE)
+    async with served(Large(), answer_timeout=0.2, answer_room=room) as (server, reader, writer):
+        writer.write(request_)
+        await until(lambda: room.taken > 0)
+        assert SIZE // 2 < room.taken < SIZE
+        await until(lambda: not server.server_state.connections)
+        assert room.taken == 0
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await take(reader)
+    assert "a connection is cut: its client did not take an answer within 0.2 s" in caplog.text
+
+
+@both_loops
+async def test_a_slow_client_gets_the_whole_answer() -> None:
+    """Who takes an answer within its time gets it all, and the next one on the same connection too."""
+    room = BodyRoom(2 * SIZE)
+    async with served(Large(), answer_room=room) as (server, reader, writer):
+        for _ in range(2):
+            writer.write(REQUEST)
+            await until(lambda: room.taken > 0)
+            (connection,) = cast("set[TimedHeads]", server.server_state.connections)
+            assert connection.timeout_keep_alive_task is None  # it does not idle yet
+            await take(reader)
+            await until(lambda: room.taken == 0)
+            assert connection.timeout_keep_alive_task is not None
+
+
+@both_loops
+async def test_answers_that_nobody_takes_have_a_limit_together(caplog: pytest.LogCaptureFixture) -> None:
+    """Beyond it a connection is cut at once, and whoever waited before gets the whole answer."""
+    room = BodyRoom(SIZE)
+    async with served(Large(), answer_room=room) as (server, reader, writer):
+        writer.write(REQUEST)
+        await until(lambda: room.taken > 0)
+        late_reader, late_writer = await connected(server)
+        late_writer.write(REQUEST)
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await take(late_reader)
+        late_writer.close()
+        await take(reader)
+        await until(lambda: room.taken == 0)
+    assert f"a connection is cut: request bodies of {SIZE} bytes" in caplog.text
+
+
+async def test_an_answer_larger_than_the_limit_arrives_alone() -> None:
+    """A small limit does not make a large answer impossible."""
+    async with served(Large(), answer_room=BodyRoom(1024)) as (_, reader, writer):
+        for _ in range(2):
+            writer.write(REQUEST)
+            await take(reader)
+
+
+@both_loops
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_request_waits_for_the_answer_before_it(at_once: bool) -> None:
+    """The answer to a next request is not even made while the one before waits for the client."""
+    app, room = Large(), BodyRoom(2 * SIZE)
+    async with served(app, answer_room=room) as (_, reader, writer):
+        writer.write(REQUEST * (2 if at_once else 1))
+        await until(lambda: room.taken > 0)
+        if not at_once:
+            writer.write(REQUEST)
+        await asyncio.sleep(0.1)
+        assert app.requests == 1
+        await take(reader)
+        await take(reader)
+        assert app.requests == 2
+
+
+async def test_what_waits_behind_an_answer_is_read_at_a_stop() -> None:
+    """A request that came while the answer before it was not taken yet is answered before the end."""
+    app, room = Large(), BodyRoom(2 * SIZE)
+    async with served(app, answer_room=room) as (server, reader, writer):
+        writer.write(REQUEST)
+        await until(lambda: room.taken > 0)
+        writer.write(REQUEST)
+        await asyncio.sleep(0.1)
+        (connection,) = cast("set[TimedHeads]", server.server_state.connections)
+        connection.read_on()
+        await until(lambda: app.requests == 2)
+        await take(reader)
+        await take(reader)
