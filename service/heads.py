@@ -7,6 +7,7 @@ from asyncio.events import TimerHandle
 from collections.abc import Callable
 from typing import Any, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.body_room import BodyRoom, Share
@@ -23,6 +24,33 @@ REST = 1.0  # seconds, the least that Retry-After says
 MAX_HEAD = 64 * 1024  # bytes
 
 _log_seldom = RefusalLog().log_seldom
+
+
+class _Parser(httptools.HttpRequestParser):
+    """Reads each request as if it offered no other protocol, which a server may do (RFC 9110, 7.8).
+
+    Where one is offered, httptools takes what follows the head for that protocol, and not for the body.
+    """
+
+    def __init__(self, protocol: "TimedHeads") -> None:
+        super().__init__(protocol)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self._protocol = protocol
+
+    def feed_data(self, data: Any) -> None:  # bytes or a view of them
+        parser = self
+        while True:
+            try:
+                super(_Parser, parser).feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offered:
+                if parser.get_method() == b"CONNECT":
+                    raise
+                data = memoryview(data)[offered.args[0] :]
+            head = self._protocol.head_without_offer()
+            # A new one, because after a connection's last request the old one reads nothing.
+            parser = self._protocol.parser = _Parser(self._protocol)
+            super(_Parser, parser).feed_data(head)
 
 
 class TimedHeads(HttpToolsProtocol):
@@ -50,6 +78,7 @@ class TimedHeads(HttpToolsProtocol):
         **parts: Any,
     ) -> None:
         super().__init__(*arguments, **parts)
+        self.parser = _Parser(self)
         self._head_timeout = head_timeout
         self._answer_timeout = answer_timeout
         self._answer_room = answer_room
@@ -75,7 +104,16 @@ class TimedHeads(HttpToolsProtocol):
         if self._unread > MAX_HEAD:
             self.transport.close()  # without a word: what still arrives would destroy it
 
+    def head_without_offer(self) -> bytes:
+        """The head that was read last, without the header that offers another protocol."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join((*lines, b"", b""))
+
     def on_headers_complete(self) -> None:
+        if self._is_offer():
+            return
         self._unread = 0
         self._stop_waiting()
         super().on_headers_complete()
@@ -83,6 +121,14 @@ class TimedHeads(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._unread = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._is_offer():
+            super().on_message_complete()
+
+    def _is_offer(self) -> bool:
+        """Whether the head in hand is read a second time, by `_Parser`."""
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
     def on_response_complete(self) -> None:
         cast("OneWrite", self.transport).flush()

@@ -365,3 +365,69 @@ async def test_what_waits_behind_an_answer_is_read_at_a_stop() -> None:
         await until(lambda: app.requests == 2)
         await take(reader)
         await take(reader)
+
+
+class Echo(App):
+    """Answers with how long the body is, in two digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[bytes] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.requests += 1
+        self.names = [name for name, _ in scope["headers"]]
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size += len(message["body"])
+            more = message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"%02d" % size})
+
+
+OFFERS = (b"POST / HTTP/1.1", b"Host: x", b"Connection: Upgrade, HTTP2-Settings", b"HTTP2-Settings: AAMAAABk")
+MEASURED = b"Content-Length: 5\r\n\r\nhello"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("pause", [False, True], ids=["at once", "byte by byte"])
+@pytest.mark.parametrize("body", [MEASURED, CHUNKED], ids=["measured", "in chunks"])
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+async def test_an_offered_upgrade_is_ignored(
+    protocol: bytes, body: bytes, pause: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A request that offers another protocol is read, with its body, as if it did not; and so is the next."""
+    app = Echo()
+    request = b"\r\n".join((*OFFERS, b"Upgrade: " + protocol, body))
+    async with served(app) as (_, reader, writer):
+        for sent in (request, request, b"POST / HTTP/1.1\r\nHost: x\r\n" + body):
+            for part in [bytes([byte]) for byte in sent] if pause else [sent]:
+                writer.write(part)
+                if pause:
+                    await asyncio.sleep(0)
+            assert await answer(reader) == b"05"
+            assert b"upgrade" not in app.names
+        writer.write(3 * request + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert [await answer(reader) for _ in range(4)] == [b"05", b"05", b"05", b"00"]
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("last", [b"HTTP/1.0\r\n", b"HTTP/1.1\r\nConnection: close\r\n"])
+async def test_an_upgrade_may_be_offered_with_the_last_request(last: bytes) -> None:
+    """After its answer the connection is closed, and what follows is thrown away as ever."""
+    app = Echo()
+    async with served(app) as (_, reader, writer):
+        offer = b"POST / " + last + b"Connection: Upgrade\r\nUpgrade: h2c\r\n" + MEASURED
+        writer.write(offer + REQUEST)
+        assert await answer(reader) == b"05"
+        assert await reader.read() == b""
+    assert app.requests == 1
+
+
+async def test_a_tunnel_is_refused() -> None:
+    """CONNECT, after which nothing would be HTTP any more, is no request for us."""
+    async with served(Echo()) as (_, reader, writer):
+        writer.write(b"CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 400")
+        await reader.read()
