@@ -68,6 +68,11 @@ _CODES: tuple[tuple[type[RequestError], grpc.StatusCode], ...] = (
     (UnableToAnswer, grpc.StatusCode.UNAVAILABLE),
 )
 
+# What makes the span of a call one of an error (OpenTelemetry's conventions for gRPC).
+_OUR_FAULT = frozenset(
+    {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE}
+)
+
 # Checking typed contents of more bytes than this would hold up the event loop.
 _SMALL_CONTENTS = 32 * 1024
 
@@ -176,7 +181,7 @@ class _Inference:
             identity = secrets.token_hex(16)
             request_id.set(identity)
             stages = begin_record()
-            status = "aborted"  # the caller left
+            code, status = grpc.StatusCode.CANCELLED, "aborted"  # the caller left
             self._metrics.in_flight.inc()
             ending = ExitStack()
             if self._tracing:
@@ -187,7 +192,8 @@ class _Inference:
                 try:
                     self.check_key(route, context)
                     answer = await self._in_time(handler(request))
-                    status = grpc.StatusCode.OK.name
+                    code = grpc.StatusCode.OK
+                    status = code.name
                     return answer
                 except Exception as error:
                     code, text, trailer = _explain(error)
@@ -195,6 +201,8 @@ class _Inference:
                     await context.abort(code, text, trailer)
                     raise  # not reached: abort raises
             finally:
+                if self._tracing:
+                    self._tracing.end_rpc(code.value[0], failed=code in _OUR_FAULT)
                 ending.close()
                 self._metrics.in_flight.dec()
                 self._metrics.requests.labels(route, status).inc()

@@ -95,6 +95,13 @@ class Tracing:
             self._tie(span, request_id)
             yield span
 
+    def end_rpc(self, code: int, *, failed: bool) -> None:
+        """Say in the current span how its gRPC method ended, by gRPC's number."""
+        span = self._api.get_current_span()
+        span.set_attribute("rpc.grpc.status_code", code)
+        if failed:
+            span.set_status(self._api.StatusCode.ERROR)
+
     def _tie(self, span: "Span", request_id: str) -> None:
         span.set_attribute("capsnet.request_id", request_id)
         trace_id.set(self._api.format_trace_id(span.get_span_context().trace_id))

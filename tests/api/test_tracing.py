@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from tritonclient import grpc
+from tritonclient.utils import InferenceServerException
 
 from tests.support.encoded import base64_text
 from tests.support.process import IMAGE, LIMIT, PNG, Served, served
@@ -131,6 +132,37 @@ def test_a_grpc_method_is_a_trace_as_well(
     assert method.parent_span_id.hex() == PARENT
     assert set(spans) == {"queue", "encoder"}
     assert {span.parent_span_id for span in spans.values()} == {method.span_id}
+
+
+def test_a_failed_grpc_method_says_so_in_its_trace(
+    tiny_models: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its span has gRPC's number for how it ended, and is an error where the service is at fault."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+    with served(tiny_models, grpc_port="0", request_timeout="0.00001") as service:
+        address = next(filter(None, (re.search(r"over gRPC on (\S+)", line) for line in service.log)))[1]
+        image = grpc.InferInput("images", [1, SIDE, SIDE], "UINT8")
+        image.set_data_from_numpy(image_of(3)[np.newaxis])
+        with grpc.InferenceServerClient(address) as client:
+            client.is_server_live()
+            with pytest.raises(InferenceServerException):
+                client.get_model_metadata("nobody")
+            with pytest.raises(InferenceServerException):
+                client.infer("tiny-encoder", [image])
+        stop(service)
+    ended = {
+        span.name.rpartition("/")[2]: (
+            next(item.value.int_value for item in span.attributes if item.key == "rpc.grpc.status_code"),
+            span.status.code,
+        )
+        for span in collector.spans
+        if span.kind == Span.SPAN_KIND_SERVER
+    }
+    assert ended == {
+        "ServerLive": (0, Status.STATUS_CODE_UNSET),
+        "ModelMetadata": (5, Status.STATUS_CODE_UNSET),  # NOT_FOUND
+        "ModelInfer": (4, Status.STATUS_CODE_ERROR),  # DEADLINE_EXCEEDED
+    }
 
 
 def test_a_collector_that_is_not_there_costs_no_answer_and_no_exit(
