@@ -51,6 +51,14 @@ def add_stages(stages: Iterable[Stage]) -> None:
         record.extend(stages)
 
 
+def totals(stages: Iterable[Stage]) -> dict[str, float]:
+    """Seconds in each stage; one that came several times is summed."""
+    sums: dict[str, float] = {}
+    for stage in stages:
+        sums[stage.name] = sums.get(stage.name, 0) + stage.seconds
+    return sums
+
+
 class Measured:
     """Adds the body of a `with` to the current record, if there is one and the body does not fail."""
 

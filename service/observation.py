@@ -1,6 +1,5 @@
 """What is seen of every request from outside: its id, figures, `Server-Timing`, and a line in the log."""
 
-import logging
 import re
 import time
 from collections.abc import Iterable
@@ -9,11 +8,10 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.context import Stage, begin_record, request_id
+from service.access import log_access
+from service.context import Stage, begin_record, request_id, totals
 from service.metrics import Metrics
 from service.tracing import Tracing
-
-access_logger = logging.getLogger("service.access")
 
 # As long as any id in use, and nothing that could forge a log line or a header.
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -76,17 +74,14 @@ class Observation:
                 self._metrics.image_decode_seconds.observe(stage.seconds)
         if self._access_log:
             client = scope.get("client")
-            fields = {
-                "client": client[0] if client else None,
-                "method": scope["method"],
-                "path": quote(scope["path"]),  # without the query; and a path may hold line breaks
-                "route": route,
-                "status": status,
-                "seconds": round(seconds, 6),
-                "stages": {name: round(spent, 6) for name, spent in _totals(stages).items()},
-            }
-            access_logger.info(
-                "%(client)s %(method)s %(path)s %(status)d in %(seconds)s s", fields, extra={"fields": fields}
+            log_access(
+                client=client[0] if client else None,
+                method=scope["method"],
+                path=quote(scope["path"]),  # without the query; and a path may hold line breaks
+                route=route,
+                status=status,
+                seconds=seconds,
+                stages=stages,
             )
 
 
@@ -97,15 +92,7 @@ def _given_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
     return ""
 
 
-def _totals(stages: list[Stage]) -> dict[str, float]:
-    """Seconds in each stage; one that came several times is summed."""
-    totals: dict[str, float] = {}
-    for stage in stages:
-        totals[stage.name] = totals.get(stage.name, 0) + stage.seconds
-    return totals
-
-
 def _server_timing(stages: list[Stage], total: float) -> str:
     """The header's value, in milliseconds, `total` up to the head of the answer."""
-    spent = {**_totals(stages), "total": total}
+    spent = {**totals(stages), "total": total}
     return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in spent.items())

@@ -11,12 +11,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import Message
 
 from service import grpc_health, protocol
 from service import oip_pb2 as pb
+from service.access import log_access
 from service.body_room import Share
 from service.context import begin_record, request_id
 from service.engine import Model
@@ -206,7 +208,18 @@ class _Inference:
                 ending.close()
                 self._metrics.in_flight.dec()
                 self._metrics.requests.labels(route, status).inc()
-                self._metrics.request_seconds.labels(route).observe(time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                self._metrics.request_seconds.labels(route).observe(seconds)
+                if self._settings.access_log:
+                    log_access(
+                        client=_address(context.peer()),
+                        method="gRPC",
+                        path=route,
+                        route=route,
+                        status=status,
+                        seconds=seconds,
+                        stages=stages,
+                    )
 
         return observed
 
@@ -343,6 +356,11 @@ def _parameters(request: Any) -> dict[str, object]:
         name: getattr(value, value.WhichOneof("parameter_choice") or "", None)
         for name, value in request.parameters.items()
     }
+
+
+def _address(peer: str) -> str:
+    """Of `ipv4:127.0.0.1:50000` or `ipv6:%5B::1%5D:50000`."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
 def _serialize(message: Message) -> bytes:

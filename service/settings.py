@@ -193,7 +193,9 @@ class Settings(BaseSettings):
     log_format: Annotated[
         Literal["console", "json"], Field(description="Lines for people, or one JSON object a line.")
     ] = "console"
-    access_log: Annotated[bool, Field(description="Log a line for every request.")] = False
+    access_log: Annotated[
+        bool, Field(description="Log a line for every request but gRPC's own for health.")
+    ] = False
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod

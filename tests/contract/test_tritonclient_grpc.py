@@ -1,6 +1,7 @@
 """A stock client of the Open Inference Protocol over gRPC, against the real process."""
 
 import asyncio
+import json
 import re
 import signal
 import socket
@@ -290,3 +291,27 @@ def test_a_taken_port_stops_the_start(process: Served, tiny_models: Path) -> Non
     assert ended.returncode == 1
     assert f"capsnet-serve: CAPSNET_GRPC_PORT: 127.0.0.1:{port} cannot be taken" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_the_access_log_has_calls_too(tiny_models: Path) -> None:
+    """Each call is a line with the fields of HTTP's, how it ended by gRPC's name."""
+    with served(tiny_models, grpc_port="0", access_log="true", log_format="json") as process:
+        with sync.InferenceServerClient(address(process)) as client:
+            client.infer("tiny-encoder", [tensor("images", image_of(3)[np.newaxis])])
+            with pytest.raises(InferenceServerException):
+                client.get_model_metadata("nobody")
+        process.client.get("/livez")
+        process.process.send_signal(signal.SIGTERM)
+        assert process.process.wait(LIMIT) == 0
+    entries = [entry for line in process.log if (entry := json.loads(line))["logger"] == "service.access"]
+    by_route = {entry["route"].rpartition("/")[2]: entry for entry in entries}
+    assert {route: (entry["method"], entry["status"]) for route, entry in by_route.items()} == {
+        "ModelInfer": ("gRPC", "OK"),
+        "ModelMetadata": ("gRPC", "NOT_FOUND"),
+        "livez": ("GET", 200),
+    }
+    assert {entry["client"] for entry in entries} == {"127.0.0.1"}
+    assert len({frozenset(entry) for entry in entries}) == 1
+    infer = by_route["ModelInfer"]
+    assert set(infer["stages"]) == {"queue", "encoder"}
+    assert infer["message"].startswith(f"127.0.0.1 gRPC {infer['route']} OK in ")
