@@ -24,6 +24,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from service.context import Stage
+from service.errors import StartError
 
 # From a lone small request on a GPU to the default time limit of a request.
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -36,10 +37,16 @@ _GRAPHS = {"encoder": ("encoder", "decoder"), "decoder": ("decoder",)}
 
 
 class Metrics:
-    """The metrics of one application, and of the processes that share its multiprocess folder."""
+    """The metrics of one application, and of the processes that share its multiprocess folder.
+
+    Raises:
+        StartError: the multiprocess folder cannot be used.
+    """
 
     def __init__(self) -> None:
-        self._multiprocess_folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        folder = self._multiprocess_folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        if folder is not None and not (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise StartError(f"PROMETHEUS_MULTIPROC_DIR: {folder!r} is no folder that can be written to")
         registry = self._registry = CollectorRegistry()
         self.requests = Counter(
             "capsnet_requests",

@@ -162,6 +162,19 @@ def test_a_broken_model_stops_the_start_with_its_file_and_reason(tmp_path: Path,
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_wrong_folder_to_count_in_stops_the_start_with_one_line(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    """Where figures of several processes cannot be kept, the operator is told which variable is wrong."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "nowhere"))
+    ended = start(tiny_models, workers=workers)
+    assert ended.returncode == 1
+    assert ended.stderr.count("capsnet-serve: PROMETHEUS_MULTIPROC_DIR: ") == 1
+    assert ended.stderr.endswith("nowhere' is no folder that can be written to\n")
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize("settings", [{}, {"grpc_port": "0"}, {"workers": "2"}], ids=str)
 def test_a_taken_port_stops_the_start(tiny_models: Path, settings: dict[str, str]) -> None:
     """Before anything else happens one line says that the address is in use."""
