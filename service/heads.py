@@ -163,6 +163,8 @@ class TimedHeads(HttpToolsProtocol):
         self._behind = False
         refused = REFUSED in self.cycle.scope["state"]
         super().on_response_complete()
+        if self.pipeline:  # uvicorn reads on; what has been read is enough for now
+            self.flow.pause_reading()
         if refused and not self.transport.is_closing():
             self.transport.pause_reading()
             self._rest = self.loop.call_later(REST, self.read_on)

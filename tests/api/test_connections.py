@@ -171,6 +171,18 @@ def test_who_takes_no_answers_is_cut_off(tiny_models: Path) -> None:
         assert service.predict() == "3"
 
 
+def test_requests_without_end_in_one_go_take_bounded_memory(tiny_models: Path) -> None:
+    """Of a client that sends requests and reads no answer, no more are read than have their turn soon."""
+    requests = b"GET /livez HTTP/1.1\r\nHost: it\r\n\r\n" * 2_000
+    with served(tiny_models) as process, connected(process) as client:
+        before = process.peak_memory()
+        client.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            for _ in range(200):  # 14 MB
+                client.sendall(requests)
+        assert process.peak_memory() - before < 64 * 2**20
+
+
 @pytest.mark.parametrize("path", ["/livez", "/models", "/docs", "/metrics", "/v2/health/ready"])
 def test_no_body_comes_after_head(tiny_models: Path, path: str) -> None:
     """What comes after an answer to HEAD is the answer to the next request, and GET's length is told."""
