@@ -140,10 +140,9 @@ def test_a_failed_grpc_method_says_so_in_its_trace(
     """Its span has gRPC's number for how it ended, and is an error where the service is at fault."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
     with served(tiny_models, grpc_port="0", request_timeout="0.00001") as service:
-        address = next(filter(None, (re.search(r"over gRPC on (\S+)", line) for line in service.log)))[1]
         image = grpc.InferInput("images", [1, SIDE, SIDE], "UINT8")
         image.set_data_from_numpy(image_of(3)[np.newaxis])
-        with grpc.InferenceServerClient(address) as client:
+        with grpc.InferenceServerClient(service.grpc_address) as client:
             client.is_server_live()
             with pytest.raises(InferenceServerException):
                 client.get_model_metadata("nobody")

@@ -296,7 +296,7 @@ def test_a_taken_port_stops_the_start(process: Served, tiny_models: Path) -> Non
 def test_the_access_log_has_calls_too(tiny_models: Path) -> None:
     """Each call is a line with the fields of HTTP's, how it ended by gRPC's name."""
     with served(tiny_models, grpc_port="0", access_log="true", log_format="json") as process:
-        with sync.InferenceServerClient(address(process)) as client:
+        with sync.InferenceServerClient(process.grpc_address) as client:
             client.infer("tiny-encoder", [tensor("images", image_of(3)[np.newaxis])])
             with pytest.raises(InferenceServerException):
                 client.get_model_metadata("nobody")
