@@ -57,8 +57,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         # Not before uvicorn has taken over the signals: a call that is accepted must be finished.
-        listen(sockets or [])
         self._grpc = await _start_grpc(self._service)
+        # Nor before gRPC serves: if that fails, nobody has connected in vain.
+        listen(sockets or [])
         if self._channel is not None:
             await super().startup(sockets=[])
             self._inbox = Inbox(self._channel, self._serve_connection, self._orphaned)
