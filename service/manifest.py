@@ -182,7 +182,7 @@ class Effect(_Record):
 class Dimension(_Record):
     """What one dimension of one class's capsule means, by the drawings along the tweak range."""
 
-    name: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,80}$")]
+    name: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,120}$")]
     """In words, by what accounts for the largest share of the change."""
     moved: Annotated[float, Field(ge=0)]
     """Squared change between the ends of the range, as a share of the untweaked drawing's squared light."""

@@ -251,8 +251,8 @@ def _falls(shares: Mapping[str, float], effects: Mapping[Measure, Effect]) -> bo
 def distinguish(nouns: Sequence[Sequence[str]], falls: Sequence[bool]) -> list[str]:
     """A name for each dimension, of as many of its nouns, weightiest first, as set it apart from the others.
 
-    Up to `MOST_NOUNS`. Where that does not do, those whose first effect `falls` are called reversed; names
-    that are the same even then stay so.
+    Up to `MOST_NOUNS`. Where that does not do, those whose first effect `falls` are called reversed, if
+    they have one; names that are the same even then stay so.
     """
     counts = [1] * len(nouns)
     for _ in range(MOST_NOUNS - 1):
@@ -262,8 +262,10 @@ def distinguish(nouns: Sequence[Sequence[str]], falls: Sequence[bool]) -> list[s
     names = [_join(some[:count]) for some, count in zip(nouns, counts, strict=True)]
     often = Counter(names)
     return [
-        f"{name}, reversed" if often[name] > 1 and fall else name
-        for name, fall in zip(names, falls, strict=True)
+        f"{name}, reversed"
+        if often[name] > 1 and fall and some[0] not in (LITTLE_EFFECT, NO_ONE_EFFECT)
+        else name
+        for name, fall, some in zip(names, falls, nouns, strict=True)
     ]
 
 

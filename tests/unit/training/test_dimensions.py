@@ -10,7 +10,19 @@ import torch
 from service.manifest import Dimension
 from training.config import ModelConfig
 from training.data import Dataset, Split
-from training.dimensions import DELTAS, describe, distinguish, look, measure_dimensions, thirds
+from training.dimensions import (
+    DELTAS,
+    LITTLE_EFFECT,
+    MOST_NOUNS,
+    NO_ONE_EFFECT,
+    NOUNS,
+    PARTS,
+    describe,
+    distinguish,
+    look,
+    measure_dimensions,
+    thirds,
+)
 from training.model import CapsNet
 from training.predictor import Floats, Images, Labels, TorchPredictor
 
@@ -190,6 +202,20 @@ def test_names_are_set_apart_by_the_next_thing() -> None:
     names = ["a", "b and a", "b, c and d", "b, c and e", "f", "h", "h"]
     assert distinguish(nouns, [False] * 7) == names
     assert distinguish(nouns, [True] * 6 + [False]) == [*names[:5], "h, reversed", "h"]
+
+
+def test_no_effect_is_not_reversed() -> None:
+    """Dimensions with little effect, or no one effect, keep that name, whatever falls."""
+    nouns = [[LITTLE_EFFECT], [NO_ONE_EFFECT]] * 2
+    assert distinguish(nouns, [False, False, True, True]) == [LITTLE_EFFECT, NO_ONE_EFFECT] * 2
+
+
+def test_the_longest_name_can_be_exported() -> None:
+    """A manifest takes the longest nouns that a name can have, and that it is reversed."""
+    parts = max((part for row in PARTS for part in row), key=len)
+    nouns = sorted([*NOUNS.values(), parts], key=len)[-MOST_NOUNS:]
+    for name in distinguish([nouns, nouns], [False, True]):
+        assert Dimension(name=name, moved=1, effects={}, shares={}).name == name
 
 
 def test_two_dimensions_that_do_the_same_the_other_way_round() -> None:
