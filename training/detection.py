@@ -79,8 +79,9 @@ def measure(
 ) -> dict[str, Any]:
     """What is given away of `others` and of attacks, beside false alarms on `dataset`, as plain values.
 
-    The first `attacked` rightly classified images are attacked with the network's own gradients. Of an
-    attack, only the images that are mistaken afterwards count as strange.
+    Of the rightly classified images, `attacked` at even distances, or all if there are fewer, are attacked
+    with the network's own gradients. Of an attack, only the images that are mistaken afterwards count as
+    strange.
 
     Args:
         network: is opened to attack, and left so.
@@ -88,9 +89,10 @@ def measure(
 
     Raises:
         DataError: if the network does not take the images or recognises none, if they show several things, or
-            if none of them is to be attacked, or in no step.
+            if none of them is to be attacked, in no step, or by no grey level.
     """
-    for name, number in (("attacked", attacked), ("steps", steps)):
+    epsilons = tuple(epsilons)
+    for name, number in (("attacked", attacked), ("steps", steps), *(("epsilon", most) for most in epsilons)):
         if number < 1:
             raise DataError(f"{name} is {number}, expected at least 1")
     predictor = TorchPredictor(network)
@@ -111,9 +113,10 @@ def measure(
         found = evaluate(predictor, replace(dataset, images=images, labels=torch.zeros(len(images)).long()))
         record["outliers"][kind] = {"images": len(images), **_detected(usual, found, calibration)}
         say(f"{kind}: {record['outliers'][kind]['flagged']}")
-    right = data.take(dataset, torch.from_numpy(np.flatnonzero(~usual.wrong)[:attacked]))
+    right = data.take(dataset, torch.from_numpy(np.flatnonzero(~usual.wrong)))
     if not len(right):
         raise DataError(f"{dataset.name}: the network is right about no image, and none can be attacked")
+    right = data.sample(right, min(attacked, len(right)))
     record |= {"attacked": len(right), "steps": steps}
     open_to_attack(network)
     for name, attack in ATTACKS.items():

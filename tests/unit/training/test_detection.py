@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from service.manifest import Calibration
 from training import checkpoint as checkpoints
@@ -100,7 +101,7 @@ def test_measured(network: CapsNet, load_split: Load, tmp_path: Path) -> None:
     )  # fmt: skip
     noise = torch.randint(0, 256, (20, 13, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = detection.measure(
-        network, calibration, dataset, {"noise": noise}, attacked=30, epsilons=(0, 8, 100), say=lambda _: None
+        network, calibration, dataset, {"noise": noise}, attacked=30, epsilons=(1, 8, 100), say=lambda _: None
     )
     alarms = found["false_alarms"]
     assert alarms["error"] == pytest.approx(100 * 7 / 66, abs=0.01), "a tenth of 66, and 65 steps between"
@@ -109,19 +110,45 @@ def test_measured(network: CapsNet, load_split: Load, tmp_path: Path) -> None:
     assert found["outliers"]["noise"]["auc"]["error"] > 0.9
     assert found["attacked"] == 30
     assert [(a["attack"], a["epsilon"]) for a in found["attacks"]] == [
-        (name, epsilon) for name in ("FGSM", "BIM", "R-BIM") for epsilon in (0, 8, 100)
+        (name, epsilon) for name in ("FGSM", "BIM", "R-BIM") for epsilon in (1, 8, 100)
     ]
-    for still, small, large in (found["attacks"][i : i + 3] for i in (0, 3, 6)):
-        assert (still["success"], still["auc"], still["curves"]) == (0, None, None), "nothing to find"
-        assert small["success"] < large["success"]
+    for least, small, large in (found["attacks"][i : i + 3] for i in (0, 3, 6)):
+        assert least["success"] <= small["success"] < large["success"]
         assert large["unnoticed"] == pytest.approx(
             large["success"] * (1 - large["flagged"]["either"] / 100), abs=0.02
         )
     record = {"network": {"name": "shapes/1", "training": {}}, "missing": [], **found}
     assert json.loads(json.dumps(record)) == record
+    record["attacks"][0]["curves"] = None  # as if it succeeded with no image
     detection.draw(record, tmp_path / "d.png")
     with Image.open(tmp_path / "d.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10, "something is drawn"
+
+
+def test_attacked_at_even_distances(
+    network: CapsNet, load_split: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of images that lie class by class some of each are attacked; of few all; perhaps none is mistaken."""
+    dataset = load_split("test")
+    by_class = data.take(dataset, dataset.labels.argsort(stable=True))
+    right = ~evaluate(TorchPredictor(network), by_class).wrong
+    attacked: list[Tensor] = []
+
+    def attack(_: CapsNet, images: Tensor, labels: Tensor, *__: int) -> Tensor:
+        attacked.append(labels)
+        return images
+
+    monkeypatch.setattr(detection, "ATTACKS", {"none": attack})
+    calibration = Calibration(threshold=1, quantile=0.95, images=1, source="training")
+    for most in (12, 1000):
+        found = detection.measure(
+            network, calibration, by_class, {}, attacked=most, epsilons=(1,), say=lambda _: None
+        )
+    assert len(attacked[0]) == 12
+    assert set(attacked[0].tolist()) == {0, 1, 2}
+    assert torch.equal(torch.cat(attacked[1:]), by_class.labels[torch.from_numpy(right)])
+    (still,) = found["attacks"]
+    assert (still["success"], still["auc"], still["curves"]) == (0, None, None), "nothing to find"
 
 
 def test_strangers_without_fashion_mnist(tmp_path: Path) -> None:
@@ -162,13 +189,15 @@ def test_calibrated_as_an_export(network: CapsNet, run: Path, load_split: Load) 
 
 
 def test_what_cannot_be_attacked(network: CapsNet, load_split: Load) -> None:
-    """Attacks on nothing, or in no step, are refused; so are images of two things, and mistaken ones."""
+    """Attacks on nothing, in no step, or by nothing are refused; so are images of two, and mistaken ones."""
     dataset = load_split("test")
     calibration = Calibration(threshold=1, quantile=0.95, images=1, source="training")
     with pytest.raises(DataError, match="attacked is 0, expected at least 1"):
         detection.measure(network, calibration, dataset, {}, attacked=0)
     with pytest.raises(DataError, match="steps is 0, expected at least 1"):
         detection.measure(network, calibration, dataset, {}, steps=0)
+    with pytest.raises(DataError, match="epsilon is -16, expected at least 1"):
+        detection.measure(network, calibration, dataset, {}, epsilons=(8, -16))
     two = replace(dataset, labels=dataset.labels[:, None].repeat(1, 2))
     with pytest.raises(DataError, match="expected one class for each"):
         detection.measure(network, calibration, two, {})
