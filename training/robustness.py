@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from training.affine import rotation, warp
-from training.data import Dataset
+from training.data import Dataset, on_light_ground
 from training.evaluate import evaluate, require_fit
 from training.trained import Trained
 
@@ -30,13 +30,19 @@ class Change:
 
 def _turn(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     degrees = strength * _signs(len(images), generator)
-    return warp(images, rotation(degrees), torch.zeros(len(images), 2))
+    return _warp(images, rotation(degrees), torch.zeros(len(images), 2))
 
 
 def _move(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     along = torch.eye(2)[torch.randint(2, (len(images),), generator=generator)]  # right or down
     shift = strength * _signs(len(images), generator)[:, None] * along
-    return warp(images, torch.eye(2).repeat(len(images), 1, 1), shift)
+    return _warp(images, torch.eye(2).repeat(len(images), 1, 1), shift)
+
+
+def _warp(images: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
+    if on_light_ground(images):  # what a warp brings in is dark
+        return 255 - warp(255 - images, linear, shift)
+    return warp(images, linear, shift)
 
 
 def _disturb(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:

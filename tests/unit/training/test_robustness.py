@@ -61,6 +61,15 @@ def test_moved_by_two() -> None:
     assert 10 < (moved.flatten(1).amax(dim=1) == 0).sum() < 40
 
 
+@pytest.mark.parametrize("name", ["rotation", "translation"])
+def test_a_light_ground_stays_light(name: str) -> None:
+    """What a turn or a move brings into images of dark ink is light; they change as their negatives do."""
+    change = CHANGES[name]
+    moved = change.apply(255 - dots(), change.strengths[3], generator())
+    assert moved.min() >= 55, "the ink's shade"
+    assert torch.equal(255 - moved, change.apply(dots(), change.strengths[3], generator()))
+
+
 def test_noise_of_a_standard_deviation() -> None:
     """On middle grey, noise of 20 grey levels has that deviation; twice the strength is twice the noise."""
     images = torch.full((4, 60, 60), 128, dtype=torch.uint8)
