@@ -314,7 +314,7 @@ def _read_image(path: Path) -> NDArray[np.uint8]:
                 mode = "L" if upright.mode == "LA" else "RGB"
                 upright = Image.alpha_composite(white, upright.convert("RGBA")).convert(mode)
             return np.asarray(upright.convert("L" if upright.mode in ("1", "L") else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image ({error})") from error
 
 

@@ -221,6 +221,15 @@ def test_broken_image(image_folder: Path) -> None:
         load("folder", "train", image_folder)
 
 
+def test_damaged_exif(image_folder: Path) -> None:
+    """An image to be turned, whose EXIF data hold a text for a number, is named."""
+    width, turned = struct.pack(">HHL4s", 0x0100, 2, 4, b"abc"), struct.pack(">HHLHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">LH", 8, 2) + width + turned + bytes(4)
+    Image.new("L", (18, 20)).save(image_folder / "train" / "cat" / "2.jpg", exif=exif)
+    with pytest.raises(DataError, match=r"2.jpg: not a readable image"):
+        load("folder", "train", image_folder)
+
+
 def test_test_images_are_read_at_the_start(image_folder: Path) -> None:
     """Test images of another size are found out at once, and colour is decided for both splits."""
     write_image(image_folder / "test" / "cat" / "m.png", "RGB", value=(1, 2, 3))
