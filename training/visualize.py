@@ -46,6 +46,7 @@ def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, col
                 f"{dataset.classes[labels[index]]}, {dataset.classes[predictions[index]]}",
                 fontsize=9,
                 color="black" if labels[index] == predictions[index] else "firebrick",
+                parse_math=False,
             )
     figure.suptitle("input above reconstruction; (label, prediction)", fontsize=10)
     figure.savefig(path, dpi=110)
@@ -101,7 +102,8 @@ def draw_pairs(predictor: Predictor, dataset: Dataset, path: Path, columns: int 
             f"{mark}{letter}:({', '.join(dataset.classes[k] for k in pair)})"
             for letter, pair, mark in (("L", labels[index], ""), ("R", targets, mark))
         )
-        axes[0, column].set_title(title, fontsize=8, color="firebrick" if missed[index] else "black")
+        colour = "firebrick" if missed[index] else "black"
+        axes[0, column].set_title(title, fontsize=8, color=colour, parse_math=False)
     figure.suptitle(
         "input; its digits; both reconstructions; each of them (misread where the title is red)", fontsize=10
     )
@@ -152,12 +154,18 @@ def draw_dimensions(
             for spine in axis.spines.values():
                 spine.set_visible(False)
         axes[row, 0].set_ylabel(
-            f"{names[row]}  {row}" if names else str(row), rotation=0, labelpad=10, va="center", ha="right"
+            f"{names[row]}  {row}" if names else str(row),
+            rotation=0,
+            labelpad=10,
+            va="center",
+            ha="right",
+            parse_math=False,
         )
     for column, delta in enumerate(deltas):
         axes[0, column].set_title(f"{delta:+.2f}", fontsize=8)
     figure.suptitle(
-        f"each dimension of the capsule for {label}, changed by {deltas[0]:+.2f} … {deltas[-1]:+.2f}"
+        f"each dimension of the capsule for {label}, changed by {deltas[0]:+.2f} … {deltas[-1]:+.2f}",
+        parse_math=False,
     )
     figure.savefig(path, dpi=110)
 
@@ -181,7 +189,7 @@ def draw_effects(dimensions: Dimensions, path: Path) -> None:
         limit = np.nanmax(np.abs(changes), initial=np.finfo(float).tiny)
         axis.imshow(changes, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axis.set_xticks(range(changes.shape[1]))
-        axis.set_yticks(range(len(dimensions)), dimensions)
+        axis.set_yticks(range(len(dimensions)), dimensions, parse_math=False)
         axis.set_title(title, fontsize=10)
         for (row, column), change in np.ndenumerate(changes):
             if np.isfinite(change):

@@ -214,6 +214,19 @@ def test_pairs_of_images_of_one(predictor: Recorder, load_split: Load, tmp_path:
         draw_pairs(predictor, load_split("test"), tmp_path / "p.png")
 
 
+def test_dollars_are_no_mathematics(predictor: Recorder, load_split: Load, tmp_path: Path) -> None:
+    """Names of classes and dimensions are drawn as they are, also where TeX would fail on them."""
+    classes = (r"$\frac$", "$_$", "$")
+    dataset = replace(load_split("test"), classes=classes)
+    draw_reconstructions(predictor, dataset, tmp_path / "r.png", columns=5)
+    draw_dimensions(predictor, dataset, classes[0], tmp_path / "d.png", [classes[0]] * 6)
+    none = Dimension(name=classes[0], moved=0, effects={}, shares={})
+    draw_effects(dict.fromkeys(classes, (none,)), tmp_path / "e.png")
+    pairs = replace(of_two_digits(), classes=(*classes, "d"))
+    draw_pairs(Known([[1, 0, 2, 3], [1, 3, 2, 0], [3, 0, 2, 1]]), pairs, tmp_path / "p.png", columns=6)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_file_names() -> None:
     """Labels that differ by punctuation or case alone have files of their own; plain ones keep their name."""
     assert file_names(("5", "T-shirt/top", "T-shirt top", "été", "a", "A", "T-shirt/top.1")) == {
