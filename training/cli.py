@@ -163,8 +163,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--warm-up-steps",
         type=int,
         help="steps over which the rate rises to its first value, but a tenth of the run's at most, or "
-        f"{LEAST_RISE}; unset: {WARM_UP_STEPS} for a capsnet "
-        "whose images are so large that it has more primary capsules than the paper's, otherwise none",
+        f"{LEAST_RISE}; unset: {WARM_UP_STEPS} for a capsnet of fewer classes than the paper's ten, or "
+        "whose images are so large that it has more primary capsules, otherwise none",
     )
     command.add_argument(
         "--max-shift",
@@ -356,6 +356,12 @@ def _add_dimensions(commands: "argparse._SubParsersAction[argparse.ArgumentParse
 def _dimensions(options: argparse.Namespace) -> None:
     predictor, dataset = OnnxPredictor(options.model), _loader(options, "train")()
     manifest = predictor.manifest
+    require_fit(predictor, compose.as_seen(data.take(dataset, torch.tensor([0]))))
+    if not dataset.checksums.items() <= manifest.provenance.dataset_checksums.items():
+        raise DataError(
+            f"{dataset.name}: not the images that {manifest.name}/{manifest.version} was trained on; "
+            "choose those with --dataset and --data-dir"
+        )
     light = manifest.image.polarity == "light_on_dark"
     found = measure_dimensions(predictor, dataset, light_on_dark=light)
     if not found:

@@ -193,19 +193,24 @@ class TrainConfig(_Stored):
 
 
 PAPERS_CAPSULES = 1152
-"""Primary capsules of 28x28 pixels, which learn at the full rate from the first step on."""
+PAPERS_CLASSES = 10
+"""Primary capsules of 28x28 pixels, which learn so many classes at the full rate from the first step on."""
 WARM_UP_STEPS = 100
-"""For more of them. Adam's first step moves each weight by the whole rate, and so a sum over all primary
-capsules by as much more as there are more of them: every class's capsule becomes as long as can be, where the
-loss has no gradient."""
+"""For more of the former or fewer of the latter. Adam's first step moves each weight by the whole rate, and
+so a sum over all primary capsules, each shared among the classes, by as much more as there are more capsules
+or fewer classes: every class's capsule becomes as long as can be, where the loss has no gradient."""
 
-LEAST_RISE = 10
-"""Of these steps, how many at least are taken in a short run; after 3 or 4 of them that still happens."""
+LEAST_RISE = 40
+"""Of these steps, how many at least are taken in a short run. After 3 or 4 of them that still happens, and
+after 10 with two classes. See docs/decisions/0046."""
 
 
 def warm_up_steps(model: ModelConfig) -> int:
     """Steps over which the rate should rise for this network, in a run that is long enough."""
-    return WARM_UP_STEPS if model.architecture == "capsnet" and model.primary_count > PAPERS_CAPSULES else 0
+    delicate = model.primary_count > PAPERS_CAPSULES or (
+        model.primary_count * PAPERS_CLASSES > PAPERS_CAPSULES * len(model.classes)
+    )
+    return WARM_UP_STEPS if model.architecture == "capsnet" and delicate else 0
 
 
 AUTHORS_DECAY = (0.96, 2000, 1e-6)

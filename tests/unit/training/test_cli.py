@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from service.manifest import read_manifest, write_manifest
 from training import checkpoint as checkpoints
@@ -72,6 +73,14 @@ def test_dimensions_of_a_model_that_names_none(
         assert (folder / "MODEL_CARD.md").read_text() == card
     assert Path(figures, "effects.png").is_file()
     assert "the dimensions are named in" in capsys.readouterr().out
+    # Other images tell nothing of this model, and must not rename its dimensions.
+    refusals = {17: "not the images that shapes/1 was trained on", 19: "images of shape (19, 19)"}
+    for size, message in refusals.items():
+        for path in mnist_style_folder.glob("*/*/*.png"):
+            Image.open(path).resize((size, size)).transpose(Image.Transpose.TRANSPOSE).save(path)
+        assert main(["dimensions", str(folder), *source, "--output", figures]) == 1
+        assert message in capsys.readouterr().err
+        assert read_manifest(folder) == manifest
 
 
 @pytest.mark.parametrize(

@@ -106,21 +106,27 @@ def test_warm_up() -> None:
 
 
 def test_a_short_run_leaves_the_rise() -> None:
-    """The rise takes a tenth of a run's steps at most, or ten of them if that is more."""
+    """The rise takes a tenth of a run's steps at most, or forty of them if that is more."""
     config = TrainConfig(learning_rate=1e-2, final_learning_rate=1e-2, warm_up_steps=100)
-    for steps, rise in ((20, 10), (100, 10), (500, 50), (9000, 100)):
+    for steps, rise in ((100, 40), (400, 40), (500, 50), (9000, 100)):
         rates = [config.learning_rate_at(step, steps) for step in range(rise + 1)]
         assert rates == pytest.approx([1e-2 * step / rise for step in range(1, rise + 1)] + [1e-2])
 
 
 @pytest.mark.parametrize(
     ("shape", "steps"),
-    [({}, 0), ({"height": 36, "width": 36}, 100), ({"height": 64, "width": 64, "primary_groups": 2}, 0)],
+    [
+        ({}, 0),
+        ({"classes": DIGITS[:9]}, 100),
+        ({"height": 36, "width": 36}, 100),
+        ({"height": 64, "width": 64, "primary_groups": 2}, 0),
+    ],
 )
 def test_who_warms_up(shape: dict[str, Any], steps: int) -> None:
-    """The rate rises slowly for networks with more primary capsules than the paper's, and for no others."""
-    assert warm_up_steps(ModelConfig(classes=DIGITS, **shape)) == steps
-    assert warm_up_steps(ModelConfig(classes=DIGITS, architecture="multimnist-cnn", **shape)) == 0
+    """The rate rises slowly for more primary capsules than the paper's or fewer classes, and no others."""
+    shape = {"classes": DIGITS, **shape}
+    assert warm_up_steps(ModelConfig(**shape)) == steps
+    assert warm_up_steps(ModelConfig(architecture="multimnist-cnn", **shape)) == 0
 
 
 def test_authors_learning_rate() -> None:
