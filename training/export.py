@@ -54,6 +54,9 @@ PARITY_TOLERANCE = 1e-4
 CALIBRATION_IMAGES = 5000
 RANGE_IMAGES = 1024
 """Of those, how many at most the 8-bit encoder takes its ranges from."""
+LEAST_CALIBRATION_IMAGES = 100
+"""By the bounds of fewer held-out images too many others would be unusual: of 3 half, of 12 a seventh, where
+a twentieth is meant. Then all training images give them."""
 CALIBRATION_QUANTILE = 0.95
 CalibrationSource = Literal["held-out", "training"]
 OUTLIERS = 500
@@ -234,6 +237,8 @@ def _fill(
 def calibration_set(training: Dataset, checkpoint: Checkpoint) -> tuple[Dataset, CalibrationSource]:
     """Images of `training` to calibrate on: those that the run held out, or else some that it has seen.
 
+    So are held-out ones called where the run began with another's weights, which may have learned from them.
+
     Raises:
         DataError: if the run had other images than all of these.
     """
@@ -245,9 +250,10 @@ def calibration_set(training: Dataset, checkpoint: Checkpoint) -> tuple[Dataset,
             "seen is not known, and so not what to calibrate on: train on all of them"
         )
     held_out = hold_out(training, settings.validation_images, settings.seed)[1]
-    images = held_out if len(held_out) else training
+    enough = len(held_out) >= LEAST_CALIBRATION_IMAGES
+    images = held_out if enough else training
     some = images if len(images) <= CALIBRATION_IMAGES else hold_out(images, CALIBRATION_IMAGES, seed=0)[1]
-    return as_seen(some), "held-out" if len(held_out) else "training"
+    return as_seen(some), "held-out" if enough and checkpoint.start is None else "training"
 
 
 def calibrate(predictor: Predictor, images: Dataset, source: CalibrationSource) -> Calibration:

@@ -14,6 +14,7 @@ from torch import Tensor
 from service.manifest import Calibration
 from training import checkpoint as checkpoints
 from training import data, detection
+from training import export as export_module
 from training.cli import main
 from training.config import ModelConfig, TrainConfig
 from training.data import DataError, Dataset, Split, sample
@@ -183,9 +184,23 @@ def test_calibrated_as_an_export(network: CapsNet, run: Path, load_split: Load) 
     found = calibrate(TorchPredictor(network), images, source)
     manifest = json.loads((run.parent / "models/shapes/1/manifest.json").read_text())
     expected = Calibration.model_validate(manifest["calibration"])
-    assert (found.images, found.source, found.quantile) == (expected.images, "held-out", 0.95)
+    assert (found.images, found.source, found.quantile) == (expected.images, expected.source, 0.95)
     assert found.threshold == pytest.approx(expected.threshold, rel=1e-4)
     assert found.margin == pytest.approx(expected.margin, abs=1e-5)
+
+
+def test_what_to_calibrate_on(run: Path, load_split: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out images if there are enough, called so unless the weights that the run began with knew them."""
+    training, checkpoint = load_split("train"), checkpoints.read(run)
+    count = checkpoint.settings().validation_images
+    assert count < export_module.LEAST_CALIBRATION_IMAGES
+    images, source = calibration_set(training, checkpoint)
+    assert (len(images), source) == (len(training), "training")
+    monkeypatch.setattr(export_module, "LEAST_CALIBRATION_IMAGES", count)
+    images, source = calibration_set(training, checkpoint)
+    assert (len(images), source) == (count, "held-out")
+    images, source = calibration_set(training, replace(checkpoint, start={"epochs": 1}))
+    assert (len(images), source) == (count, "training")
 
 
 def test_what_cannot_be_attacked(network: CapsNet, load_split: Load) -> None:
