@@ -331,7 +331,7 @@ class Engine:
         if versions and not version and "/" not in (reference or ""):
             version = self._newest_first(name)[0]
         if version not in versions:
-            served = ", ".join(f"{m.manifest.name}/{m.manifest.version}" for m in self)
+            served = ", ".join(model.manifest.reference for model in self)
             raise UnknownModel(
                 "This model is not served.",
                 received=repr((reference or "")[:100]),
@@ -350,7 +350,7 @@ class Engine:
             raise ShuttingDown("The service is stopping; another instance has to take new requests.")
         broken = [asked for asked in ((model,) if model else self) if not asked.works()]
         if broken:
-            names = ", ".join(f"{found.manifest.name}/{found.manifest.version}" for found in broken)
+            names = ", ".join(found.manifest.reference for found in broken)
             raise NotWorking(f"Runs of {names} fail or do not end; the log says more.")
 
     def _newest_first(self, name: str) -> list[str]:

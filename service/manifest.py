@@ -240,6 +240,11 @@ class Manifest(_Record):
                 )
         return self
 
+    @property
+    def reference(self) -> str:
+        """The model and its version, as requests name them."""
+        return f"{self.name}/{self.version}"
+
     def encoder_in(self, precision: Precision) -> Graph | None:
         """The encoder's graph in `precision`, if there is one."""
         graphs: dict[Precision, Graph] = {"fp32": self.encoder}

@@ -498,7 +498,7 @@ async def _encode(count: int, encode: Callable[..., Response], *arguments: objec
 
 def _of(model: Model, response: Response) -> Response:
     """The answer with the model's name in a header, since arrays and images have no place for it."""
-    response.headers["X-Capsnet-Model"] = f"{model.manifest.name}/{model.manifest.version}"
+    response.headers["X-Capsnet-Model"] = model.manifest.reference
     return response
 
 

@@ -118,8 +118,7 @@ def choose_precision(
         return next((precision for precision in good if precision == fastest), "fp32")
     if not manifest.variants:  # a smaller model beside a larger one, which has some
         if wanted != "fp32":
-            served = f"{manifest.name}/{manifest.version}"
-            logger.info("%s is served in fp32, not in %s: it has nothing else", served, wanted)
+            logger.info("%s is served in fp32, not in %s: it has nothing else", manifest.reference, wanted)
         return "fp32"
     if manifest.encoder_in(wanted) is None:
         has = ", ".join(["fp32", *(variant.precision for variant in manifest.variants)])

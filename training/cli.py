@@ -359,7 +359,7 @@ def _dimensions(options: argparse.Namespace) -> None:
     require_fit(predictor, compose.as_seen(data.take(dataset, torch.tensor([0]))))
     if not dataset.checksums.items() <= manifest.provenance.dataset_checksums.items():
         raise DataError(
-            f"{dataset.name}: not the images that {manifest.name}/{manifest.version} was trained on; "
+            f"{dataset.name}: not the images that {manifest.reference} was trained on; "
             "choose those with --dataset and --data-dir"
         )
     light = manifest.image.polarity == "light_on_dark"

@@ -51,7 +51,7 @@ def _exported(folder: Path) -> Start:
     }
     made = manifest.provenance
     epochs = made.epochs + (made.start.epochs if made.start else 0)
-    return Start(weights, f"{manifest.name}/{manifest.version}", manifest.encoder.sha256, epochs)
+    return Start(weights, manifest.reference, manifest.encoder.sha256, epochs)
 
 
 def _weights(graph: Path, belongs: str, prefix: str) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def open_trained(path: Path, device: str = "cpu") -> Trained:
         exported = OnnxPredictor(path)
         manifest, made = exported.manifest, exported.manifest.provenance
         return Trained(
-            f"{manifest.name}/{manifest.version}",
+            manifest.reference,
             exported,
             {
                 "architecture": manifest.architecture,
