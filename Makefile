@@ -54,8 +54,9 @@ bench: $(EVERYTHING) ## measure speed and memory into docs/results; ARGS=--help
 
 # --- check -------------------------------------------------------------------------------------------------
 
+# A process for each core, and four at most: each has the networks of its tests in memory. ARGS=-n0: all in one.
 test: $(EVERYTHING) ## every test that this machine can run
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-container: $(EVERYTHING) ## build the image and test the running container; needs a Docker engine
 	@docker info >/dev/null 2>&1 || { \

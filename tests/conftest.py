@@ -12,6 +12,17 @@ for name in list(os.environ):
     if name.upper().startswith("CAPSNET_") and name != "CAPSNET_DATA_DIR":
         del os.environ[name]
 
+# Where several processes share the tests, each has one core for PyTorch, which reads this when it is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes share the tests file by file, as the dearest fixtures are; containers have one engine."""
+    for item in items:
+        group = "container" if item.get_closest_marker("container") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 @pytest.fixture
 def anyio_backend() -> str:

@@ -17,13 +17,16 @@ from training.baseline import BaselineCNN
 from training.checkpoint import CheckpointError
 from training.config import (
     AUTHORS_RECONSTRUCTION_WEIGHT,
+    LEAST_BATCH,
     LEAST_RISE,
+    LEAST_STEPS_AN_EPOCH,
     WARM_UP_STEPS,
     Architecture,
     Augmentation,
     ModelConfig,
     Schedule,
     TrainConfig,
+    batch_size,
     warm_up_steps,
 )
 from training.data import DataError, Dataset
@@ -149,7 +152,12 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--epochs", type=int, default=DEFAULTS.epochs, help="passes over the training images"
     )
-    command.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size, help="images a step")
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        help=f"images a step; unset: {DEFAULTS.batch_size}, or for few images so much less, {LEAST_BATCH} "
+        f"at least, that an epoch has {LEAST_STEPS_AN_EPOCH} steps",
+    )
     command.add_argument(
         "--learning-rate", type=float, default=DEFAULTS.learning_rate, help="Adam's rate at the first step"
     )
@@ -265,12 +273,17 @@ def _train(options: argparse.Namespace) -> None:
         routing_iterations=options.routing_iterations,
         shared_weights=options.share_weights,
     )
+    held_out = options.validation_images
+    if held_out is None:
+        held_out = min(DEFAULTS.validation_images, len(dataset) // 10)
     train(
         dataset,
         model_config,
         TrainConfig(
             epochs=options.epochs,
-            batch_size=options.batch_size,
+            batch_size=batch_size(len(dataset) - held_out)
+            if options.batch_size is None
+            else options.batch_size,
             learning_rate=options.learning_rate,
             final_learning_rate=options.final_learning_rate,
             schedule=options.schedule,
@@ -280,9 +293,7 @@ def _train(options: argparse.Namespace) -> None:
             augmentation=options.augmentation,
             max_shift=compose.SHIFTS[dataset.layout] if options.max_shift is None else options.max_shift,
             reconstruction_weight=options.reconstruction_weight,
-            validation_images=min(DEFAULTS.validation_images, len(dataset) // 10)
-            if options.validation_images is None
-            else options.validation_images,
+            validation_images=held_out,
             seed=options.seed,
             device=options.device,
             precision=options.precision,

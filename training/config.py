@@ -212,6 +212,20 @@ def warm_up_steps(model: ModelConfig) -> int:
     return WARM_UP_STEPS if model.architecture == "capsnet" and delicate else 0
 
 
+LEAST_STEPS_AN_EPOCH = 10
+LEAST_BATCH = 8
+
+
+def batch_size(training_images: int) -> int:
+    """Images a step: as many as usual, or so few, a power of two, that an epoch has enough steps.
+
+    A hundred images in batches of 128 are one step an epoch, and fifty steps teach nothing.
+    """
+    usual = TrainConfig.batch_size
+    few = max(LEAST_BATCH, training_images // LEAST_STEPS_AN_EPOCH)
+    return min(usual, 1 << (few.bit_length() - 1))
+
+
 AUTHORS_DECAY = (0.96, 2000, 1e-6)
 """The published code's schedule: this factor every so many steps, smoothly, down to this rate."""
 AUTHORS_RECONSTRUCTION_WEIGHT = 0.01

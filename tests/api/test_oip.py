@@ -1,6 +1,5 @@
 """The Open Inference Protocol's routes at their edges, which no well-behaved client reaches."""
 
-import gzip
 import json
 import threading
 import zlib
@@ -15,6 +14,7 @@ from starlette.testclient import TestClient
 
 from service.batching import Arrays
 from tests.api.conftest import Serve
+from tests.support.encoded import gzipped
 from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, image_of
 
 ENCODER = "/v2/models/tiny-encoder/infer"
@@ -173,10 +173,10 @@ def test_a_size_that_does_not_match_the_shape_is_refused(client: TestClient) -> 
 @pytest.mark.parametrize(
     ("encoding", "body", "status", "words"),
     [
-        ("gzip", gzip.compress(bytes(3000)), 413, "more than 2048 bytes after decompression"),
+        ("gzip", gzipped(bytes(3000)), 413, "more than 2048 bytes after decompression"),
         ("deflate", zlib.compress(bytes(100_000_000)), 413, "more than"),
-        ("gzip", gzip.compress(ask(BINARY))[:-9], 400, "an incomplete stream"),
-        ("gzip", gzip.compress(ask(BINARY)) * 2, 400, "bytes after the end"),
+        ("gzip", gzipped(ask(BINARY))[:-9], 400, "an incomplete stream"),
+        ("gzip", gzipped(ask(BINARY)) * 2, 400, "bytes after the end"),
         ("gzip", b"no gzip at all", 400, "cannot be decompressed"),
         ("br", b"x", 415, "received Content-Encoding: br, expected gzip or deflate"),
         ("gzip, gzip", b"x", 415, "expected gzip or deflate"),

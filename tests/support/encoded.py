@@ -1,6 +1,7 @@
 """Encoded images and arrays, honest and otherwise, for tests."""
 
 import base64
+import gzip
 import io
 import struct
 import zlib
@@ -16,6 +17,11 @@ def encode(pixels: NDArray[Any], image_format: str = "PNG", **options: Any) -> b
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, image_format, **options)
     return file.getvalue()
+
+
+def gzipped(data: bytes) -> bytes:
+    """Compressed, and the same bytes each time: pytest makes tests' names of them."""
+    return gzip.compress(data, mtime=0)
 
 
 def base64_text(data: bytes) -> str:

@@ -43,13 +43,14 @@ def test_from_images_to_model(
     assert printed.count("test error") == 4, "training, both evaluations, and the export"
 
 
-def test_few_images_hold_out_a_tenth(mnist_style_folder: Path, tmp_path: Path) -> None:
-    """Of 12 images of one's own, one is held out unless told otherwise."""
+def test_few_images(mnist_style_folder: Path, tmp_path: Path) -> None:
+    """Of 12 images of one's own, one is held out and eight are a batch, unless told otherwise."""
     source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder)]
     assert (
         main(["train", *source, "--epochs", "1", "--device", "cpu", "--output", str(tmp_path / "run")]) == 0
     )
-    assert checkpoints.read(tmp_path / "run").training_images == 11
+    saved = checkpoints.read(tmp_path / "run")
+    assert (saved.training_images, saved.settings().batch_size) == (11, 8)
 
 
 def test_dimensions_of_a_model_that_names_none(

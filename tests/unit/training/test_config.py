@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from training.config import ModelConfig, TrainConfig, warm_up_steps
+from training.config import ModelConfig, TrainConfig, batch_size, warm_up_steps
 
 DIGITS = tuple("0123456789")
 
@@ -166,3 +166,12 @@ def test_settings_of_an_older_checkpoint() -> None:
         getattr(ModelConfig(classes=DIGITS), switch)
         for switch in ("capsule_biases", "scaled_votes", "routing_gradients")
     )
+
+
+@pytest.mark.parametrize(
+    ("training_images", "expected"),
+    [(55_000, 128), (1280, 128), (1279, 64), (540, 32), (159, 8), (80, 8), (11, 8), (1, 8)],
+)
+def test_few_images_have_small_batches(training_images: int, expected: int) -> None:
+    """However few images there are, an epoch has ten steps, or batches are as small as they usefully get."""
+    assert batch_size(training_images) == expected
