@@ -34,6 +34,7 @@ class Checkpoint:
     dataset_checksums: dict[str, str]
     training_images: int
     code_revision: str
+    """Of the code that began the run, and after commas of what else went on with it."""
     epoch: int
     """Epochs completed."""
     model: dict[str, torch.Tensor]

@@ -214,5 +214,6 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         f"{record['network']['name']}: {record['images']:,} test images, {record['attacked']} attacked; "
         "crosses: both calibrated bounds together",
         fontsize=10,
+        parse_math=False,
     )
     figure.savefig(path, dpi=110)

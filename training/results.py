@@ -80,7 +80,7 @@ def _line(name: str, row: Row, dataset: str, epochs: int, records: Sequence[Reco
     measured = _mean([record["tests"][dataset]["error"] for record in finished])
     minutes = f"{statistics.mean(record['seconds'] for record in finished) / 60:.0f}, " if finished else ""
     machines = " and ".join(sorted({f"{record['machine']} in {record['precision']}" for record in records}))
-    changed = any(record["code_revision"].endswith("-dirty") for record in records)
+    changed = any("-dirty" in record["code_revision"] for record in records)
     cells = [
         f"`{name}`",
         row.what,

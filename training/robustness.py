@@ -127,7 +127,9 @@ def draw(measured: dict[str, Any], path: Path) -> None:
         axes.set(title=name, xlabel=measured["units"][name], ylabel="test error, %", ylim=(0, None))
         axes.set_xlim(strengths[0], strengths[-1])  # the image as it is on the left
         axes.grid(alpha=0.3)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center")
+    legend = figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     figure.suptitle(f"{measured['images']:,} test images of {measured['dataset']}", fontsize=10)
     figure.savefig(path, dpi=110)
 

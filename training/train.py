@@ -156,6 +156,8 @@ def _resume(run: _Run, path: Path, new: Checkpoint) -> Checkpoint:
     checkpoints.require_same(path, saved.dataset_checksums, new.dataset_checksums)
     for name in ("dataset", "start"):
         checkpoints.require_same(path, {name: getattr(saved, name)}, {name: getattr(new, name)})
+    if saved.epoch < run.config.epochs and new.code_revision not in saved.code_revision.split(", "):
+        saved.code_revision += f", {new.code_revision}"
     run.network.load_state_dict(saved.model)
     _restore(run.optimizer, saved.optimizer)
     for name, generator in run.generators.items():

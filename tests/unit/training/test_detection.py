@@ -118,7 +118,7 @@ def test_measured(network: CapsNet, load_split: Load, tmp_path: Path) -> None:
         assert large["unnoticed"] == pytest.approx(
             large["success"] * (1 - large["flagged"]["either"] / 100), abs=0.02
         )
-    record = {"network": {"name": "shapes/1", "training": {}}, "missing": [], **found}
+    record = {"network": {"name": r"$\frac$", "training": {}}, "missing": [], **found}
     assert json.loads(json.dumps(record)) == record
     record["attacks"][0]["curves"] = None  # as if it succeeded with no image
     detection.draw(record, tmp_path / "d.png")

@@ -114,16 +114,16 @@ def test_errors_by_hand(tmp_path: Path) -> None:
     """Of four images one is wrong as it is, and two once the light is out; curves come of it."""
     dim = Change("grey levels", (0, 50, 100), lambda images, s, _: (images.float() - s).clamp(0, 255).byte())
     changes = {"shade": dim, "again": dim}
-    networks = [Trained(name, Corner(), TRAINED) for name in ("one", "two")]
+    networks = [Trained(name, Corner(), TRAINED) for name in ("one", r"$\frac$")]
     found = robustness.measure(networks, bright_and_dark(), changes=changes, say=lambda _: None)
-    assert [network["name"] for network in found["networks"]] == ["one", "two"]
+    assert [network["name"] for network in found["networks"]] == ["one", r"$\frac$"]
     for network in found["networks"]:
         assert network["errors"] == {"shade": [25.0, 25.0, 50.0], "again": [25.0, 25.0, 50.0]}
         assert network["training"] == TRAINED
     assert found["strengths"]["shade"] == [0, 50, 100]
     assert found["images"] == 4
     assert json.loads(json.dumps(found)) == found
-    robustness.draw(found, tmp_path / "r.png")
+    robustness.draw(found, tmp_path / "r.png")  # the second's name as it is, not as TeX
     with Image.open(tmp_path / "r.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10, "something is drawn"
 

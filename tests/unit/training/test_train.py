@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,23 @@ def test_resuming_a_finished_run_changes_nothing(run: Run, train_config: TrainCo
     finished = run(train_config, tmp_path)
     again = run(train_config, tmp_path, resume=True)
     assert all(torch.equal(weight, again.model[name]) for name, weight in finished.model.items())
+
+
+def test_code_that_went_on_with_a_run(
+    run: Run, train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's records name every revision of the code that trained it, once."""
+    for revision, interruption in (
+        ("first", interrupted_at(6, monkeypatch)),  # in its second epoch, of four steps
+        ("first", interrupted_at(6, monkeypatch)),
+        ("second-dirty", nullcontext()),
+        ("third", nullcontext()),  # with nothing left to do
+    ):
+        monkeypatch.setattr(training, "code_revision", lambda revision=revision: revision)
+        with interruption:
+            run(train_config, tmp_path, resume=True)
+    assert checkpoints.read(tmp_path).code_revision == "first, second-dirty"
+    assert json.loads((tmp_path / "result.json").read_text())["code_revision"] == "first, second-dirty"
 
 
 def test_resume_from_nothing(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
