@@ -58,8 +58,6 @@ from service.tweaks import apply_tweaks, default_deltas
 
 router = Router()
 
-Result = TypeVar("Result")
-
 
 # The routes of the hot path take the plain request and return bytes: FastAPI's own validation and
 # serialisation cost more than the rest of the handling together. `openapi` documents what they do.
