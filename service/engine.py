@@ -318,23 +318,23 @@ class Engine:
 
     @property
     def default(self) -> Model:
-        return self.choose(None)
+        return self.choose("")
 
-    def choose(self, reference: str | None) -> Model:
-        """The model that `name` (newest version) or `name/version` refers to; None is the default one.
+    def choose(self, reference: str) -> Model:
+        """The model that `name` (newest version) or `name/version` refers to; "" is the default one.
 
         Raises:
             UnknownModel: no such name or version.
         """
         name, _, version = (reference or self._default).partition("/")
         versions = self._models.get(name, {})
-        if versions and not version and "/" not in (reference or ""):
+        if versions and not version and "/" not in reference:
             version = self._newest_first(name)[0]
         if version not in versions:
             served = ", ".join(model.manifest.reference for model in self)
             raise UnknownModel(
                 "This model is not served.",
-                received=repr((reference or "")[:100]),
+                received=repr(reference[:100]),
                 expected=f"a name or name/version among {served}",
             )
         return versions[version]

@@ -96,7 +96,7 @@ async def predict(request: Request) -> Response:
     query = parse_query(PredictQuery, request)
     answer = accepted(request, PREDICT_ANSWERS)
     kind = media_type(request, PREDICT_BODIES)
-    with service.engine.choose(query.model or None).in_use() as model, Share(service.body_room) as share:
+    with service.engine.choose(query.model).in_use() as model, Share(service.body_room) as share:
         body = await read_body(request, service.settings, share)
         model.require_room()
 
@@ -201,7 +201,7 @@ async def reconstruct(request: Request) -> Response:
     query = parse_query(ReconstructQuery, request)
     answer = accepted(request, RECONSTRUCT_ANSWERS)
     kind = media_type(request, RECONSTRUCT_BODIES)
-    with service.engine.choose(query.model or None).in_use() as model, Share(service.body_room) as share:
+    with service.engine.choose(query.model).in_use() as model, Share(service.body_room) as share:
         body = await read_body(request, service.settings, share)
 
         async def work() -> Response:
@@ -259,7 +259,7 @@ async def sweep(request: Request) -> Response:
     query = parse_query(SweepQuery, request)
     answer = accepted(request, SWEEP_ANSWERS)
     kind = media_type(request, RECONSTRUCT_BODIES)
-    with service.engine.choose(query.model or None).in_use() as model, Share(service.body_room) as share:
+    with service.engine.choose(query.model).in_use() as model, Share(service.body_room) as share:
         body = await read_body(request, service.settings, share)
 
         async def work() -> Response:

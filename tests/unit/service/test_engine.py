@@ -92,11 +92,11 @@ async def test_models_are_chosen_by_name_and_version(tiny_models: Path) -> None:
     """A name means its newest version, and no name means the default model."""
     async with open_engine(settings(tiny_models), Metrics()) as engine:
 
-        def chosen(reference: str | None) -> str:
+        def chosen(reference: str) -> str:
             manifest = engine.choose(reference).manifest
             return f"{manifest.name}/{manifest.version}"
 
-        assert chosen(None) == "tiny/2"
+        assert chosen("") == "tiny/2"
         assert chosen("tiny") == "tiny/2"
         assert chosen("tiny/1") == "tiny/1"
         assert chosen("colour") == "colour/1"
