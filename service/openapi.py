@@ -19,7 +19,7 @@ from service.errors import (
     Unauthorized,
 )
 from service.oip_schemas import InferRequest, ProtocolError
-from service.problems import PROBLEM_MEDIA_TYPE
+from service.problems import PROBLEM_MEDIA_TYPE, speaks_protocol
 from service.schemas import (
     PredictRequest,
     Problem,
@@ -316,8 +316,8 @@ def _require_key(schema: Schema, open_paths: Collection[str]) -> None:
     for path, operation in _operations(schema):
         if path not in open_paths:
             operation["security"] = [{"bearer": []}, {"header": []}]
-            is_protocol = path == "/v2" or path.startswith("/v2/")
-            operation["responses"]["401"] = deepcopy(protocol_refusal if is_protocol else refusal)
+            answer = protocol_refusal if speaks_protocol(path) else refusal
+            operation["responses"]["401"] = deepcopy(answer)
 
 
 def _titles() -> dict[int, list[str]]:

@@ -94,8 +94,13 @@ def _urn(slug: str) -> str:
     return f"urn:capsnet:problem:{slug}"
 
 
+def speaks_protocol(path: str) -> bool:
+    """Whether errors below this path are the Open Inference Protocol's."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
 def _respond(request: Request, problem: Problem, headers: dict[str, str]) -> Response:
-    if request.url.path == "/v2" or request.url.path.startswith("/v2/"):
+    if speaks_protocol(request.url.path):
         return _protocol_error(problem, headers)
     problem.request_id = request_id.get() or None
     body = problem.model_dump_json(exclude_none=True)
