@@ -40,7 +40,7 @@ _COMPRESSED = (
 BINARY: Schema = {"type": "string", "format": "binary"}
 
 # Headers that an answer has by its status; every answer has the first two.
-_HEADERS: dict[str, Schema] = {
+ANSWER_HEADERS: dict[str, Schema] = {
     "X-Request-ID": {
         "description": "The request's own, or the one that it was given",
         "required": True,
@@ -293,7 +293,7 @@ def _state_limits(schema: Schema, settings: Settings) -> None:
 
 
 def _state_headers(schema: Schema) -> None:
-    schema["components"]["headers"] = _HEADERS
+    schema["components"]["headers"] = ANSWER_HEADERS
     for _, operation in _operations(schema):
         for status, response in operation["responses"].items():
             names = [*_EVERY_ANSWER, *filter(None, [_BY_STATUS.get(status)])]

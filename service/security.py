@@ -7,6 +7,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import problems
 from service.errors import Unauthorized
 from service.keys import KeyRing
+from service.oip import HEADER_LENGTH
+from service.openapi import ANSWER_HEADERS
 from service.pages import PAGE_PATHS
 from service.settings import Settings
 
@@ -14,19 +16,12 @@ _HEALTH_PATHS = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/r
 _METRICS_PATHS = frozenset({"/metrics"})
 
 # Beside what a browser's page may always read and send.
-_READABLE_HEADERS = (
-    "Inference-Header-Content-Length",
-    "Retry-After",
-    "Server-Timing",
-    "WWW-Authenticate",
-    "X-Capsnet-Model",
-    "X-Request-ID",
-)
+_READABLE_HEADERS = (*ANSWER_HEADERS, HEADER_LENGTH)
 _SENDABLE_HEADERS = (
     "Authorization",
     "Content-Encoding",
     "Content-Type",
-    "Inference-Header-Content-Length",
+    HEADER_LENGTH,
     "X-API-Key",
     "X-Request-ID",
 )

@@ -137,6 +137,8 @@ def test_named_origins_may_call(serve: Serve) -> None:
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
     refused = client.get("/models", headers={"origin": "https://b.example"})
+    exposed = set(refused.headers["access-control-expose-headers"].split(", "))
+    assert exposed >= client.get("/openapi.json").json()["components"]["headers"].keys()
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://b.example")
     other = client.get("/livez", headers={"origin": "https://c.example"})
     assert "access-control-allow-origin" not in other.headers
