@@ -9,7 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from service.errors import Unauthorized
 
-SERVICE = "grpc.health.v1.Health"
+SERVICE: str = health.SERVICE_NAME
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc] # published without type information
