@@ -90,8 +90,6 @@ def export(
     checkpoint: Checkpoint,
     place: Name,
     load_split: Callable[[Split], Dataset],
-    *,
-    say: Callable[[str], None] = print,
 ) -> Manifest:
     """Export a checkpoint to `place.folder`, which appears complete or not at all.
 
@@ -120,7 +118,7 @@ def export(
         # The same last two folder names as the final place, since the manifest is checked against them.
         folder = workshop / place.name / place.version
         folder.mkdir(parents=True)
-        manifest = _fill(folder, checkpoint, place, training, test, say)
+        manifest = _fill(folder, checkpoint, place, training, test)
         place.folder.parent.mkdir(exist_ok=True)
         os.rename(folder, place.folder)  # noqa: PTH104 - one atomic step, as os.replace elsewhere
     finally:
@@ -134,7 +132,6 @@ def _fill(
     place: Name,
     training: Dataset,
     test: Dataset,
-    say: Callable[[str], None],
 ) -> Manifest:
     network = checkpoint.network()
     if isinstance(network, BaselineCNN):
@@ -142,7 +139,7 @@ def _fill(
     calibration_images, source = calibration_set(training, checkpoint)
     round_to_half(network)
     config, train_config = network.config, checkpoint.settings()
-    say("writing encoder.onnx and decoder.onnx")
+    print("writing encoder.onnx and decoder.onnx")
     encoder = folder / "encoder.onnx"
     decoder = folder / "decoder.onnx"
     write_encoder(network, encoder)
@@ -190,18 +187,18 @@ def _fill(
     write_manifest(folder, manifest)
     exported = OnnxPredictor(folder)
     parity = parity_error(exported, TorchPredictor(network), test)
-    say(f"largest difference between ONNX Runtime and PyTorch: {parity:.2g}")
+    print(f"largest difference between ONNX Runtime and PyTorch: {parity:.2g}")
     if not parity <= PARITY_TOLERANCE:
         raise ExportError(
             f"ONNX Runtime and PyTorch differ by {parity:.3g}, expected at most {PARITY_TOLERANCE}; "
             "this is a fault of the exporter, please report it with the versions of torch and onnxruntime"
         )
-    say(f"measuring on {len(test):,} test and {len(calibration_images):,} calibration images")
+    print(f"measuring on {len(test):,} test and {len(calibration_images):,} calibration images")
     result = evaluate(exported, test)
     calibration = calibrate(exported, calibration_images, source)
     meanings: Dimensions = {}
     if train_config.reconstruction_weight:  # or the decoder has learnt nothing
-        say("measuring what each dimension means")
+        print("measuring what each dimension means")
         light = manifest.image.polarity == "light_on_dark"
         meanings = measure_dimensions(exported, training, light_on_dark=light)
     manifest = manifest.model_copy(
