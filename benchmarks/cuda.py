@@ -233,10 +233,8 @@ def markdown(part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]
     )
 
 
-def _slowest(
-    part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]]], str], most: int = 12
-) -> list[str]:
-    """The kernels that take the longest, of each form that was profiled."""
+def _slowest(part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> list[str]:
+    """The twelve kernels that take the longest, of each form that was profiled."""
     lines = []
     for name, kernels in part["kernels"].items():
         if not kernels:
@@ -244,7 +242,7 @@ def _slowest(
         whole = sum(kernels.values())
         rows = [
             [f"`{kernel[:90]}`", f"{1000 * time / part['profiled_batch']:.0f}", f"{time / whole:.0%}"]
-            for kernel, time in list(kernels.items())[:most]
+            for kernel, time in list(kernels.items())[:12]
         ]
         lines += [
             "",

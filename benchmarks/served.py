@@ -245,7 +245,7 @@ def h2load(
     return Load((ended - began) / 1e6, dict(statuses), times)
 
 
-def _sweep_and_single(service: Served, png: bytes, repeats: int = 15) -> tuple[float, float]:
+def _sweep_and_single(service: Served, png: bytes) -> tuple[float, float]:
     """Median seconds of a sweep of 16 dimensions and 11 deltas as a PNG, and of a prediction, in turns."""
     form = {"image": ("digit.png", png, "image/png")}
 
@@ -258,7 +258,7 @@ def _sweep_and_single(service: Served, png: bytes, repeats: int = 15) -> tuple[f
         return service.client.post("/predict", content=png, headers=kind).status_code
 
     times: dict[str, list[float]] = {"sweep": [], "single": []}
-    for _ in range(repeats):
+    for _ in range(15):
         for name, ask in (("sweep", sweep), ("single", single)):
             began = time.perf_counter()
             status = ask()

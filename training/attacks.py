@@ -73,17 +73,17 @@ def _others(lengths: Tensor, labels: Tensor) -> Tensor:
     return lengths - 2 * F.one_hot(labels, lengths.shape[1])
 
 
-def fgsm(network: CapsNet, images: Tensor, labels: Tensor, most: int, _: int = 1) -> Tensor:
+def fgsm(network: CapsNet, images: Tensor, labels: Tensor, most: int, _: int) -> Tensor:
     """One step of the whole way."""
     return ascend(images, [excess(network, labels)], most, most, 1)
 
 
-def bim(network: CapsNet, images: Tensor, labels: Tensor, most: int, steps: int = STEPS) -> Tensor:
+def bim(network: CapsNet, images: Tensor, labels: Tensor, most: int, steps: int) -> Tensor:
     """Small steps."""
     return ascend(images, [excess(network, labels)], most, _step(most, steps), steps)
 
 
-def aware_bim(network: CapsNet, images: Tensor, labels: Tensor, most: int, steps: int = STEPS) -> Tensor:
+def aware_bim(network: CapsNet, images: Tensor, labels: Tensor, most: int, steps: int) -> Tensor:
     """Small steps towards another class, and towards what its capsule draws, in turn."""
     losses = [excess(network, labels), likeness(network, labels)]
     return ascend(images, losses, most, _step(most, steps), 2 * steps)

@@ -49,14 +49,14 @@ class Ranges:
 
 
 @torch.no_grad()
-def measure_ranges(network: CapsNet, images: Tensor, batch_size: int = 64) -> Ranges:
+def measure_ranges(network: CapsNet, images: Tensor) -> Ranges:
     """Ranges over `images` (B, H, W[, 3]) uint8."""
     encoder = network.encoder
     primary = encoder.primary_capsules
     scaled = 1 / primary.groups if primary.scaled_votes else 1.0
     bias = primary.conv.bias
     largest, by_channel = 0.0, torch.zeros(primary.conv.out_channels)
-    for batch in images.split(batch_size):
+    for batch in images.split(64):
         features = F.relu(encoder.conv(as_channels(batch)))
         largest = max(largest, float(features.max()))
         channels = F.conv2d(features, scaled * primary.conv.weight, bias, primary.conv.stride)

@@ -18,6 +18,7 @@ from training.model import CapsNet
 from training.predictor import Floats, Images, OnnxPredictor, open_graph, run_encoder
 from training.rounded import RoundedEncoder
 
+BATCH = 32
 BEST_PSNR = 200.0
 """dB of equal images, whose true value is infinite; more than single precision can tell apart."""
 
@@ -38,7 +39,7 @@ def write_variants(network: CapsNet, images: Tensor, encoder: Path) -> dict[str,
 
 
 def measure_variants(
-    graphs: Mapping[str, Graph], fp32: OnnxPredictor, dataset: Dataset, batch_size: int = 32
+    graphs: Mapping[str, Graph], fp32: OnnxPredictor, dataset: Dataset
 ) -> tuple[Variant, ...]:
     """Mistakes, agreement and PSNR of the encoders `graphs` in the folder of `fp32`, on all of `dataset`."""
     encoders = {
@@ -47,9 +48,9 @@ def measure_variants(
     mistakes = dict.fromkeys(graphs, 0)
     agreed = dict.fromkeys(graphs, 0)
     squares = dict.fromkeys(graphs, 0.0)
-    for start in range(0, len(dataset), batch_size):
-        images = dataset.images[start : start + batch_size].cpu().numpy()
-        labels = dataset.labels[start : start + batch_size].cpu()
+    for start in range(0, len(dataset), BATCH):
+        images = dataset.images[start : start + BATCH].cpu().numpy()
+        labels = dataset.labels[start : start + BATCH].cpu()
         capsules, lengths = fp32.encode(images)
         expected = named(torch.from_numpy(lengths), labels)
         drawn = fp32.decode(capsules, lengths.argmax(axis=1))

@@ -17,6 +17,7 @@ from training.predictor import Predictor
 
 mpl.use("Agg")  # files only: no window, no display needed
 
+BATCH = 250
 PAIRS = 2000
 """Images of two digits that those to draw are taken from; there are 50,000, and few are mistakes."""
 
@@ -230,9 +231,9 @@ def typical(predictor: Predictor, dataset: Dataset, label: str) -> tuple[int, in
 
 
 def _encode_all(
-    predictor: Predictor, images: NDArray[np.uint8], batch_size: int = 250
+    predictor: Predictor, images: NDArray[np.uint8]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    parts = [predictor.encode(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+    parts = [predictor.encode(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
     return np.concatenate([capsules for capsules, _ in parts]), np.concatenate(
         [lengths for _, lengths in parts]
     )

@@ -29,11 +29,11 @@ def prepared(data: bytes, spec: ImageSpec = MNIST, preprocess: Preprocess = "aut
     return prepare(open_image(data, MAX_PIXELS), spec, preprocess)
 
 
-def glyph(size: int = 28, top: int | None = None, left: int | None = None) -> NDArray[np.uint8]:
+def glyph(size: int = 28) -> NDArray[np.uint8]:
     """A light L on black whose bounding box is 20/28 of the size high and 10/28 wide."""
     unit = size // 28
     image = np.zeros((size, size), np.uint8)
-    y, x = (4 * unit if top is None else top), (9 * unit if left is None else left)
+    y, x = 4 * unit, 9 * unit
     image[y : y + 20 * unit, x : x + 3 * unit] = 255
     image[y + 17 * unit : y + 20 * unit, x : x + 10 * unit] = 255
     return image

@@ -21,8 +21,8 @@ from training.trained import Trained
 TRAINED = {"architecture": "capsnet", "epochs": 3, "finished": True}
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def dots(count: int = 8) -> Tensor:
