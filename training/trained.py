@@ -10,6 +10,7 @@ from torch import Tensor
 from service.manifest import MANIFEST_FILE, Manifest, ManifestError
 from training import checkpoint as checkpoints
 from training.config import ModelConfig
+from training.graphs import PRIMARY
 from training.model import CapsNet
 from training.networks import Network, build
 from training.predictor import OnnxPredictor, Predictor, TorchPredictor
@@ -116,7 +117,7 @@ def _shape(manifest: Manifest, weights: dict[str, Tensor]) -> ModelConfig:
         "decoder_units": (len(weights["decoder.layers.0.bias"]), len(weights["decoder.layers.2.bias"])),
     }
     if manifest.architecture == "capsnet":
-        matrices, primary = weights["encoder.digit_capsules.weight"], weights[f"{_PRIMARY}.bias"]
+        matrices, primary = weights["encoder.digit_capsules.weight"], weights[f"{PRIMARY}.bias"]
         channels, _, kernel, _ = weights["encoder.conv.weight"].shape
         shape |= {
             "routing_iterations": manifest.capsules.routing_iterations,
@@ -127,9 +128,6 @@ def _shape(manifest: Manifest, weights: dict[str, Tensor]) -> ModelConfig:
             "capsule_biases": "encoder.digit_capsules.bias" in weights,
         }
     return ModelConfig(**shape)
-
-
-_PRIMARY = "encoder.primary_capsules.conv"
 
 
 def _require_alike(folder: Path, exported: Predictor, rebuilt: Predictor) -> None:
