@@ -169,6 +169,11 @@ class Provenance(_Record):
     precision: str
     """Arithmetic of the training run: `fp32` or `bf16`."""
 
+    @property
+    def epochs_in_all(self) -> int:
+        """Epochs of training, those behind the first weights included."""
+        return self.epochs + (self.start.epochs if self.start else 0)
+
 
 class Effect(_Record):
     """How a measure of the drawing changes while a dimension goes through the tweak range, upwards."""

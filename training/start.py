@@ -49,9 +49,7 @@ def _exported(folder: Path) -> Start:
         **_weights(folder / manifest.encoder.file, "encoder.", ""),
         **_weights(folder / manifest.decoder.file, "layers.", "decoder."),
     }
-    made = manifest.provenance
-    epochs = made.epochs + (made.start.epochs if made.start else 0)
-    return Start(weights, manifest.reference, manifest.encoder.sha256, epochs)
+    return Start(weights, manifest.reference, manifest.encoder.sha256, manifest.provenance.epochs_in_all)
 
 
 def _weights(graph: Path, belongs: str, prefix: str) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def open_trained(path: Path, device: str = "cpu") -> Trained:
                 "architecture": manifest.architecture,
                 "dataset": made.dataset,
                 "training_images": made.training_images,
-                "epochs": made.epochs + (made.start.epochs if made.start else 0),
+                "epochs": made.epochs_in_all,
                 "finished": True,
                 "test_error": manifest.measured.test_error,
             },
