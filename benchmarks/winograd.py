@@ -58,11 +58,7 @@ def _convolutions(graph: EncoderGraph) -> str:
     a, g, b = transforms()
     size, outputs = len(b), len(order)
 
-    x = graph.op("Mul", graph.op("Cast", "images", to=1), graph.constant(np.float32(1 / 255)))
-    x = graph.op(
-        "Conv", graph.planes(x), graph.weight("encoder.conv.weight"), graph.weight("encoder.conv.bias")
-    )
-    x = graph.op("Transpose", graph.op("Relu", x), perm=[0, 2, 3, 1])
+    x = graph.op("Transpose", graph.features(), perm=[0, 2, 3, 1])
     x = graph.op("Reshape", x, graph.axes(-1, sides[0], sides[1] * channels))
     rows, columns = (
         graph.constant(_spread(b, side, count)) for side, count in zip(sides, tiles, strict=True)

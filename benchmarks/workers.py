@@ -25,7 +25,7 @@ def run(
     Args:
         model: a folder `<models>/<name>/<version>`.
         seconds: of each load.
-        workers: one of them, powers of two, and as many as there are processors unless given.
+        workers: numbers of them; from one to as many as there are processors unless given.
 
     Raises:
         Missing: h2load is not installed.
