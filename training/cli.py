@@ -15,6 +15,7 @@ from training import compose, data, detection, results, robustness
 from training.attacks import STEPS
 from training.baseline import BaselineCNN
 from training.checkpoint import CheckpointError
+from training.compose import SHIFTS
 from training.config import (
     AUTHORS_RECONSTRUCTION_WEIGHT,
     LEAST_BATCH,
@@ -23,7 +24,9 @@ from training.config import (
     WARM_UP_STEPS,
     Architecture,
     Augmentation,
+    Device,
     ModelConfig,
+    Precision,
     Schedule,
     TrainConfig,
     batch_size,
@@ -177,8 +180,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--max-shift",
         type=int,
-        help="largest random shift of an image, in pixels; unset: the paper's, 2, of multimnist 4, of "
-        "translated-mnist 6",
+        help=f"largest random shift of an image, in pixels; unset: the paper's, {SHIFTS['plain']}, of "
+        f"multimnist {SHIFTS['pairs']}, of translated-mnist {SHIFTS['canvas']}",
     )
     command.add_argument(
         "--reconstruction-weight",
@@ -210,7 +213,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--architecture",
         choices=get_args(Architecture),
-        default="capsnet",
+        default=ModelConfig.architecture,
         help="the paper's network, a smaller successor, or one of its CNNs, which cannot be exported",
     )
     for switch, what in (
@@ -224,7 +227,10 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             help=f"{what}, as the authors' published code does; for capsnet alone",
         )
     command.add_argument(
-        "--routing-iterations", type=int, default=3, help="rounds of routing by agreement; for capsnet alone"
+        "--routing-iterations",
+        type=int,
+        default=ModelConfig.routing_iterations,
+        help="rounds of routing by agreement; for capsnet alone",
     )
     command.add_argument(
         "--share-weights",
@@ -242,13 +248,13 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--device",
-        choices=["auto", "cpu", "cuda"],
+        choices=get_args(Device),
         default=DEFAULTS.device,
         help="auto takes CUDA where there is some; cuda fails where there is none",
     )
     command.add_argument(
         "--precision",
-        choices=["auto", "fp32", "bf16"],
+        choices=get_args(Precision),
         default=DEFAULTS.precision,
         help="arithmetic of the convolutions; auto is bf16 on CUDA and fp32 on the CPU",
     )
@@ -291,7 +297,7 @@ def _train(options: argparse.Namespace) -> None:
             if options.warm_up_steps is None
             else options.warm_up_steps,
             augmentation=options.augmentation,
-            max_shift=compose.SHIFTS[dataset.layout] if options.max_shift is None else options.max_shift,
+            max_shift=SHIFTS[dataset.layout] if options.max_shift is None else options.max_shift,
             reconstruction_weight=options.reconstruction_weight,
             validation_images=held_out,
             seed=options.seed,
@@ -315,7 +321,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     command = _command(commands, "evaluate", _evaluate, "Report a network's error on the test images.")
     _add_network(command)
     _add_dataset(command)
-    command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="for checkpoints")
+    command.add_argument("--device", choices=get_args(Device), default="auto", help="for checkpoints")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from training import data
 from training.affine import CANVAS, like_affnist, pad, strongly
+from training.config import TrainConfig
 from training.data import DataError, Dataset, Layout, Split, on_light_ground, random_shift
 from training.multimnist import MARGIN, pairs
 
@@ -19,7 +20,7 @@ CANVAS_MARGIN = (CANVAS - 28) // 2
 LAYOUTS: dict[str, Layout] = {"translated-mnist": "canvas", "multimnist": "pairs"}
 NAMES = [*data.IDX_SOURCES, *LAYOUTS, "affnist", "folder"]
 MARGINS: dict[Layout, int] = {"plain": 0, "canvas": CANVAS_MARGIN, "pairs": MARGIN}
-SHIFTS: dict[Layout, int] = {"plain": 2, "canvas": CANVAS_MARGIN, "pairs": MARGIN}
+SHIFTS: dict[Layout, int] = {"plain": TrainConfig.max_shift, "canvas": CANVAS_MARGIN, "pairs": MARGIN}
 """Largest shift of a training image along each axis: the paper's, which just keeps a digit in its frame."""
 TEST_SEED = 2017
 TEST_PAIRS = 5

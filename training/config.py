@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
+Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["exponential", "authors"]
 Architecture = Literal["capsnet", "efficient-capsnet", "baseline-cnn", "multimnist-cnn", "affnist-cnn"]

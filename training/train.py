@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from training.baseline import BaselineCNN
 from training.captured import CapturedStep, Step
 from training.checkpoint import Checkpoint
 from training.compose import Batch, Compose, as_seen, composer
-from training.config import ModelConfig, TrainConfig
+from training.config import Device, ModelConfig, TrainConfig
 from training.data import Dataset, hold_out
 from training.evaluate import evaluate
 from training.losses import margin_loss, mistaken, named, reconstruction_loss
@@ -363,7 +363,7 @@ def resolve_device(name: str) -> torch.device:
 
     CUDA is told to be repeatable, and exact where fp32 is asked for.
     """
-    if name not in ("auto", "cpu", "cuda"):
+    if name not in get_args(Device):
         raise TrainingError(f"device is {name!r}, expected auto, cpu or cuda")
     torch.backends.cudnn.deterministic = True  # its fastest gradients add up in no fixed order
     torch.backends.cudnn.allow_tf32 = False  # which rounds to ten bits of mantissa
