@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks import cuda, loop, offline, report, served, training_step, workers
 from benchmarks.frameworks import comparison
 from benchmarks.frameworks.processes import FrameworkError
+from service.cpus import cpu_limit
 from service.errors import DeviceError
-from service.sessions import cpu_limit
 from training.train import TrainingError
 
 PARTS = ("offline", "profile", "training", "served", "loop")

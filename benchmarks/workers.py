@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.served import DIGIT, h2load, require_h2load
-from service.sessions import UsedDevice, cpu_limit
+from service.cpus import cpu_limit
+from service.sessions import UsedDevice
 from tests.support.process import served
 
 CALLERS = (1, 32, 128, 512)

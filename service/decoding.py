@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from service.context import Measured
+from service.cpus import cpu_limit
 from service.errors import Overloaded, RequestError, TooLarge
 from service.images import Pixels, Preprocess, open_image, prepare
 from service.manifest import ImageSpec
-from service.sessions import cpu_limit
 from service.settings import Settings
 
 # A single image up to these sizes takes less than a millisecond, which a change of threads costs as well.

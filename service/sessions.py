@@ -2,8 +2,6 @@
 
 import ctypes
 import logging
-import math
-import os
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +14,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from service.cpus import cpu_limit
 from service.errors import DeviceError
 from service.manifest import (
     MANIFEST_FILE,
@@ -65,26 +64,6 @@ class Session:
     def turn(self) -> AbstractContextManager[object]:
         """Held around whatever calls the device."""
         return _alone if self.cuda_graphs else nullcontext()
-
-
-def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Processors that this process may keep busy: the smaller of its affinity and its container's quota."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota(cgroup)
-    return available if quota is None else max(1, min(available, math.ceil(quota)))
-
-
-def _cgroup_quota(cgroup: Path) -> float | None:
-    """Processors by the CFS quota of control groups v2 (`cpu.max`) or v1; None where there is no limit."""
-    try:
-        if (cgroup / "cpu.max").exists():
-            quota, period = (cgroup / "cpu.max").read_text().split()
-        else:
-            quota = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text().strip()
-            period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text().strip()
-    except (OSError, ValueError):
-        return None
-    return None if quota in ("max", "-1") else int(quota) / int(period)
 
 
 def session_threads(settings: Settings) -> int:

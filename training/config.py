@@ -182,8 +182,14 @@ class TrainConfig(_Stored):
 
     def learning_rate_at(self, step: int, steps: int) -> float:
         """Adam's rate at `step` of a run of `steps`."""
-        rise = max(1, min(self.warm_up_steps, max(LEAST_RISE, steps // 10)))
-        return min(1.0, (step + 1) / rise) * self._scheduled(step, steps)
+        return min(1.0, (step + 1) / max(1, self.rise(steps))) * self._scheduled(step, steps)
+
+    def rise(self, steps: int) -> int:
+        """Steps over which the rate rises in a run of `steps`."""
+        return min(self.warm_up_steps, max(LEAST_RISE, steps // 10))
+
+    def steps_in_epoch(self, training_images: int) -> int:
+        return math.ceil(training_images / self.batch_size)
 
     def _scheduled(self, step: int, steps: int) -> float:
         if self.schedule == "authors":

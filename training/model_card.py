@@ -62,6 +62,7 @@ CALIBRATION_SOURCES = {
 def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test: Evaluation) -> str:
     """Markdown, made from the manifest, the settings of the run, and the result on the test images."""
     measured, calibration, made = manifest.measured, manifest.calibration, manifest.provenance
+    rise = train.rise(train.epochs * train.steps_in_epoch(made.training_images))
     several = test.labels.ndim == 2
     shown = test.labels if several else test.labels[:, None]  # (M, L)
     return TEMPLATE.format(
@@ -131,7 +132,7 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                     if train.schedule == "exponential"
                     else f"Adam, {train.learning_rate:g} decaying as in the authors' code",
                 ),
-                *([("warm-up", f"{train.warm_up_steps} steps")] if train.warm_up_steps else []),
+                *([("warm-up", f"{rise} steps")] if rise else []),
                 (
                     "augmentation",
                     f"shifts of up to {train.max_shift} pixels"

@@ -211,7 +211,7 @@ def _train_epochs(
     compose = composer(training, config.max_shift, strong=config.augmentation == "strong")
     totals = torch.zeros(3, device=device)
     update = step_of(run.team.join(network), run.optimizer, config, totals, run.team)
-    steps = math.ceil(len(training) / config.batch_size)
+    steps = config.steps_in_epoch(len(training))
     board = SummaryWriter(path.parent, purge_step=state.epoch * steps) if run.team.first else None
     try:
         for epoch in range(state.epoch, config.epochs):
@@ -282,7 +282,7 @@ def _train_epoch(
     """
     network, config, team = run.network, run.config, run.team
     device = next(network.parameters()).device
-    steps = math.ceil(images / config.batch_size)
+    steps = config.steps_in_epoch(images)
     order = torch.randperm(images, generator=run.generators["order"]).to(device)
     totals.zero_()
     network.train()

@@ -1,6 +1,5 @@
 """Sessions run on what was asked for, within the container's limits, with the promised tensors."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from service.manifest import Graph, Manifest, ManifestError, Measured, TensorSpe
 from service.sessions import (
     buckets,
     choose_precision,
-    cpu_limit,
     cuda_options,
     open_session,
     resolve_device,
@@ -196,30 +194,6 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, encoder: Graph) -> N
     (tmp_path / "encoder.onnx").write_bytes(b"nonsense")
     with pytest.raises(ManifestError, match=r"encoder\.onnx: ONNX Runtime cannot load it"):
         open_session(tmp_path / "encoder.onnx", encoder, device="cpu", threads=1)
-
-
-@pytest.mark.parametrize(
-    ("files", "limit"),
-    [
-        ({}, 8),
-        ({"cpu.max": "max 100000"}, 8),
-        ({"cpu.max": "200000 100000"}, 2),
-        ({"cpu.max": "150000 100000"}, 2),
-        ({"cpu.max": "10000 100000"}, 1),
-        ({"cpu.max": "9900000 100000"}, 8),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
-    ],
-)
-def test_threads_respect_the_containers_quota(
-    files: dict[str, str], limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a machine of eight processors the quota of control groups v1 or v2 decides where it is smaller."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    assert cpu_limit(tmp_path) == limit
 
 
 def with_variants(folder: Path, **figures: float) -> Manifest:

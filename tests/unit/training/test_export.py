@@ -167,10 +167,11 @@ def test_a_card_says_what_is_known(state: Checkpoint, exported: Name, load_split
         read_manifest(exported.folder),
         evaluate(OnnxPredictor(exported.folder), load_split("test")),
     )
-    longer = replace(state.settings(), epochs=9)
+    longer = replace(state.settings(), epochs=9, warm_up_steps=100)
     plain = manifest.model_copy(update={"variants": ()})
     card = model_card(plain, state.shape(), longer, result)
     assert "it stands at epoch 6 of 9.\n\n## Limits" in card
+    assert "| warm-up | 40 steps |" in card, "and not the hundred that a longer run would take"
 
 
 def test_a_decoder_that_learnt_nothing_has_no_names(state: Checkpoint, load_split: Load, place: Name) -> None:
