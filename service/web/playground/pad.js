@@ -2,14 +2,14 @@
 
 const PIXELS = 280; // of the pad's longer side
 const SIDE = 100; // the pad's own unit is a hundredth of its shorter side
-const LARGEST = 2048; // pixels of a picture's longer side that are sent, of a photograph's many more
+const LARGEST = 512; // pixels of an opened picture's longer side; the service lays it out at 256
 const BRUSH = 8; // once laid out in 20 of 28 pixels, about as thick as MNIST's strokes
 
 export class Pad {
   #canvas;
   #context;
   #strokes = []; // Path2D
-  #opened = null; // ImageBitmap
+  #opened = null; // OffscreenCanvas
   #ink = "#fff";
   #ground = "#000";
   #changed;
@@ -43,19 +43,19 @@ export class Pad {
 
   clear() {
     this.#strokes = [];
-    this.#replace(null);
+    this.#opened = null;
     this.#draw();
   }
 
   undo() {
-    if (this.#opened) this.#replace(null);
+    if (this.#opened) this.#opened = null;
     else this.#strokes.pop();
     this.#draw();
   }
 
   /** @param {string} path an SVG path in a square of 100 by 100 */
   show(path) {
-    this.#replace(null);
+    this.#opened = null;
     this.#strokes = [new Path2D(path)];
     this.#draw();
   }
@@ -69,26 +69,23 @@ export class Pad {
     } catch {
       return false;
     }
-    const sent = await encoded(file, bitmap);
+    const large = Math.max(bitmap.width, bitmap.height) > LARGEST;
+    const picture = drawn(bitmap);
+    bitmap.close(); // many megabytes of a photograph do not wait for the garbage collector
+    const sent = large ? await picture.convertToBlob({ type: "image/png" }) : typed(file);
     if (turn !== this.#turn) return true; // something else was drawn or opened meanwhile
     this.#strokes = [];
-    this.#replace(bitmap);
+    this.#opened = picture;
     this.#paint();
     this.#tell(turn, sent, true);
     return true;
-  }
-
-  /** A photograph's pixels are many megabytes: none waits for the garbage collector. */
-  #replace(bitmap) {
-    this.#opened?.close();
-    this.#opened = bitmap;
   }
 
   #begin(event) {
     if (event.button !== 0) return;
     event.preventDefault();
     this.#canvas.setPointerCapture(event.pointerId);
-    this.#replace(null);
+    this.#opened = null;
     const stroke = new Path2D();
     const [x, y] = this.#place(event);
     stroke.moveTo(x, y);
@@ -147,6 +144,7 @@ export class Pad {
       const zoom = Math.min(width / this.#opened.width, height / this.#opened.height);
       const [w, h] = [this.#opened.width * zoom, this.#opened.height * zoom];
       context.imageSmoothingEnabled = zoom < 1;
+      context.imageSmoothingQuality = "high";
       context.drawImage(this.#opened, (width - w) / 2, (height - h) / 2, w, h);
       return;
     }
@@ -160,14 +158,19 @@ export class Pad {
   }
 }
 
-/** The file itself, or a smaller PNG of a picture that is larger than anything a network looks at. */
-async function encoded(file, bitmap) {
-  const scale = LARGEST / Math.max(bitmap.width, bitmap.height);
-  if (scale >= 1) return file.type ? file : new Blob([file], { type: "image/png" }); // the service looks itself
-  const small = new OffscreenCanvas(
+/** A canvas with the picture, made smaller if it is larger than anything a network looks at. */
+function drawn(bitmap) {
+  const scale = Math.min(1, LARGEST / Math.max(bitmap.width, bitmap.height));
+  const canvas = new OffscreenCanvas(
     Math.max(1, Math.round(bitmap.width * scale)),
     Math.max(1, Math.round(bitmap.height * scale)),
   );
-  small.getContext("2d").drawImage(bitmap, 0, 0, small.width, small.height);
-  return small.convertToBlob({ type: "image/png" });
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high"; // or a photograph's thin strokes fall between its pixels
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas;
+}
+
+function typed(file) {
+  return file.type ? file : new Blob([file], { type: "image/png" }); // the service looks itself
 }
