@@ -73,6 +73,9 @@ class Gate:
     def let_through(self) -> None:
         self._held.pop(0).continue_()
 
+    def refuse(self) -> None:
+        self._held.pop(0).fulfill(status=503, json={"detail": "Busy."})
+
     def open(self) -> None:
         """Let everything through from now on."""
         self._is_open = True
@@ -488,6 +491,31 @@ def test_a_late_refusal_of_strips_is_not_said(page: Page) -> None:
     page.get_by_role("radio", name="5", exact=False).first.check()
     held[0].fulfill(status=503, json={"detail": "Busy."})
     expect(page.locator(".strip").first).to_be_visible()
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_a_late_refusal_is_not_said(page: Page) -> None:
+    """What is refused after the visitor went on to another picture or another value is nobody's concern."""
+    give(page, 3, level=102)
+    expect(page.locator("#tweaked-caption")).to_contain_text("read again as “3”, 0.40")
+    bending = Gate(page, "**/reconstruct?*")
+    move(page, 5, 0.2)
+    bending.wait_for(1)
+    move(page, 5, 0.1)
+    bending.refuse()
+    bending.wait_for(2)
+    bending.open()
+    expect(page.locator("#tweaked-caption")).to_contain_text("bent: read again as “3”, 0.50")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+    reading = Gate(page, "**/predict?*preprocess=none")
+    move(page, 5, 0.2)
+    reading.wait_for(1)
+    page.get_by_role("button", name="Clear").click()
+    with page.expect_event("requestfinished"):
+        reading.refuse()
+    page.wait_for_timeout(200)
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
     expect(page.get_by_role("alert")).to_be_hidden()
 
 

@@ -65,7 +65,7 @@ const draw = asked(async () => {
     if (state.deltas === deltas) readAgain();
     render();
   } catch (error) {
-    if (late()) return;
+    if (late() || state.deltas !== deltas) return;
     Object.assign(state, { tweaked: null, readAgain: null });
     render();
     throw error;
@@ -78,6 +78,8 @@ const readAgain = asked(async () => {
   let read = null;
   try {
     read = await api.predictDrawing(model, tweaked);
+  } catch (error) {
+    if (state.tweaked === tweaked) throw error;
   } finally {
     if (state.tweaked === tweaked) {
       state.readAgain = read;
