@@ -424,14 +424,50 @@ def test_a_late_prediction_is_forgotten(page: Page) -> None:
     page.wait_for_timeout(500)  # until it is decoded
     gate.let_through()
     gate.wait_for(2)
-    expect(page.locator("#verdict")).to_have_text("This is “3”.")
+    expect(page.locator("#verdict")).to_have_text("Reading…")
     page.get_by_label("Model").select_option("tiny 1")
-    expect(page.locator("#verdict")).to_have_text("")
+    expect(page.locator("#verdict")).to_have_text("Reading…")
     gate.let_through()
     gate.wait_for(3)
-    expect(page.locator("#verdict")).to_have_text("")
+    expect(page.locator("#verdict")).to_have_text("Reading…")
     gate.let_through()
     expect(page.locator("#verdict")).to_have_text("This is “5”.")
+
+
+def test_the_old_picture_rests_while_the_next_is_read(page: Page) -> None:
+    """The page says that it reads, and nobody bends or saves what is about to be replaced."""
+    give(page, 3, level=102)
+    gate = Gate(page, "**/predict?*capsules=true*")
+    bent = asked_for(page, "reconstruct?")
+    page.get_by_role("button", name="Example 7").click()
+    gate.wait_for(1)
+    expect(page.locator("#verdict")).to_have_text("Reading…")
+    expect(page.locator("#output")).to_have_attribute("aria-busy", "true")
+    page.locator("#dimension-5").focus()
+    page.keyboard.press("End")
+    page.locator("#dimension-5").click(force=True, position={"x": 20, "y": 5})
+    page.get_by_role("radio", name="8 0.00").focus()
+    page.keyboard.press("Space")
+    expect(page.locator("#dimension-5")).to_have_value("0")
+    assert not bent
+    gate.open()
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    expect(page.locator("#output")).to_have_attribute("aria-busy", "false")
+
+
+def test_a_stroke_does_not_dim_what_it_changes(page: Page) -> None:
+    """While the pointer is down each reading is followed by another, and the one before stays."""
+    page.get_by_role("button", name="Clear").click()
+    press(page)
+    gate = Gate(page, "**/predict?*capsules=true*")
+    drag(page)
+    gate.wait_for(1)
+    page.wait_for_timeout(500)
+    expect(page.locator("#output")).to_have_attribute("aria-busy", "false")
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    page.mouse.up()
+    expect(page.locator("#verdict")).to_have_text("Reading…")
+    gate.open()
 
 
 def test_a_refusal_leaves_nothing_of_the_picture_before(page: Page) -> None:
@@ -542,11 +578,8 @@ def test_a_stroke_that_adds_nothing_leaves_the_choice(page: Page) -> None:
     """The last answer of a stroke is that of the one before; a class chosen in between stays."""
     page.get_by_role("button", name="Clear").click()
     press(page)
-    gate = Gate(page, "**/predict?*capsules=true*")
+    page.get_by_role("radio", name=re.compile("^8 ")).press("Space")
     page.mouse.up()
-    gate.wait_for(1)
-    page.get_by_role("radio", name=re.compile("^8 ")).check()
-    gate.let_through()
     expect(page.locator(".strip").first).to_be_visible()
     expect(page.get_by_role("radio", name=re.compile("^8 "))).to_be_checked()
 

@@ -6,12 +6,15 @@ import { EXAMPLES } from "./examples.js";
 import { Pad } from "./pad.js";
 
 const FIRST = "5"; // the example that a visitor finds
+const PATIENCE = 300; // milliseconds until the page says that it reads
 
 const state = {
   models: [],
   model: null, // the chosen one of them
   picture: null, // Blob: the image to look at
   settled: true, // false while a stroke is being drawn
+  answered: null, // the picture that was read, or refused, last
+  slow: false, // whether that is not yet this one, for longer than a blink
   found: null, // the prediction for it
   label: "", // the class whose capsule is drawn from
   deltas: [], // tweak of each dimension
@@ -24,8 +27,12 @@ const byId = (id) => document.getElementById(id);
 const pad = new Pad(byId("pad"), (picture, settled) => {
   Object.assign(state, { picture, settled });
   showProblem(null);
-  if (picture) look();
-  else forget();
+  if (!picture) {
+    forget();
+    return;
+  }
+  render();
+  look();
 });
 const dimensions = new Dimensions(byId("dimensions"), bend);
 
@@ -41,7 +48,9 @@ const look = asked(async () => {
   try {
     const found = await api.predict(model, picture);
     if (late()) return;
+    state.answered = picture;
     if (JSON.stringify(found.capsules) === JSON.stringify(state.found?.capsules)) {
+      render();
       sweep(); // the end of a stroke that added nothing: what was chosen since stays
       return;
     }
@@ -50,6 +59,8 @@ const look = asked(async () => {
   } catch (error) {
     if (late()) return;
     forget();
+    state.answered = picture;
+    render();
     throw error;
   }
 });
@@ -170,7 +181,7 @@ function useModel(model) {
 }
 
 function forget() {
-  Object.assign(state, { found: null, label: "", deltas: [], tweaked: null, readAgain: null });
+  Object.assign(state, { answered: null, found: null, label: "", deltas: [], tweaked: null, readAgain: null });
   dimensions.reset();
   render();
 }
@@ -198,9 +209,12 @@ function choose(label) {
 
 // What shows it --------------------------------------------------------------------------------------
 
+let timer = null; // until a reading counts as slow
+
 function render() {
   const { model, found, label, tweaked, readAgain: read } = state;
   if (!model) return;
+  showWaiting();
   byId("model-facts").textContent = facts(model);
   byId("output").classList.toggle("empty", !found);
   say("verdict", verdict());
@@ -221,6 +235,26 @@ function render() {
   for (const control of document.querySelectorAll("#output button, #output input")) control.disabled = !found;
   link("save", tweaked);
   link("save-seen", found?.image);
+}
+
+/** Leave what belongs to the picture before as it is while another, that is no longer drawn on, is read. */
+function showWaiting() {
+  const waits = state.picture !== null && state.settled && state.picture !== state.answered;
+  if (waits) {
+    timer ??= setTimeout(() => {
+      state.slow = true;
+      render();
+    }, PATIENCE);
+  } else {
+    clearTimeout(timer);
+    timer = null;
+    state.slow = false;
+  }
+  for (const id of ["classes", "output"]) {
+    byId(id).inert = waits;
+    byId(id).setAttribute("aria-busy", String(waits));
+    byId(id).classList.toggle("slow", state.slow);
+  }
 }
 
 /** To those who listen, who would otherwise hear unchanged words again. */
@@ -262,6 +296,7 @@ function facts({ device, precision, manifest }) {
 
 function verdict() {
   const { found, model } = state;
+  if (state.slow) return "Reading…";
   if (!found) return state.picture ? "" : "Draw something.";
   const count = model.manifest.labels_per_image;
   const labels = found.top.slice(0, count).map((each) => `“${each.label}”`);
