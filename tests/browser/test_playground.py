@@ -343,15 +343,32 @@ def test_two_fingers_draw_until_both_are_lifted(page: Page) -> None:
     page.get_by_role("button", name="Clear").click()
     expect(page.locator("#verdict")).to_have_text("Draw something.")
     sweeps = asked_for(page, "sweep")
-    page.locator("#pad").evaluate("pad => (pad.setPointerCapture = () => {})")  # no such pointer is there
-    for kind, pointer in (("down", 11), ("down", 12), ("up", 11)):
-        page.locator("#pad").dispatch_event(f"pointer{kind}", {"pointerId": pointer, "button": 0})
+    for what, pointer in (("down", 11), ("down", 12), ("up", 11)):
+        finger(page, what, pointer)
     expect(page.locator("#verdict")).to_contain_text("This is")
     page.wait_for_timeout(500)
     assert not sweeps
-    page.locator("#pad").dispatch_event("pointerup", {"pointerId": 12, "button": 0})
+    finger(page, "up", 12)
     expect(page.locator(".strip").first).to_be_visible()
     assert sweeps
+
+
+def test_a_finger_that_rests_while_its_stroke_is_cleared_holds_nothing_up(page: Page) -> None:
+    """The strips of what another one drew come when the last finger is lifted, whichever drew."""
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    finger(page, "down", 11)
+    page.get_by_role("button", name="Clear").dispatch_event("click")
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    finger(page, "down", 12)
+    finger(page, "up", 12)
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    finger(page, "up", 11)
+    expect(page.locator(".strip").first).to_be_visible()
+
+
+def finger(page: Page, what: str, pointer: int) -> None:
+    page.locator("#pad").evaluate("pad => (pad.setPointerCapture = () => {})")  # no such pointer is there
+    page.locator("#pad").dispatch_event(f"pointer{what}", {"pointerId": pointer, "button": 0})
 
 
 def test_a_picture_that_was_encoded_late_is_forgotten(page: Page) -> None:

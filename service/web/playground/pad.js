@@ -105,7 +105,7 @@ export class Pad {
       if (ended.pointerId !== event.pointerId) return;
       listening.abort();
       this.#down.delete(event.pointerId);
-      if (this.#strokes.includes(stroke)) this.#draw(this.#down.size === 0);
+      if (this.#strokes.length > 0) this.#draw(this.#down.size === 0); // its own, or another finger's
     };
     on("pointerup", end);
     on("pointercancel", end);
