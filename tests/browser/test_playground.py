@@ -514,6 +514,34 @@ def test_a_refusal_leaves_nothing_of_the_picture_before(page: Page) -> None:
     expect(page.locator("#tweaked-caption")).to_have_text("“5”, bent")
 
 
+def test_a_busy_service_is_asked_again(page: Page, service: str) -> None:
+    """A refusal that names a time ends nothing: neither the page's beginning nor a picture's reading."""
+    for pattern in ("**/models", "**/predict?*capsules=true*"):
+        refuse_for_a_second(page, pattern, times=1)
+    page.goto(service)
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_a_busy_service_is_not_asked_for_ever(page: Page) -> None:
+    """Nor for what was superseded: the newer picture has its own turns, after which the refusal is said."""
+    give(page, 3)
+    asked = asked_for(page, "capsules=true")
+    refuse_for_a_second(page, "**/predict?*capsules=true*", times=5)
+    page.locator("#file").set_input_files(file_of(4))
+    expect(page.locator("#verdict")).to_have_text("Reading…")
+    page.locator("#file").set_input_files(file_of(5))
+    expect(page.get_by_role("alert")).to_contain_text("Busy.")
+    assert len(asked) == 5
+
+
+def refuse_for_a_second(page: Page, pattern: str, times: int) -> None:
+    def refuse(route: Route) -> None:
+        route.fulfill(status=503, json={"detail": "Busy."}, headers={"Retry-After": "1"})
+
+    page.route(pattern, refuse, times=times)
+
+
 def test_strips_that_failed_come_with_the_next_slider(page: Page) -> None:
     """Whoever goes on after a refusal of the sweep has its strips without choosing the class anew."""
     give(page, 3)

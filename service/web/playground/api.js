@@ -2,12 +2,16 @@
 
 const KEY = "capsnet-api-key";
 const LIMIT = 60_000; // milliseconds; the service's own limits are shorter
+const REPEATS = 3; // of a question that a busy service refuses
+const LONGEST_REST = 5; // seconds before each
 
 /** An answer that is no success, as the problem document says it (RFC 9457). */
 export class Problem extends Error {
-  constructor(status, document) {
+  /** @param {number} rest seconds after which to ask again; 0 if that would not help */
+  constructor(status, document, rest = 0) {
     super(document.detail ?? document.title ?? `The service answered ${status}.`);
     this.status = status;
+    this.rest = rest;
     this.received = document.received;
     this.expected = document.expected;
   }
@@ -39,13 +43,36 @@ export function address(path) {
   return new URL(path, location.origin + location.pathname);
 }
 
-async function ask(path, read, options = {}) {
+/** Ask, and again while the service is too busy to answer, unless the question is superseded meanwhile. */
+async function ask(path, read, options, superseded = new AbortController().signal) {
+  for (let repeats = 0; ; repeats++) {
+    try {
+      return await askOnce(path, read, options);
+    } catch (error) {
+      if (!error.rest || repeats === REPEATS) throw error;
+      await pause(Math.min(error.rest, LONGEST_REST), superseded);
+      if (superseded.aborted) throw error;
+    }
+  }
+}
+
+/** So many seconds, or until the signal. */
+function pause(seconds, signal) {
+  return new Promise((done) => {
+    if (signal.aborted) done();
+    setTimeout(done, 1000 * seconds);
+    signal.addEventListener("abort", done);
+  });
+}
+
+async function askOnce(path, read, options = {}) {
   const headers = new Headers(options.headers);
   if (hasKey()) headers.set("X-API-Key", asBytes(key));
   try {
     const answer = await fetch(address(path), { ...options, headers, signal: AbortSignal.timeout(LIMIT) });
     if (answer.ok) return await read(answer);
-    throw new Problem(answer.status, (await answer.json().catch(() => null)) ?? {});
+    const rest = answer.status === 503 ? Number(answer.headers.get("Retry-After")) : 0; // a date is NaN
+    throw new Problem(answer.status, (await answer.json().catch(() => null)) ?? {}, rest);
   } catch (error) {
     if (error instanceof Problem) throw error;
     throw new Problem(0, { detail: "The service does not answer, or something in between does. Is it running?" });
@@ -60,9 +87,9 @@ function asBytes(text) {
 const asJson = (answer) => answer.json();
 const asBlob = (answer) => answer.blob();
 
-function post(path, document, read = asJson, accept = "application/json") {
+function post(path, document, superseded, read = asJson, accept = "application/json") {
   const headers = { "Content-Type": "application/json", Accept: accept };
-  return ask(path, read, { method: "POST", headers, body: JSON.stringify(document) });
+  return ask(path, read, { method: "POST", headers, body: JSON.stringify(document) }, superseded);
 }
 
 /** @returns the served models, each `{name, version, default, device, precision, manifest}` */
@@ -79,11 +106,13 @@ function of(path, model, query = {}) {
   return `${path}?${new URLSearchParams({ model: reference(model), ...query })}`;
 }
 
+// Each of these is not repeated to a busy service once the AbortSignal `superseded` is aborted.
+
 /**
  * @param {Blob} picture an encoded image
  * @returns the prediction with its capsules, its reconstruction and the image as the network saw it
  */
-export async function predict(model, picture) {
+export async function predict(model, picture, superseded) {
   const path = of("predict", model, {
     capsules: true,
     reconstruction: true,
@@ -91,13 +120,13 @@ export async function predict(model, picture) {
     top_k: model.manifest.labels_per_image,
   });
   const headers = { "Content-Type": picture.type };
-  return (await ask(path, asJson, { method: "POST", headers, body: picture })).predictions[0];
+  return (await ask(path, asJson, { method: "POST", headers, body: picture }, superseded)).predictions[0];
 }
 
 /** @param {string} drawing a data URL of the model's own size, taken as it is */
-export async function predictDrawing(model, drawing) {
+export async function predictDrawing(model, drawing, superseded) {
   const path = of("predict", model, { preprocess: "none" });
-  return (await post(path, { images: [drawing] })).predictions[0];
+  return (await post(path, { images: [drawing] }, superseded)).predictions[0];
 }
 
 /**
@@ -105,35 +134,39 @@ export async function predictDrawing(model, drawing) {
  * @param tweaks `[{dimension, delta}]`
  * @returns {Promise<string>} the reconstruction, a data URL
  */
-export async function reconstruct(model, capsules, label, tweaks) {
-  return (await post(of("reconstruct", model), { capsules, class: label, tweaks })).reconstruction;
+export async function reconstruct(model, capsules, label, tweaks, superseded) {
+  return (await post(of("reconstruct", model), { capsules, class: label, tweaks }, superseded)).reconstruction;
 }
 
 /** @returns `{deltas, reconstructions}`: a row of data URLs for each dimension, one for each delta */
-export function sweep(model, capsules, label) {
-  return post(of("reconstruct/sweep", model), { capsules, class: label });
+export function sweep(model, capsules, label, superseded) {
+  return post(of("reconstruct/sweep", model), { capsules, class: label }, superseded);
 }
 
 /** @returns {Promise<Blob>} the sweep as the labelled figure, with the tweaks done before */
-export function sweepFigure(model, capsules, label, tweaks) {
-  return post(of("reconstruct/sweep", model), { capsules, class: label, tweaks }, asBlob, "image/png");
+export function sweepFigure(model, capsules, label, tweaks, superseded) {
+  return post(of("reconstruct/sweep", model), { capsules, class: label, tweaks }, superseded, asBlob, "image/png");
 }
 
-/** `work`, one run at a time: asked for again while it runs, it runs once more afterwards, however often. */
+/**
+ * `work`, one run at a time: asked for again while it runs, it runs once more afterwards, however often.
+ * @param {(superseded: AbortSignal) => Promise<void>} work gets a signal that it was asked for again
+ */
 export function oneAtATime(work) {
-  let running = false;
+  let running = null; // AbortController
   let again = false;
   return async () => {
     again = true;
+    running?.abort();
     if (running) return;
-    running = true;
     try {
       while (again) {
         again = false;
-        await work();
+        running = new AbortController();
+        await work(running.signal);
       }
     } finally {
-      running = false;
+      running = null;
     }
   };
 }

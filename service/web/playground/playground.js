@@ -39,14 +39,14 @@ const dimensions = new Dimensions(byId("dimensions"), bend);
 // What is asked of the service -----------------------------------------------------------------------
 // Each of these asks for what the state says at its beginning, and forgets an answer that comes too late.
 
-const look = asked(async () => {
+const look = asked(async (superseded) => {
   const { model, picture } = state;
   if (!model || !picture) return;
   // While a stroke is drawn each picture is old before it is read, but shows where things go.
   const late = () =>
     state.model !== model || !state.picture || (state.settled && state.picture !== picture);
   try {
-    const found = await api.predict(model, picture);
+    const found = await api.predict(model, picture, superseded);
     if (late()) return;
     state.answered = picture;
     if (JSON.stringify(found.capsules) === JSON.stringify(state.found?.capsules)) {
@@ -57,7 +57,7 @@ const look = asked(async () => {
     state.found = found;
     choose(found.label);
   } catch (error) {
-    if (late()) return;
+    if (late() || superseded.aborted) return;
     forget();
     state.answered = picture;
     render();
@@ -65,30 +65,30 @@ const look = asked(async () => {
   }
 });
 
-const draw = asked(async () => {
+const draw = asked(async (superseded) => {
   const { model, found, label, deltas } = state;
   if (!found) return;
   const late = () => state.found !== found || state.label !== label;
   try {
-    const tweaked = await api.reconstruct(model, found.capsules, label, tweaks());
+    const tweaked = await api.reconstruct(model, found.capsules, label, tweaks(), superseded);
     if (late()) return;
     state.tweaked = tweaked;
     if (state.deltas === deltas) readAgain();
     render();
   } catch (error) {
-    if (late() || state.deltas !== deltas) return;
+    if (late() || superseded.aborted) return;
     Object.assign(state, { tweaked: null, readAgain: null });
     render();
     throw error;
   }
 });
 
-const readAgain = asked(async () => {
+const readAgain = asked(async (superseded) => {
   const { model, tweaked } = state;
   if (!tweaked) return;
   let read = null;
   try {
-    read = await api.predictDrawing(model, tweaked);
+    read = await api.predictDrawing(model, tweaked, superseded);
   } catch (error) {
     if (state.tweaked === tweaked) throw error;
   } finally {
@@ -99,25 +99,25 @@ const readAgain = asked(async () => {
   }
 });
 
-const sweep = asked(async () => {
+const sweep = asked(async (superseded) => {
   const { model, found, label } = state;
   if (!found || !state.settled) return;
   const late = () => state.found !== found || state.label !== label;
   state.unswept = false;
   try {
-    const swept = await api.sweep(model, found.capsules, label);
+    const swept = await api.sweep(model, found.capsules, label, superseded);
     if (!late()) dimensions.showStrips(swept.reconstructions);
   } catch (error) {
-    if (late()) return;
+    if (late() || superseded.aborted) return;
     state.unswept = true;
     throw error;
   }
 });
 
-const saveFigure = asked(async () => {
+const saveFigure = asked(async (superseded) => {
   const { model, found, label } = state;
   if (!found) return;
-  const figure = await api.sweepFigure(model, found.capsules, label, tweaks());
+  const figure = await api.sweepFigure(model, found.capsules, label, tweaks(), superseded);
   const url = URL.createObjectURL(figure);
   Object.assign(document.createElement("a"), { href: url, download: `sweep-${label}.png` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
@@ -125,9 +125,9 @@ const saveFigure = asked(async () => {
 
 /** `work`, one run at a time, with its errors shown. */
 function asked(work) {
-  return api.oneAtATime(async () => {
+  return api.oneAtATime(async (superseded) => {
     try {
-      await work();
+      await work(superseded);
     } catch (error) {
       showProblem(error);
     }
