@@ -600,19 +600,38 @@ def test_a_late_refusal_is_not_said(page: Page) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
+# The first picture takes its time until it is decoded.
+SLOW_DECODING = """(() => {
+    const decode = createImageBitmap;
+    let calls = 0;
+    window.createImageBitmap = async (file) => {
+        if (calls++ === 0) await new Promise((done) => setTimeout(done, 700));
+        return decode(file);
+    };
+})()"""
+
+
+def test_a_file_that_is_decoded_slowly_is_not_lost(page: Page, service: str) -> None:
+    """Neither the first example nor a model's redrawn strokes take its place, for nobody asked for them."""
+    page.add_init_script(SLOW_DECODING)
+    gate = Gate(page, "**/models")
+    page.goto(service)
+    gate.wait_for(1)
+    page.locator("#file").set_input_files(file_of(4))
+    gate.open()
+    expect(page.locator("#verdict")).to_have_text("This is “4”.")
+
+    page.reload()
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    page.locator("#file").set_input_files(file_of(4))
+    page.get_by_label("Model").select_option("tiny 1")
+    expect(page.locator("#verdict")).to_have_text("This is “4”.")
+
+
 def test_the_last_of_two_files_counts(page: Page) -> None:
     """However long the first one takes to be decoded."""
     give(page, 3)
-    page.evaluate(
-        """() => {
-            const decode = createImageBitmap;
-            let calls = 0;
-            window.createImageBitmap = async (file) => {
-                if (calls++ === 0) await new Promise((done) => setTimeout(done, 700));
-                return decode(file);
-            };
-        }"""
-    )
+    page.evaluate(SLOW_DECODING)
     page.locator("#file").set_input_files(file_of(4))
     give(page, 5)
     page.wait_for_timeout(1000)

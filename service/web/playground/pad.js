@@ -10,6 +10,7 @@ export class Pad {
   #context;
   #strokes = []; // Path2D
   #opened = null; // OffscreenCanvas
+  #opening = null; // File that is being decoded, unless something else was drawn meanwhile
   #ink = "#fff";
   #ground = "#000";
   #changed;
@@ -41,13 +42,19 @@ export class Pad {
     return drawn;
   }
 
+  get isOpening() {
+    return this.#opening !== null;
+  }
+
   clear() {
+    this.#opening = null;
     this.#strokes = [];
     this.#opened = null;
     this.#draw();
   }
 
   undo() {
+    this.#opening = null;
     if (this.#opened) this.#opened = null;
     else this.#strokes.pop();
     this.#draw();
@@ -55,6 +62,7 @@ export class Pad {
 
   /** @param {string} path an SVG path in a square of 100 by 100 */
   show(path) {
+    this.#opening = null;
     this.#opened = null;
     this.#strokes = [new Path2D(path)];
     this.#draw();
@@ -62,22 +70,15 @@ export class Pad {
 
   /** Show a picture, which is sent as it is unless it is large; false if the browser cannot read it. */
   async open(file) {
-    const turn = ++this.#turn;
-    let bitmap;
-    try {
-      bitmap = await createImageBitmap(file);
-    } catch {
-      return false;
-    }
-    const large = Math.max(bitmap.width, bitmap.height) > LARGEST;
-    const picture = drawn(bitmap);
-    bitmap.close(); // many megabytes of a photograph do not wait for the garbage collector
-    const sent = large ? await picture.convertToBlob({ type: "image/png" }) : typed(file);
-    if (turn !== this.#turn) return true; // something else was drawn or opened meanwhile
+    this.#opening = file;
+    const opened = await decoded(file);
+    if (this.#opening !== file) return true; // something else was drawn or opened meanwhile
+    this.#opening = null;
+    if (!opened) return false;
     this.#strokes = [];
-    this.#opened = picture;
+    this.#opened = opened.picture;
     this.#paint();
-    this.#tell(turn, sent, true);
+    this.#tell(++this.#turn, opened.sent, true);
     return true;
   }
 
@@ -85,7 +86,7 @@ export class Pad {
     if (event.button !== 0) return;
     event.preventDefault();
     this.#canvas.setPointerCapture(event.pointerId);
-    this.#opened = null;
+    this.#opening = this.#opened = null;
     const stroke = new Path2D();
     const [x, y] = this.#place(event);
     stroke.moveTo(x, y);
@@ -156,6 +157,20 @@ export class Pad {
     context.lineCap = context.lineJoin = "round";
     for (const stroke of this.#strokes) context.stroke(stroke);
   }
+}
+
+/** A file's picture on a canvas and as it is sent; null if the browser cannot read it. */
+async function decoded(file) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    return null;
+  }
+  const large = Math.max(bitmap.width, bitmap.height) > LARGEST;
+  const picture = drawn(bitmap);
+  bitmap.close(); // many megabytes of a photograph do not wait for the garbage collector
+  return { picture, sent: large ? await picture.convertToBlob({ type: "image/png" }) : typed(file) };
 }
 
 /** A canvas with the picture, made smaller if it is larger than anything a network looks at. */

@@ -160,7 +160,7 @@ async function start() {
   const first = models.find((model) => model.default) ?? models[0];
   choice.value = api.reference(first);
   useModel(first);
-  if (!state.picture && first.manifest.classes.includes(FIRST)) pad.show(EXAMPLES[FIRST]);
+  if (!state.picture && !pad.isOpening && first.manifest.classes.includes(FIRST)) pad.show(EXAMPLES[FIRST]);
 }
 
 function useModel(model) {
