@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import FilePayload, Page, Route, expect
 
 from service.manifest import read_manifest
@@ -669,6 +670,46 @@ def test_a_large_photograph_is_made_smaller(page: Page, service: str) -> None:
     )
     seen = decode(decoded(whole.json()["predictions"][0]["image"])).astype(int)
     assert abs(decode(source(page, "seen")) - seen).mean() < 3
+
+
+@pytest.mark.parametrize(("image_format", "media_type"), [("AVIF", "image/avif"), ("ICO", "image/x-icon")])
+def test_what_the_browser_can_show_can_be_read(page: Page, image_format: str, media_type: str) -> None:
+    """The service takes five formats; a small picture of another is sent as PNG, as a large one is."""
+    give(page, 3)
+    sent = pictures_sent(page)
+    picture = encode(np.kron(image_of(4), np.ones((4, 4), np.uint8)), image_format)
+    page.locator("#file").set_input_files(
+        {"name": "picture", "mimeType": media_type, "buffer": picture},
+    )
+    expect(page.locator("#output")).to_have_attribute("aria-busy", "false")
+    expect(page.locator("#verdict")).not_to_have_text("This is “3”.")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    assert [each["type"] for each in sent()] == ["image/png"]
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "PNG"])
+def test_the_network_sees_a_turned_picture_as_the_pad_shows_it(page: Page, image_format: str) -> None:
+    """Whether or not this browser heeds a camera's note of how it was held: Chromium does, except in WebP."""
+    give(page, 3)
+    lying = np.zeros((60, 100), np.uint8)
+    lying[25:35, 20:80] = 255  # upright, a vertical bar
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90° clockwise
+    before = page.locator("#seen").get_attribute("src")
+    page.locator("#file").set_input_files(
+        {
+            "name": "picture",
+            "mimeType": f"image/{image_format.lower()}",
+            "buffer": encode(lying, image_format, exif=exif),
+        },
+    )
+    expect(page.locator("#seen")).not_to_have_attribute("src", before or "")
+    rows, columns = np.nonzero(decode(source(page, "seen")) > 128)
+    corners = "(pad) => [...pad.getContext('2d').getImageData(84, 84, 57, 57).data]"
+    pad = np.array(page.locator("#pad").evaluate(corners)).reshape(57, 57, 4)
+    upright = np.ptp(rows) > np.ptp(columns)
+    assert (pad[0, -1, 0] > 128) == upright, "above the middle"
+    assert (pad[-1, 0, 0] > 128) == (not upright), "left of the middle"
 
 
 def test_an_answer_from_something_else_is_called_so(page: Page) -> None:

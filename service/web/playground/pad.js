@@ -3,6 +3,8 @@
 const PIXELS = 280; // of the pad's longer side
 const SIDE = 100; // the pad's own unit is a hundredth of its shorter side
 const LARGEST = 512; // pixels of an opened picture's longer side; the service lays it out at 256
+// Sent as they are; the service takes WebP, too, but heeds its note of how a camera was held, as Chromium does not.
+const TYPES = ["image/png", "image/jpeg", "image/bmp", "image/gif"];
 const BRUSH = 8; // once laid out in 20 of 28 pixels, about as thick as MNIST's strokes
 
 export class Pad {
@@ -68,7 +70,7 @@ export class Pad {
     this.#draw();
   }
 
-  /** Show a picture, which is sent as it is unless it is large; false if the browser cannot read it. */
+  /** Show a picture; false if the browser cannot read it. */
   async open(file) {
     this.#opening = file;
     const opened = await decoded(file);
@@ -167,10 +169,10 @@ async function decoded(file) {
   } catch {
     return null;
   }
-  const large = Math.max(bitmap.width, bitmap.height) > LARGEST;
+  const asItIs = TYPES.includes(file.type) && Math.max(bitmap.width, bitmap.height) <= LARGEST;
   const picture = drawn(bitmap);
   bitmap.close(); // many megabytes of a photograph do not wait for the garbage collector
-  return { picture, sent: large ? await picture.convertToBlob({ type: "image/png" }) : typed(file) };
+  return { picture, sent: asItIs ? file : await picture.convertToBlob({ type: "image/png" }) };
 }
 
 /** A canvas with the picture, made smaller if it is larger than anything a network looks at. */
@@ -184,8 +186,4 @@ function drawn(bitmap) {
   context.imageSmoothingQuality = "high"; // or a photograph's thin strokes fall between its pixels
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   return canvas;
-}
-
-function typed(file) {
-  return file.type ? file : new Blob([file], { type: "image/png" }); // the service looks itself
 }
