@@ -301,6 +301,31 @@ def test_a_tap_is_a_dot(page: Page) -> None:
     expect(page.locator("#seen")).to_have_attribute("src", first or "")
 
 
+def test_undo_brings_back_what_was_replaced(page: Page) -> None:
+    """A drawing or a picture that Clear, an example or a file took away is not lost, step by step."""
+    verdict, seen = page.locator("#verdict"), page.locator("#seen")
+    undo = page.get_by_role("button", name="Undo")
+    page.get_by_role("button", name="Clear").click()
+    expect(verdict).to_have_text("Draw something.")
+    page.locator("#pad").click(position={"x": 60, "y": 60})
+    expect(verdict).to_contain_text("This is")
+    drawing = seen.get_attribute("src") or ""
+    give(page, 3)
+    page.get_by_role("button", name="Example 7").click()
+    expect(verdict).not_to_have_text("This is “3”.")
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("button", name="Clear").click()
+    expect(verdict).to_have_text("Draw something.")
+    undo.click()
+    expect(verdict).to_contain_text("This is")
+    undo.click()
+    expect(verdict).to_have_text("This is “3”.")
+    undo.click()
+    expect(seen).to_have_attribute("src", drawing)
+    undo.click()
+    expect(verdict).to_have_text("Draw something.")
+
+
 def test_a_cancelled_stroke_ends(page: Page) -> None:
     """Where the system takes the pointer away, what it does afterwards is no ink."""
     page.get_by_role("button", name="Clear").click()

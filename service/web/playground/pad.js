@@ -6,12 +6,14 @@ const LARGEST = 512; // pixels of an opened picture's longer side; the service l
 // Sent as they are; the service takes WebP, too, but heeds its note of how a camera was held, as Chromium does not.
 const TYPES = ["image/png", "image/jpeg", "image/bmp", "image/gif"];
 const BRUSH = 8; // once laid out in 20 of 28 pixels, about as thick as MNIST's strokes
+const STEPS = 50; // that Undo takes back
+const BLANK = { strokes: [], opened: null };
 
 export class Pad {
   #canvas;
   #context;
-  #strokes = []; // Path2D
-  #opened = null; // OffscreenCanvas
+  #shown = BLANK; // strokes, each a Path2D, or an opened picture as `decoded` returns it; never changed in place
+  #past = []; // what was shown before, the last one last
   #opening = null; // File that is being decoded, unless something else was drawn meanwhile
   #ink = "#fff";
   #ground = "#000";
@@ -38,7 +40,7 @@ export class Pad {
     const longer = Math.max(width, height);
     this.#canvas.width = Math.max(1, Math.round((PIXELS * width) / longer));
     this.#canvas.height = Math.max(1, Math.round((PIXELS * height) / longer));
-    const drawn = this.#strokes.length > 0;
+    const drawn = this.#shown.strokes.length > 0;
     if (drawn) this.#draw();
     else this.#paint();
     return drawn;
@@ -49,25 +51,19 @@ export class Pad {
   }
 
   clear() {
-    this.#opening = null;
-    this.#strokes = [];
-    this.#opened = null;
-    this.#draw();
+    this.#show(BLANK);
   }
 
+  /** Bring back what was shown before the last stroke, picture or clearing. */
   undo() {
     this.#opening = null;
-    if (this.#opened) this.#opened = null;
-    else this.#strokes.pop();
+    this.#shown = this.#past.pop() ?? BLANK;
     this.#draw();
   }
 
   /** @param {string} path an SVG path in a square of 100 by 100 */
   show(path) {
-    this.#opening = null;
-    this.#opened = null;
-    this.#strokes = [new Path2D(path)];
-    this.#draw();
+    this.#show({ strokes: [new Path2D(path)], opened: null });
   }
 
   /** Show a picture; false if the browser cannot read it. */
@@ -77,30 +73,33 @@ export class Pad {
     if (this.#opening !== file) return true; // something else was drawn or opened meanwhile
     this.#opening = null;
     if (!opened) return false;
-    this.#strokes = [];
-    this.#opened = opened.picture;
-    this.#paint();
-    this.#tell(++this.#turn, opened.sent, true);
+    this.#show({ strokes: [], opened });
     return true;
+  }
+
+  #show(shown, settled = true) {
+    this.#opening = null;
+    if (shown !== this.#shown) this.#past.push(this.#shown); // clearing nothing is no step
+    if (this.#past.length > STEPS) this.#past.shift();
+    this.#shown = shown;
+    this.#draw(settled);
   }
 
   #begin(event) {
     if (event.button !== 0) return;
     event.preventDefault();
     this.#canvas.setPointerCapture(event.pointerId);
-    this.#opening = this.#opened = null;
     const stroke = new Path2D();
     const [x, y] = this.#place(event);
     stroke.moveTo(x, y);
     stroke.lineTo(x + 0.01, y); // a tap is a dot: lines without length are not drawn
-    this.#strokes.push(stroke);
     this.#down.add(event.pointerId);
-    this.#draw(false);
+    this.#show({ strokes: [...this.#shown.strokes, stroke], opened: null }, false);
 
     const listening = new AbortController();
     const on = (type, listen) => this.#canvas.addEventListener(type, listen, { signal: listening.signal });
     on("pointermove", (moved) => {
-      if (moved.pointerId !== event.pointerId || !this.#strokes.includes(stroke)) return; // or it was cleared
+      if (moved.pointerId !== event.pointerId || !this.#shown.strokes.includes(stroke)) return; // or it was cleared
       for (const point of moved.getCoalescedEvents?.() ?? [moved]) stroke.lineTo(...this.#place(point));
       this.#draw(false);
     });
@@ -108,7 +107,7 @@ export class Pad {
       if (ended.pointerId !== event.pointerId) return;
       listening.abort();
       this.#down.delete(event.pointerId);
-      if (this.#strokes.length > 0) this.#draw(this.#down.size === 0); // its own, or another finger's
+      if (this.#shown.strokes.length > 0) this.#draw(this.#down.size === 0); // its own, or another finger's
     };
     on("pointerup", end);
     on("pointercancel", end);
@@ -126,7 +125,8 @@ export class Pad {
   #draw(settled = true) {
     this.#paint();
     const turn = ++this.#turn;
-    if (this.#strokes.length === 0) this.#tell(turn, null, settled);
+    const { strokes, opened } = this.#shown;
+    if (strokes.length === 0) this.#tell(turn, opened?.sent ?? null, settled);
     else this.#canvas.toBlob((picture) => this.#tell(turn, picture, settled), "image/png");
   }
 
@@ -139,16 +139,18 @@ export class Pad {
 
   #paint() {
     const { width, height } = this.#canvas;
+    const { strokes, opened } = this.#shown;
     const context = this.#context;
     context.resetTransform();
-    context.fillStyle = this.#opened ? "#808080" : this.#ground; // shows where a picture is transparent
+    context.fillStyle = opened ? "#808080" : this.#ground; // shows where a picture is transparent
     context.fillRect(0, 0, width, height);
-    if (this.#opened) {
-      const zoom = Math.min(width / this.#opened.width, height / this.#opened.height);
-      const [w, h] = [this.#opened.width * zoom, this.#opened.height * zoom];
+    if (opened) {
+      const { picture } = opened;
+      const zoom = Math.min(width / picture.width, height / picture.height);
+      const [w, h] = [picture.width * zoom, picture.height * zoom];
       context.imageSmoothingEnabled = zoom < 1;
       context.imageSmoothingQuality = "high";
-      context.drawImage(this.#opened, (width - w) / 2, (height - h) / 2, w, h);
+      context.drawImage(picture, (width - w) / 2, (height - h) / 2, w, h);
       return;
     }
     const unit = Math.min(width, height) / SIDE;
@@ -157,7 +159,7 @@ export class Pad {
     context.strokeStyle = this.#ink;
     context.lineWidth = BRUSH;
     context.lineCap = context.lineJoin = "round";
-    for (const stroke of this.#strokes) context.stroke(stroke);
+    for (const stroke of strokes) context.stroke(stroke);
   }
 }
 
