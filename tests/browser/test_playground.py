@@ -934,7 +934,7 @@ def test_what_the_docs_try_goes_below_a_prefix(opened: Opened, service: str) -> 
 
 
 def test_the_request_is_copied(page: Page) -> None:
-    """To the clipboard; where a browser gives none, without TLS, it is selected."""
+    """To the clipboard; where a browser gives none, without TLS, it is selected. The page says which."""
     give(page, 3)
     command = page.locator("#curl").text_content()
     copy = page.get_by_role("button", name="Copy the request")
@@ -942,10 +942,14 @@ def test_the_request_is_copied(page: Page) -> None:
     put = "Object.defineProperty(navigator, 'clipboard', { configurable: true, value: %s })"
     page.evaluate(put % "{ writeText: async (text) => { window.copied = text; } }")
     copy.click()
+    expect(page.locator("#copied")).to_have_text("Copied.")
     expect(page.locator("#curl")).to_have_text(page.evaluate("window.copied"), use_inner_text=True)
     page.evaluate(put % "undefined")
     copy.click()
+    expect(page.locator("#copied")).to_have_text("Selected, for you to copy.")
     assert page.evaluate("getSelection().toString()") == command
+    move(page, 5, -0.2)
+    expect(page.locator("#copied")).to_have_text("")
 
 
 def test_dark_ink_on_light_ground(opened: Opened, tmp_path: Path) -> None:

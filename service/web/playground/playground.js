@@ -231,7 +231,9 @@ function render() {
   show("tweaked", tweaked);
   byId("error").textContent = found ? `, error ${found.reconstruction_error.toFixed(1)}` : "";
   say("tweaked-caption", tweaked ? caption(label, read) : "");
-  byId("curl").textContent = found ? curl() : "";
+  const request = found ? curl() : "";
+  if (byId("curl").textContent !== request) say("copied", ""); // what was copied is another one
+  say("curl", request);
   for (const control of document.querySelectorAll("#output button, #output input")) control.disabled = !found;
   link("save", tweaked);
   link("save-seen", found?.image);
@@ -391,9 +393,12 @@ byId("reset").addEventListener("click", () => {
 });
 byId("figure").addEventListener("click", saveFigure);
 byId("copy").addEventListener("click", async () => {
+  say("copied", "");
   try {
     await navigator.clipboard.writeText(byId("curl").textContent);
+    say("copied", "Copied.");
   } catch {
+    say("copied", "Selected, for you to copy.");
     getSelection().selectAllChildren(byId("curl")); // without TLS there is a clipboard on this machine alone
   }
 });
