@@ -835,8 +835,8 @@ def test_the_sweep_is_saved_as_a_figure(page: Page, service: str, tmp_path: Path
 def test_a_file_that_is_no_picture_is_refused(page: Page) -> None:
     """The page says so, keeps what it had, and forgets the complaint at the next picture."""
     give(page, 3)
-    page.locator("#file").set_input_files({"name": "a.txt", "mimeType": "text/plain", "buffer": b"text"})
-    expect(page.get_by_role("alert")).to_contain_text("Received: text/plain")
+    page.locator("#file").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b""})
+    expect(page.get_by_role("alert")).to_have_text(re.compile("^This browser cannot open “a.png”[^:]*$"))
     expect(page.locator("#verdict")).to_have_text("This is “3”.")
     move(page, 5, -0.2)
     expect(page.get_by_role("alert")).to_be_hidden()
@@ -984,6 +984,23 @@ def test_a_low_screen_shows_the_slider_that_has_the_focus(opened: Opened, servic
             return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2) === slider;
         }"""
         assert page.locator("#dimension-4").evaluate(at_its_middle)
+
+
+def test_the_pictures_hide_nothing_that_has_the_focus(opened: Opened, service: str) -> None:
+    """Whoever goes backwards by keyboard through a small screen sees what they are at."""
+    page = opened(service, viewport={"width": 390, "height": 500})
+    give(page, 3)
+    covered = """() => {
+        const box = document.activeElement.getBoundingClientRect();
+        return box.top < document.getElementById("pictures").getBoundingClientRect().bottom;
+    }"""
+    page.locator("#curl").focus()
+    for name in ("copy", "figure", "save-seen", "save", "dimension-15"):
+        page.keyboard.press("Shift+Tab")
+        expect(page.locator(f"#{name}")).to_be_focused()
+        assert not page.evaluate(covered), name
+    page.locator("#reset").focus()
+    expect(page.locator("#reset")).to_be_in_viewport()
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])

@@ -364,11 +364,8 @@ function showProblem(problem) {
 
 async function open(file) {
   if (file && !(await pad.open(file))) {
-    showProblem(new api.Problem(0, {
-      detail: "This file is no picture, or none that this browser can read.",
-      received: file.type || file.name,
-      expected: "PNG, JPEG, WebP, BMP or GIF",
-    }));
+    const detail = `This browser cannot open “${file.name}” as a picture. It may be damaged, or of a kind unknown here.`;
+    showProblem(new api.Problem(0, { detail }));
   }
 }
 
