@@ -20,7 +20,16 @@ from service.batching import Arrays, Batcher
 from service.binding import BoundSession, fetched
 from service.context import Measured
 from service.errors import DeviceError, NotWorking, ShuttingDown, StartError, UnableToAnswer, UnknownModel
-from service.manifest import MANIFEST_FILE, Graph, Manifest, ManifestError, Precision, read_manifest
+from service.handover import agreed_models
+from service.manifest import (
+    Graph,
+    Manifest,
+    ManifestError,
+    Precision,
+    model_folders,
+    read_manifest,
+    require_manifest,
+)
 from service.metrics import Metrics
 from service.sessions import (
     Runs,
@@ -388,24 +397,19 @@ class Engine:
         await asyncio.gather(*(model.close(limit) for model in (*self, *self._retiring)))
 
 
-def version_folders(models: Path) -> list[Path]:
-    """Every `<name>/<version>` folder."""
-    return sorted(path for path in models.glob("*/*") if path.is_dir() and path.name.isdecimal())
-
-
-def model_folders(models: Path) -> list[Path]:
-    """Every `<name>/<version>` folder.
+def _folders(settings: Settings) -> list[Path]:
+    """What to serve: all that the models folder holds, or in a worker what it held when the first started.
 
     Raises:
-        StartError: there is none.
+        StartError: there is nothing.
+        ManifestError: something of it is no longer what it was.
     """
-    folders = version_folders(models)
-    if not folders:
-        raise StartError(
-            f"{models.resolve()}: holds no model; expected <name>/<version>/{MANIFEST_FILE} as "
-            "`capsnet export` writes it (set CAPSNET_MODELS to use another folder)"
-        )
-    return folders
+    agreed = agreed_models()
+    if agreed is None:
+        return model_folders(settings.models)
+    for folder, checksum in agreed.items():
+        require_manifest(folder, checksum)
+    return list(agreed)
 
 
 def _announce(model: Model) -> None:
@@ -422,7 +426,7 @@ def _announce(model: Model) -> None:
 def _start(settings: Settings, metrics: Metrics) -> Engine:
     # A frame of its own: `open_engine` stays open while versions are retired, and would keep their graphs.
     device = resolve_device(settings.device)
-    loaded = [load_graphs(folder, settings, device) for folder in model_folders(settings.models)]
+    loaded = [load_graphs(folder, settings, device) for folder in _folders(settings)]
     engine = Engine([Model(graphs, settings, metrics) for graphs in loaded], settings.default_model)
     for model in engine:
         _announce(model)

@@ -7,11 +7,13 @@ has taken it, so a worker that dies before takes nobody's connection with it.
 
 import array
 import asyncio
+import json
 import os
 import socket
 from collections.abc import Callable, Coroutine
 from enum import IntEnum
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 CHANNEL = "_CAPSNET_CHANNEL"
@@ -19,6 +21,9 @@ CHANNEL = "_CAPSNET_CHANNEL"
 
 OWN_FOLDER = "_CAPSNET_METRICS_FOLDER"
 """And where the workers count, if that folder was made for them: the last to know of it removes it."""
+
+MODELS = "_CAPSNET_MODELS"
+"""And what it serves: in JSON, each model folder with its manifest's checksum."""
 
 
 class Notice(IntEnum):
@@ -45,6 +50,12 @@ def worker_channel() -> socket.socket | None:
     """The channel of this process if it was started as a worker."""
     number = os.environ.pop(CHANNEL, None)
     return socket.socket(fileno=int(number)) if number else None
+
+
+def agreed_models() -> dict[Path, str] | None:
+    """The model folders that all workers serve, each with its manifest's checksum; None if this is none."""
+    agreed = os.environ.get(MODELS)
+    return {Path(folder): checksum for folder, checksum in json.loads(agreed).items()} if agreed else None
 
 
 class Inbox:

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from service.errors import StartError
+
 SCHEMA_VERSION: Final = 1
 MANIFEST_FILE = "manifest.json"
 _LINE = 110  # characters
@@ -308,6 +310,60 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def version_folders(models: Path) -> list[Path]:
+    """Every `<name>/<version>` folder."""
+    return sorted(path for path in models.glob("*/*") if path.is_dir() and path.name.isdecimal())
+
+
+def model_folders(models: Path) -> list[Path]:
+    """Every `<name>/<version>` folder.
+
+    Raises:
+        StartError: there is none.
+    """
+    folders = version_folders(models)
+    if not folders:
+        raise StartError(
+            f"{models.resolve()}: holds no model; expected <name>/<version>/{MANIFEST_FILE} as "
+            "`capsnet export` writes it (set CAPSNET_MODELS to use another folder)"
+        )
+    return folders
+
+
+def manifest_checksum(folder: Path) -> str:
+    """Hex digest of a folder's manifest, and so of its model: the manifest has every graph's own.
+
+    Raises:
+        ManifestError: it cannot be read.
+    """
+    return hashlib.sha256(_text(folder)).hexdigest()
+
+
+def require_manifest(folder: Path, checksum: str) -> None:
+    """Check that a folder's manifest is the one with this checksum.
+
+    Raises:
+        ManifestError: it is another, or gone.
+    """
+    try:
+        same = manifest_checksum(folder) == checksum
+    except ManifestError:
+        same = False
+    if not same:
+        raise ManifestError(
+            f"{folder / MANIFEST_FILE}: was changed or removed since the start; put back what it was, which "
+            "is still served, or start the service again"
+        )
+
+
+def _text(folder: Path) -> bytes:
+    path = folder / MANIFEST_FILE
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror}); export the model again") from error
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and verify a model folder: schema, folder names, tensors, and every graph's checksum.
 
@@ -315,10 +371,7 @@ def read_manifest(folder: Path) -> Manifest:
         ManifestError: naming the file at fault, what was found and what was expected.
     """
     path = folder / MANIFEST_FILE
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot be read ({error.strerror}); export the model again") from error
+    text = _text(folder)
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:

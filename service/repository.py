@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from service.engine import Engine, Graphs, Model, load_graphs, version_folders
+from service.engine import Engine, Graphs, Model, load_graphs
 from service.errors import DeviceError, InvalidInput, RepositoryRefused, ShuttingDown, UnknownModel
-from service.manifest import MANIFEST_FILE, Manifest, ManifestError, read_manifest
+from service.manifest import MANIFEST_FILE, Manifest, ManifestError, read_manifest, version_folders
 from service.metrics import Metrics
 from service.protocol import ROLES
 from service.settings import Settings

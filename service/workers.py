@@ -6,6 +6,7 @@ reads no request. See docs/decisions/0017.
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -22,9 +23,10 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from service.backlog import stop_handshakes
 from service.errors import StartError
-from service.handover import CHANNEL, OWN_FOLDER, Notice, offer
+from service.handover import CHANNEL, MODELS, OWN_FOLDER, Notice, offer
 from service.listeners import bind, listen
 from service.logs import announce
+from service.manifest import manifest_checksum, model_folders
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -72,10 +74,12 @@ def supervise(settings: Settings) -> None:
     """Serve with `settings.workers` processes until SIGTERM or SIGINT.
 
     Raises:
-        StartError: what the operator has to mend before it can start.
+        StartError, ManifestError: what the operator has to mend before it can start.
     """
+    # Read once: a version that comes later must not be served by those workers alone that start after it.
+    models = {str(folder): manifest_checksum(folder) for folder in model_folders(settings.models)}
     with _metrics_folder() as folder:
-        asyncio.run(_Supervisor(settings, folder).run())
+        asyncio.run(_Supervisor(settings, folder, json.dumps(models)).run())
 
 
 @contextlib.contextmanager
@@ -103,9 +107,10 @@ def _metrics_folder() -> Iterator[str]:
 
 
 class _Supervisor:
-    def __init__(self, settings: Settings, metrics_folder: str) -> None:
+    def __init__(self, settings: Settings, metrics_folder: str, models: str) -> None:
         self._settings = settings
         self._metrics_folder = metrics_folder
+        self._models = models
         self._workers: list[_Worker] = []  # that with the newest connection is last
         self._listeners: list[socket.socket] = []
         self._watching = False  # the listeners
@@ -217,6 +222,7 @@ class _Supervisor:
                 env={
                     **os.environ,
                     CHANNEL: str(theirs.fileno()),
+                    MODELS: self._models,
                     "PROMETHEUS_MULTIPROC_DIR": self._metrics_folder,
                 },
                 pass_fds=(theirs.fileno(),),

@@ -17,6 +17,7 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.process import (
+    IMAGE,
     LIMIT,
     PNG,
     START_LIMIT,
@@ -26,6 +27,7 @@ from tests.support.process import (
     served,
     until_closed,
 )
+from tests.support.tiny_model import write_tiny_model
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n" % len(PNG)
 ALONE = HEAD + b"Connection: close\r\n\r\n" + PNG
@@ -70,6 +72,14 @@ def kept_connection(service: Served, stack: contextlib.ExitStack) -> http.client
     )
     connection.connect()
     return connection
+
+
+def version_asked(service: Served) -> str:
+    """The version that answers on a new connection."""
+    answer = httpx2.post(
+        f"http://127.0.0.1:{service.port}/predict", content=PNG, headers=IMAGE, timeout=LIMIT
+    )
+    return str(answer.json()["model"]["version"])
 
 
 def figure(service: Served, name: str, **labels: str) -> list[float]:
@@ -180,6 +190,18 @@ def test_workers_do_not_outlive_the_process_that_keeps_them(tiny_models: Path) -
         assert until_closed(connection).startswith(b"HTTP/1.1 200 OK")
         until(lambda: not any(map(is_running, orphans)))
         assert not folder.exists()
+
+
+def test_a_replaced_worker_serves_what_the_others_do(tmp_path: Path) -> None:
+    """A version that came after the start, be it whole or not, is served by none."""
+    write_tiny_model(tmp_path, version="1")
+    with served(tmp_path, workers="2") as service:
+        write_tiny_model(tmp_path, version="2")
+        (write_tiny_model(tmp_path, version="3") / "encoder.onnx").write_bytes(b"half a copy")
+        dying, _ = workers_of(service)
+        os.kill(dying, signal.SIGKILL)
+        until(lambda: sum("tiny/1 is ready" in line for line in service.log) == 3, START_LIMIT)
+        assert {version_asked(service) for _ in range(4)} == {"1"}  # both workers
 
 
 # Starts no process while a certain file is there.

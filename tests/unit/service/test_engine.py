@@ -1,6 +1,7 @@
 """The engine answers in plain arrays what the tiny model's arithmetic gives by hand, on every path."""
 
 import asyncio
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -13,9 +14,18 @@ from onnx import numpy_helper
 
 from service import engine as engine_module
 from service.binding import BoundSession
-from service.engine import Engine, Graphs, Model, load_graphs, model_folders, open_engine
+from service.engine import Engine, Graphs, Model, load_graphs, open_engine
 from service.errors import DeviceError, ShuttingDown, StartError, UnknownModel
-from service.manifest import ManifestError, Variant, read_manifest, sha256, write_manifest
+from service.manifest import (
+    MANIFEST_FILE,
+    ManifestError,
+    Variant,
+    manifest_checksum,
+    model_folders,
+    read_manifest,
+    sha256,
+    write_manifest,
+)
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.support.tiny_model import CLASSES, DIMENSIONS, band, image_of, write_tiny_model
@@ -132,6 +142,27 @@ async def test_an_empty_models_folder_stops_the_start(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(StartError, match=r"holds no model; expected <name>/<version>/manifest\.json"):
             model_folders(folder)
+
+
+async def test_a_worker_serves_what_all_of_them_agreed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves out what came later, and does not start where something was changed or removed."""
+    folder = write_tiny_model(tmp_path, version="1")
+    agreed = {str(folder): manifest_checksum(folder)}
+    monkeypatch.setenv("_CAPSNET_MODELS", json.dumps(agreed))
+    write_tiny_model(tmp_path, version="2")
+    async with open_engine(settings(tmp_path), Metrics()) as engine:
+        assert [model.manifest.version for model in engine] == ["1"]
+    with (folder / MANIFEST_FILE).open("a") as manifest:
+        manifest.write("\n")
+    with pytest.raises(ManifestError, match=r"tiny/1/manifest\.json: .* since the start"):
+        async with open_engine(settings(tmp_path), Metrics()):
+            pass
+    shutil.rmtree(folder)
+    with pytest.raises(ManifestError, match=r"tiny/1/manifest\.json: .* since the start"):
+        async with open_engine(settings(tmp_path), Metrics()):
+            pass
 
 
 async def test_one_broken_version_stops_the_start(tiny_models: Path, tmp_path: Path) -> None:
