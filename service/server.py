@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import logging
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from socket import fromfd, socket
+from socket import socket
 from types import FrameType
 from typing import TYPE_CHECKING, cast
 
@@ -29,6 +30,8 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.oip_grpc import Server as GrpcServer
+
+logger = logging.getLogger(__name__)
 
 # Time for the clients of kept connections to hear, with their next answer, that they have to go elsewhere.
 _SETTLE = 0.25  # seconds
@@ -92,6 +95,11 @@ class _Server(uvicorn.Server):
         # Only the files' names go: what the workers that still drain count in stays until they end.
         shutil.rmtree(os.environ.get(OWN_FOLDER, ""), ignore_errors=True)
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # once a second
+            _warn_if_no_file_can_be_opened()
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._engine.ready = False
         super().handle_exit(sig, frame)
@@ -102,11 +110,8 @@ class _Server(uvicorn.Server):
         limit = asyncio.create_task(self._close_engine_at_limit())
         if self._grpc:
             await self._grpc.leave()
-        for server in self.servers:
-            for listener in server.sockets:
-                # A duplicate, because an event loop's own object does not take options.
-                with fromfd(listener.fileno(), listener.family, listener.type) as duplicate:
-                    stop_handshakes(duplicate)
+        for listener in sockets or []:
+            stop_handshakes(listener)
         if self._inbox is not None:
             self._inbox.tell(Notice.LEAVING)
             with contextlib.suppress(TimeoutError):
@@ -181,6 +186,14 @@ async def _serve(settings: Settings, channel: socket | None) -> None:
     async with app.router.lifespan_context(app):
         _calm_interpreter()
         await _Server(config, app.state.service, channel).serve(listeners)
+
+
+def _warn_if_no_file_can_be_opened() -> None:
+    """Say what the event loop keeps to itself: it resets connections that it has no descriptor for."""
+    try:
+        socket().close()
+    except OSError as error:
+        logger.error("new connections cannot be served: %s", error)
 
 
 def _calm_interpreter() -> None:

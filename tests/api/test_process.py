@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -18,8 +19,21 @@ import numpy as np
 import pytest
 
 from tests.support.encoded import npy, png_bomb
-from tests.support.process import IMAGE, LIMIT, PNG, START_LIMIT, environment, served
+from tests.support.process import (
+    IMAGE,
+    LIMIT,
+    PNG,
+    START_LIMIT,
+    connected,
+    environment,
+    served,
+    until_closed,
+)
 from tests.support.tiny_model import write_tiny_model
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % (
+    len(PNG)
+)
 
 
 def test_a_request_in_flight_at_sigterm_is_answered_and_the_exit_code_is_0(tiny_models: Path) -> None:
@@ -42,6 +56,27 @@ def test_a_request_in_flight_at_sigterm_is_answered_and_the_exit_code_is_0(tiny_
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"][0]["label"] == "3"
         assert service.process.wait(LIMIT) == 0
         assert time.monotonic() - stopping < LIMIT
+
+
+def test_a_process_without_file_descriptors_says_so_and_drains(tiny_models: Path) -> None:
+    """Where connections have taken them all, the log says it, and the request in flight is still answered."""
+    with served(tiny_models) as service, contextlib.ExitStack() as stack:
+        assert service.predict() == "3"  # Pillow opens the files of its decoders when they are first used
+        connection = stack.enter_context(connected(service))
+        connection.sendall(HEAD + PNG[:20])
+        resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE, (60, 60))
+        for _ in range(80):
+            stack.enter_context(connected(service))
+        deadline = time.monotonic() + LIMIT
+        while not any("Too many open files" in line for line in service.log):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)  # for the drain to begin
+        connection.sendall(PNG[20:])
+        assert until_closed(connection).startswith(b"HTTP/1.1 200 OK")
+        assert service.process.wait(LIMIT) == 0
+    assert not any("Traceback" in line for line in service.log)
 
 
 def test_a_request_that_never_ends_does_not_hold_up_the_exit(tiny_models: Path) -> None:
