@@ -36,16 +36,20 @@ class _Application(FastAPI):
         inner = super().build_middleware_stack()
         if self._tracing is None:  # FastAPI opens the spans of requests
             inner = Direct(inner, routes.router)
+        inner = problems.GivenUp(inner, stopping=self._is_stopping)
         # Around Starlette's own handling of unforeseen errors, so that their answers are observed as well.
         inner = security.protect(inner, self._settings)
         inner = Observation(inner, self._metrics, self._tracing, access_log=self._settings.access_log)
         # Outermost, because what follows an answer serves the connection and is no longer the request.
         return Connections(
             inner,
-            stopping=lambda: not self.state.service.engine.ready,
+            stopping=self._is_stopping,
             body_timeout=self._settings.body_timeout,
             max_body=self._settings.max_body,
         )
+
+    def _is_stopping(self) -> bool:
+        return not self.state.service.engine.ready
 
 
 def _telemetry(tracing: Tracing | None) -> TelemetryConfig:

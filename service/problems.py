@@ -3,14 +3,18 @@
 Below /v2 it is the Open Inference Protocol's error object instead.
 """
 
+import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
+from typing import cast
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.context import REFUSED, request_id
-from service.errors import InvalidInput, Overloaded, RequestError, UnableToAnswer
+from service.errors import InvalidInput, Overloaded, RequestError, ShuttingDown, UnableToAnswer
 from service.oip_schemas import ProtocolError
 from service.protocol import error_text
 from service.refusals import log_refusal
@@ -45,6 +49,36 @@ async def answer(request: Request, error: Exception) -> Response:
             return Response(status_code=499)
         case _:
             return _unexpected(request)
+
+
+class GivenUp:
+    """ASGI middleware that answers requests which the server cancels at the drain limit.
+
+    Args:
+        stopping: whether the service has been told to stop. Until then nobody cancels a request from outside.
+    """
+
+    def __init__(self, app: ASGIApp, *, stopping: Callable[[], bool]) -> None:
+        self._app = app
+        self._stopping = stopping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted_send(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted_send)
+        except asyncio.CancelledError:
+            if scope["type"] != "http" or begun or not self._stopping():
+                raise
+            cast("asyncio.Task[None]", asyncio.current_task()).uncancel()
+            error = ShuttingDown("The service stopped before the answer was ready.")
+            response = await request_error(Request(scope), error)
+            await response(scope, receive, send)
 
 
 async def request_error(request: Request, error: RequestError) -> Response:

@@ -42,6 +42,9 @@ _FIRST_REQUEST = 1.0  # seconds
 # What stays of the drain limit's last moments to write out the answers of requests that ran into it.
 _LAST_ANSWERS = 1.0  # seconds
 
+# Time for those that uvicorn gives up after that; the bodies of some will never be whole.
+_LAST_WORDS = 0.25  # seconds
+
 
 class _Server(uvicorn.Server):
     """Uvicorn, draining by our rules and ending with exit code 0.
@@ -124,6 +127,8 @@ class _Server(uvicorn.Server):
             stopping.append(self._grpc.stop(left))
         await asyncio.gather(*stopping)
         limit.cancel()
+        if given_up := self.server_state.tasks:  # uvicorn has cancelled them, and they say so
+            await asyncio.wait(given_up, timeout=_LAST_WORDS)
         # Runs whose callers have left.
         await self._engine.close(max(0.0, end - time.monotonic()))
 

@@ -80,16 +80,21 @@ def test_a_process_without_file_descriptors_says_so_and_drains(tiny_models: Path
 
 
 def test_a_request_that_never_ends_does_not_hold_up_the_exit(tiny_models: Path) -> None:
-    """At the drain limit a half-sent request is given up, and the exit is clean all the same."""
+    """At the drain limit a half-sent request is told that the service stops, and the exit is clean."""
     with (
-        served(tiny_models, drain_timeout="0.2") as service,
-        socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT) as connection,
+        served(tiny_models, drain_timeout="0.2", log_format="json", access_log="true") as service,
+        connected(service) as connection,
     ):
-        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n")
-        connection.sendall(b"Content-Length: 1000\r\nExpect: 100-continue\r\n\r\n")
-        assert b"100 Continue" in connection.recv(1000)
+        connection.sendall(HEAD + PNG[:20])
         service.process.send_signal(signal.SIGTERM)
+        answer = until_closed(connection)
         assert service.process.wait(LIMIT) == 0
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "urn:capsnet:problem:shutting-down"
+    entries = [json.loads(line) for line in service.log]
+    assert [entry["status"] for entry in entries if entry["logger"] == "service.access"] == [503]
+    assert any(entry["message"].startswith("Shutting down: ") for entry in entries)
+    assert not any("exception" in entry for entry in entries)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
