@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 DATA_DIR = "CAPSNET_DATA_DIR"
 """Of training, which is often run beside the service."""
+
+# What Kubernetes sets in every pod for a Service whose name begins with ours.
+_SERVICE_LINK = re.compile(
+    r"CAPSNET(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)"
+)
 
 
 def configure(settings: Settings) -> None:
@@ -41,7 +47,7 @@ def warn_of_unknown_settings(environment: Iterable[str]) -> None:
     """Name the variables that look like settings and are none: a misspelt one has no effect."""
     known = {f"CAPSNET_{name.upper()}" for name in Settings.model_fields} | {DATA_DIR}
     for name in sorted(environment):
-        if name.startswith("CAPSNET_") and name not in known:
+        if name.startswith("CAPSNET_") and name not in known and not _SERVICE_LINK.fullmatch(name):
             near = difflib.get_close_matches(name, known, 1)
             logger.warning("%s is no setting and has no effect%s", name, f"; {near[0]} is" if near else "")
 

@@ -197,6 +197,16 @@ class Settings(BaseSettings):
         bool, Field(description="Log a line for every request but gRPC's own for health.")
     ] = False
 
+    @field_validator("port", "grpc_port", mode="before")
+    @classmethod
+    def _not_a_service_link(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith("tcp://"):
+            raise ValueError(
+                "Kubernetes has set this, for a Service of the same name; set it in the container's env, "
+                "or enableServiceLinks: false in the pod's spec"
+            )
+        return value
+
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
     def _separated_by_commas(cls, value: object) -> object:

@@ -11,7 +11,9 @@ from service.settings import Settings
 _HEAD = """# Settings
 
 Each is an environment variable, or the option of `capsnet-serve` in its place, which wins. Several values \
-are separated by commas. This page is made by `python -m service.settings_table > docs/settings.md`.
+are separated by commas. In Kubernetes, a Service named `capsnet` sets `CAPSNET_PORT` to its address in \
+every pod beside it: set the port yourself, or `enableServiceLinks: false`. This page is made by \
+`python -m service.settings_table > docs/settings.md`.
 
 | variable | option | default | values | meaning |
 |---|---|---|---|---|

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from service.context import request_id
-from service.logs import ConsoleFormatter, JSONFormatter
+from service.logs import ConsoleFormatter, JSONFormatter, warn_of_unknown_settings
 
 
 @pytest.fixture
@@ -63,3 +63,20 @@ def test_a_console_line_ends_with_the_request_id(in_request: None) -> None:
 def test_a_console_line_outside_a_request_has_no_id() -> None:
     """At start and stop there is nothing to tell."""
     assert ConsoleFormatter().format(record("ready")).endswith(" WARNING service.test: ready")
+
+
+def test_misspelt_settings_are_told_from_what_kubernetes_sets(caplog: pytest.LogCaptureFixture) -> None:
+    """A variable that is nearly a setting is named; those that come with a Service called capsnet are not."""
+    links = [
+        "CAPSNET_SERVICE_HOST",
+        "CAPSNET_SERVICE_PORT",
+        "CAPSNET_SERVICE_PORT_HTTP",
+        "CAPSNET_PORT_8000_TCP",
+        "CAPSNET_PORT_8000_TCP_PROTO",
+        "CAPSNET_PORT_8000_TCP_PORT",
+        "CAPSNET_PORT_8000_TCP_ADDR",
+        "CAPSNET_GRPC_SERVICE_HOST",
+    ]
+    warn_of_unknown_settings([*links, "CAPSNET_PROT", "CAPSNET_PORT"])
+    (line,) = caplog.messages
+    assert line == "CAPSNET_PROT is no setting and has no effect; CAPSNET_PORT is"

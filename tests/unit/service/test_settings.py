@@ -55,6 +55,13 @@ def test_a_value_out_of_bounds_is_refused(name: str, value: object) -> None:
     assert refused.value.errors()[0]["loc"] == (name,)
 
 
+@pytest.mark.parametrize("name", ["port", "grpc_port"])
+def test_what_kubernetes_sets_is_told_apart_from_a_port(name: str) -> None:
+    """For a Service of the name it sets the variable to an address: the error says so, and what helps."""
+    with pytest.raises(ValidationError, match="enableServiceLinks: false"):
+        Settings.model_validate({name: "tcp://10.96.12.1:8000"})
+
+
 def test_bodies_have_room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """All bodies together may be as large as the largest one, and no smaller."""
     assert Settings(max_body=5000, max_bodies=5000).max_bodies == 5000
