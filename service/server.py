@@ -109,6 +109,12 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Stop accepting, finish what is in flight; at the limit fail what still waits."""
+        if self._channel is None:  # of several processes, the first says it
+            logger.info(
+                "told to stop; what is in flight (%d HTTP requests) has to be answered within %g s",
+                len(self.server_state.tasks),
+                self._drain_timeout,
+            )
         end = time.monotonic() + self._drain_timeout
         limit = asyncio.create_task(self._close_engine_at_limit())
         if self._grpc:
@@ -191,6 +197,8 @@ async def _serve(settings: Settings, channel: socket | None) -> None:
     async with app.router.lifespan_context(app):
         _calm_interpreter()
         await _Server(config, app.state.service, channel).serve(listeners)
+    if channel is None:
+        logger.info("stopped")
 
 
 def _warn_if_no_file_can_be_opened() -> None:

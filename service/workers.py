@@ -136,6 +136,11 @@ class _Supervisor:
             if await self._all_ready():
                 self._begin_to_serve()
                 await self._stopping.wait()
+                logger.info(
+                    "told to stop; what is in flight in %d workers has to be answered within %g s",
+                    len(self._workers),
+                    self._settings.drain_timeout,
+                )
                 await self._hand_over_the_rest()
             await asyncio.wait(places, timeout=self._settings.drain_timeout + _ENDING)
         finally:
@@ -143,6 +148,7 @@ class _Supervisor:
             for worker in self._workers:
                 worker.process.kill()
             await asyncio.gather(*places)
+        logger.info("stopped")
 
     async def _all_ready(self) -> bool:
         """Wait for the workers' start; False if a signal came before its end."""

@@ -97,14 +97,19 @@ def test_a_request_that_never_ends_does_not_hold_up_the_exit(tiny_models: Path) 
     assert not any("exception" in entry for entry in entries)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_idle_process_stops_at_once(tiny_models: Path, number: signal.Signals) -> None:
-    """An open connection without a request does not hold up the exit, whichever the signal."""
-    with served(tiny_models) as service:
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, "1"), (signal.SIGINT, "1"), (signal.SIGTERM, "2")]
+)
+def test_an_idle_process_stops_at_once(tiny_models: Path, number: signal.Signals, workers: str) -> None:
+    """An open connection without a request does not hold up the exit, of which the log tells."""
+    with served(tiny_models, workers=workers) as service:
         assert service.predict() == "3"  # leaves a keep-alive connection
+        said = len(service.log)
         service.process.send_signal(number)
         assert service.process.wait(5) == 0
-    assert not any("Traceback" in line for line in service.log)
+    first, last = service.log[said:]
+    assert re.search(r" INFO service\.\w+: told to stop; .* within 8 s$", first)
+    assert re.search(r" INFO service\.\w+: stopped$", last)
 
 
 @pytest.mark.parametrize("extra", [-1, 1], ids=["never whole", "too large"])
