@@ -1,6 +1,7 @@
 """`capsnet-serve`: signals, settings, then one process that serves or one that keeps several; exit code."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -63,7 +64,9 @@ def _run() -> int:
 
             run(settings, channel)
     except (StartError, ManifestError) as error:
-        if channel is None:
+        if channel is None and settings.log_format == "json":
+            logging.getLogger("service.main").error("%s", error)
+        elif channel is None:
             _complain(str(error))
         else:  # of all workers that cannot start for the same reason, one line
             channel.sendall(bytes([Notice.FAILED]) + str(error).encode())

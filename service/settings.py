@@ -191,7 +191,11 @@ class Settings(BaseSettings):
         Literal["debug", "info", "warning", "error"], Field(description="Least severe level that is logged.")
     ] = "info"
     log_format: Annotated[
-        Literal["console", "json"], Field(description="Lines for people, or one JSON object a line.")
+        Literal["console", "json"],
+        Field(
+            description="Lines for people, or one JSON object a line, but for what ONNX Runtime writes "
+            "itself and for an error in the settings."
+        ),
     ] = "console"
     access_log: Annotated[
         bool, Field(description="Log a line for every request but gRPC's own for health.")

@@ -372,6 +372,16 @@ def test_the_engine_is_plain_python() -> None:
     assert imported_by("service.decoding").isdisjoint({"fastapi", "starlette", "uvicorn"})
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_failed_start_is_json_where_the_log_is(tmp_path: Path, workers: str) -> None:
+    """What stops a start is an object with the same words as on a line for people."""
+    ended = start(tmp_path, log_format="json", workers=workers)
+    assert ended.returncode == 1
+    entry = json.loads(ended.stderr.splitlines()[-1])
+    assert (entry["level"], entry["logger"]) == ("error", "service.main")
+    assert entry["message"].startswith(f"{tmp_path}: holds no model; expected ")
+
+
 def test_every_line_of_a_json_log_is_json(tiny_models: Path) -> None:
     """From start to stop, with an access line and a refused request in between, each line is an object."""
     with served(tiny_models, log_format="json", access_log="true") as service:
