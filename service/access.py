@@ -14,7 +14,8 @@ def log_access(
     method: str,
     path: str,
     route: str,
-    status: int | str,
+    status: int | None = None,
+    grpc_status: str | None = None,
     seconds: float,
     stages: Iterable[Stage],
 ) -> None:
@@ -23,17 +24,24 @@ def log_access(
     Args:
         client: its address, if that is known.
         method: HTTP's, or `gRPC`.
-        status: HTTP's, or gRPC's name for it.
+        status: HTTP's; with neither this nor the next, there was no answer.
+        grpc_status: gRPC's, by its name.
     """
+    ended: dict[str, object] = {"aborted": True}
+    if grpc_status is not None:
+        ended = {"grpc_status": grpc_status}
+    elif status is not None:
+        ended = {"status": status}
     fields = {
         "client": client,
         "method": method,
         "path": path,
         "route": route,
-        "status": status,
+        **ended,
         "seconds": round(seconds, 6),
         "stages": {name: round(spent, 6) for name, spent in totals(stages).items()},
     }
+    told = grpc_status or status or "aborted"
     logger.info(
-        "%(client)s %(method)s %(path)s %(status)s in %(seconds)s s", fields, extra={"fields": fields}
+        "%s %s %s %s in %s s", client, method, path, told, fields["seconds"], extra={"fields": fields}
     )

@@ -42,7 +42,7 @@ class Observation:
         if self._tracing:
             self._tracing.begin(identity)
         stages = begin_record()
-        status = 0
+        status: int | None = None
         ended = 0.0
 
         async def observed_send(message: Message) -> None:
@@ -65,9 +65,9 @@ class Observation:
             if self._tracing:
                 self._tracing.add_stages(stages)
 
-    def _observe(self, scope: Scope, status: int, stages: list[Stage], seconds: float) -> None:
+    def _observe(self, scope: Scope, status: int | None, stages: list[Stage], seconds: float) -> None:
         route = getattr(scope.get("route"), "path", _NO_ROUTE)
-        self._metrics.requests.labels(route, str(status) if status else "aborted").inc()
+        self._metrics.requests.labels(route, str(status or "aborted")).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
         for stage in stages:
             if stage.name == "image_decode":

@@ -216,7 +216,7 @@ class _Inference:
                         method="gRPC",
                         path=route,
                         route=route,
-                        status=status,
+                        grpc_status=code.name,
                         seconds=seconds,
                         stages=stages,
                     )

@@ -1,11 +1,16 @@
 """Request ids, Server-Timing and the access log."""
 
+import asyncio
 import logging
 import re
+from typing import cast
 
 import pytest
 from starlette.testclient import TestClient
+from starlette.types import Receive, Send
 
+from service.metrics import Metrics
+from service.observation import Observation
 from tests.api.conftest import Serve, problem
 from tests.support.encoded import base64_text, encode
 from tests.support.tiny_model import image_of
@@ -82,6 +87,24 @@ def test_the_access_log_tells_no_content(serve: Serve, caplog: pytest.LogCapture
     told = repr(vars(first))
     for secret in ("top_k", "sesame", image[:20]):
         assert secret not in told
+
+
+@pytest.mark.anyio
+async def test_a_request_without_an_answer_has_no_status(caplog: pytest.LogCaptureFixture) -> None:
+    """A line says that it was aborted, as its figure does; status is a number wherever it stands."""
+
+    async def app(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    observed = Observation(app, Metrics(), None, access_log=True)
+    scope = {"type": "http", "method": "GET", "path": "/livez", "headers": []}
+    with caplog.at_level(logging.INFO, "service.access"), pytest.raises(asyncio.CancelledError):
+        await observed(scope, cast("Receive", None), cast("Send", None))
+    (line,) = caplog.records
+    assert "GET /livez aborted in " in line.getMessage()
+    fields = vars(line)["fields"]
+    assert fields["aborted"] is True
+    assert "status" not in fields
 
 
 def test_the_access_log_is_off_by_default(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:

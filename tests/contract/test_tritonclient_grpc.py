@@ -294,7 +294,7 @@ def test_a_taken_port_stops_the_start(process: Served, tiny_models: Path) -> Non
 
 
 def test_the_access_log_has_calls_too(tiny_models: Path) -> None:
-    """Each call is a line with the fields of HTTP's, how it ended by gRPC's name."""
+    """Each call is a line with the fields of HTTP's, but its status is gRPC's, in a field of its own."""
     with served(tiny_models, grpc_port="0", access_log="true", log_format="json") as process:
         with sync.InferenceServerClient(process.grpc_address) as client:
             client.infer("tiny-encoder", [tensor("images", image_of(3)[np.newaxis])])
@@ -305,10 +305,11 @@ def test_the_access_log_has_calls_too(tiny_models: Path) -> None:
         assert process.process.wait(LIMIT) == 0
     entries = [entry for line in process.log if (entry := json.loads(line))["logger"] == "service.access"]
     by_route = {entry["route"].rpartition("/")[2]: entry for entry in entries}
-    assert {route: (entry["method"], entry["status"]) for route, entry in by_route.items()} == {
+    livez = by_route.pop("livez")
+    assert (livez["method"], livez.pop("status")) == ("GET", 200)
+    assert {route: (entry["method"], entry.pop("grpc_status")) for route, entry in by_route.items()} == {
         "ModelInfer": ("gRPC", "OK"),
         "ModelMetadata": ("gRPC", "NOT_FOUND"),
-        "livez": ("GET", 200),
     }
     assert {entry["client"] for entry in entries} == {"127.0.0.1"}
     assert len({frozenset(entry) for entry in entries}) == 1
