@@ -18,9 +18,11 @@ async def bind(settings: Settings) -> list[socket.socket]:
         StartError: it cannot be taken.
     """
     host, port = settings.host, settings.port
+    # An event loop's socket for :: takes IPv6 alone. With port 0 the other would get a port of its own.
+    hosts = [host, "0.0.0.0"] if host == "::" and port else host  # noqa: S104 # what was asked for
     try:
         server = await asyncio.get_running_loop().create_server(
-            asyncio.Protocol, host, port, start_serving=False
+            asyncio.Protocol, hosts, port, start_serving=False
         )
     except OSError as error:
         raise StartError(f"CAPSNET_PORT: {host}:{port} cannot be taken: {error}") from error

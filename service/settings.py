@@ -27,7 +27,9 @@ class Settings(BaseSettings):
         cli_implicit_flags=True,
     )
 
-    host: Annotated[str, Field(min_length=1, description="Address to listen on.")] = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1, description="Address to listen on; :: is all, of IPv4 too.")] = (
+        "127.0.0.1"
+    )
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 takes any free one.")] = 8000
     grpc_port: Annotated[
         int | None,
