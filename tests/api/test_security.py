@@ -77,6 +77,7 @@ def test_a_refused_key_is_not_repeated(tiny_models: Path) -> None:
     ended = start(tiny_models, api_keys="short-secret")
     assert ended.returncode == 2
     assert ended.stderr.startswith("capsnet-serve: CAPSNET_API_KEYS: ")
+    assert "at least 16 characters" in ended.stderr
     assert "short-secret" not in ended.stderr
 
 
