@@ -21,6 +21,7 @@ from service.handling import Service
 from service.metrics import Metrics
 from service.observation import Observation
 from service.repository import Repository
+from service.sessions import resolve_device
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
 
@@ -66,6 +67,8 @@ def _telemetry(tracing: Tracing | None) -> TelemetryConfig:
 
 def create_app(settings: Settings) -> FastAPI:
     """The service as an ASGI application. Models are loaded when its lifespan begins."""
+    # Here, so that it is found out and logged once, whatever is loaded later.
+    settings = settings.model_copy(update={"device": resolve_device(settings.device)})
     metrics = Metrics()
     metrics.build(version("capsnet"), onnxruntime.__version__)
     tracing = open_tracing()

@@ -39,7 +39,6 @@ from service.sessions import (
     choose_precision,
     cuda_options,
     open_session,
-    resolve_device,
     session_threads,
     warm_up,
 )
@@ -425,8 +424,7 @@ def _announce(model: Model) -> None:
 
 def _start(settings: Settings, metrics: Metrics) -> Engine:
     # A frame of its own: `open_engine` stays open while versions are retired, and would keep their graphs.
-    device = resolve_device(settings.device)
-    loaded = [load_graphs(folder, settings, device) for folder in _folders(settings)]
+    loaded = [load_graphs(folder, settings, settings.device) for folder in _folders(settings)]
     engine = Engine([Model(graphs, settings, metrics) for graphs in loaded], settings.default_model)
     for model in engine:
         _announce(model)

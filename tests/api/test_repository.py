@@ -1,6 +1,7 @@
 """The repository extension over HTTP: off unless asked for, and under load nothing is lost."""
 
 import asyncio
+import logging
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx2
 import numpy as np
+import onnxruntime
 import pytest
 from starlette.testclient import TestClient
 
@@ -60,6 +62,20 @@ def test_it_needs_a_key_where_there_are_keys(serve: Serve, models: Path) -> None
     for path in (INDEX, LOAD, UNLOAD):
         assert guarded.post(path).status_code == 401
     assert guarded.post(LOAD, headers={"x-api-key": KEY}).status_code == 200
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has CUDA"
+)
+def test_a_load_says_nothing_more_of_a_device_that_is_not_there(
+    serve: Serve, models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which device `auto` is, the start finds out for good, and its one line says it."""
+    with caplog.at_level(logging.INFO):
+        client = serve(models=models, repository=True, device="auto")
+        write_tiny_model(models, "tiny", "2")
+        assert client.post(LOAD).status_code == 200
+    assert sum("CUDA is not in use" in message for message in caplog.messages) == 1
 
 
 def test_a_version_comes_and_goes(client: TestClient, models: Path) -> None:
