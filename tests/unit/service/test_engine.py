@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,9 +14,19 @@ import pytest
 from onnx import numpy_helper
 
 from service import engine as engine_module
+from service.batching import Arrays
 from service.binding import BoundSession
+from service.context import begin_record
 from service.engine import Engine, Graphs, Model, load_graphs, open_engine
-from service.errors import DeviceError, ShuttingDown, StartError, UnknownModel
+from service.errors import (
+    DeviceError,
+    InferenceFailed,
+    NotWorking,
+    Overloaded,
+    ShuttingDown,
+    StartError,
+    UnknownModel,
+)
 from service.manifest import (
     MANIFEST_FILE,
     ManifestError,
@@ -28,7 +39,7 @@ from service.manifest import (
 )
 from service.metrics import Metrics
 from service.settings import Settings
-from tests.support.tiny_model import CLASSES, DIMENSIONS, band, image_of, write_tiny_model
+from tests.support.tiny_model import CLASSES, DIMENSIONS, band, capsules_of, image_of, write_tiny_model
 
 pytestmark = pytest.mark.anyio
 
@@ -65,6 +76,15 @@ async def test_the_reconstruction_error_is_a_sum_over_the_scaled_image(tiny_mode
         found = await engine.default.predict(image[np.newaxis])
     assert found.errors[0] == pytest.approx(12, abs=1e-2)
     assert found.in_distribution.tolist() == [False]
+
+
+async def test_a_blank_image_is_unusual(tiny_models: Path) -> None:
+    """On an image of one level there is nothing of a class, however well it is drawn."""
+    images = np.stack([image_of(3, level=0), image_of(3)])
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
+        found = await engine.default.predict(images)
+    np.testing.assert_allclose(found.errors, 0, atol=1e-3)
+    assert found.in_distribution.tolist() == [False, True]
 
 
 async def test_reconstruct_draws_the_target_and_masks_the_others(tiny_models: Path) -> None:
@@ -165,6 +185,14 @@ async def test_a_worker_serves_what_all_of_them_agreed_on(
             pass
 
 
+async def test_what_is_no_version_is_passed_over(tmp_path: Path) -> None:
+    """Files, and folders whose names are no numbers, as an export leaves while it is writing."""
+    (tmp_path / ".export-a1b2" / "mnist").mkdir(parents=True)
+    version = write_tiny_model(tmp_path, "tiny", "1")
+    (version.parent / "2").touch()
+    assert model_folders(tmp_path) == [version]
+
+
 async def test_one_broken_version_stops_the_start(tiny_models: Path, tmp_path: Path) -> None:
     """A folder that is incomplete is not passed over in silence."""
     models = Path(shutil.copytree(tiny_models, tmp_path / "models"))
@@ -212,6 +240,51 @@ async def test_a_run_that_does_not_end_is_waited_for_once(
                 await asked
     finally:
         ends.set()
+
+
+def broken(*_: object) -> Any:
+    raise RuntimeError("the device is broken")
+
+
+async def test_a_failing_decoder_makes_it_unready_until_it_draws_again(tiny_models: Path) -> None:
+    """Whoever asks after each outage sets off the trial that ends it, and the trial is none of their own."""
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
+        model = engine.default
+        healthy = model._decoder._run
+        for _ in range(2):
+            model._decoder._run = broken
+            for _ in range(3):
+                with pytest.raises(InferenceFailed):
+                    await model.reconstruct(capsules_of(3), np.array([3]))
+            stages = begin_record()
+            for mended in (False, True):
+                with pytest.raises(NotWorking):
+                    engine.require_ready(model)
+                if mended:
+                    model._decoder._run = healthy
+                assert model._trial
+                await model._trial
+            engine.require_ready(model)
+            assert not stages
+
+
+async def test_the_decoders_queue_has_its_own_limit(tiny_models: Path) -> None:
+    """Of three callers one is drawn for and one waits, whatever the encoder's queue would take."""
+    narrow = settings(tiny_models, max_decoder_batch=1, decoder_queue_length=1)
+    async with open_engine(narrow, Metrics()) as engine:
+        model = engine.default
+        go_on, run = threading.Event(), model._decoder._run
+
+        def wait_and_run(inputs: Arrays) -> Arrays:
+            assert go_on.wait(10)
+            return run(inputs)
+
+        model._decoder._run = wait_and_run
+        callers = [asyncio.create_task(model.reconstruct(capsules_of(3), np.array([3]))) for _ in range(3)]
+        await asyncio.sleep(0)
+        go_on.set()
+        answers = await asyncio.gather(*callers, return_exceptions=True)
+    assert Overloaded in map(type, answers)
 
 
 async def test_models_can_be_put_together_by_hand(tiny_models: Path) -> None:

@@ -291,9 +291,10 @@ async def test_a_retired_version_finishes_what_it_has_begun(models: Path) -> Non
         write_tiny_model(models, "tiny", "2")
         await repository.load("tiny-encoder", {})
         with engine.choose("tiny/1").in_use() as old:
-            retiring = asyncio.create_task(repository.unload("tiny-encoder", {"version": "1"}))
-            while served(engine) != ["tiny/2"]:
-                await asyncio.sleep(0)
+            with old.in_use():  # by a request that ends first
+                retiring = asyncio.create_task(repository.unload("tiny-encoder", {"version": "1"}))
+                while served(engine) != ["tiny/2"]:
+                    await asyncio.sleep(0)
             with pytest.raises(UnknownModel):
                 engine.choose("tiny/1")
             for _ in range(3):
