@@ -91,6 +91,18 @@ def test_stages_are_measured(serve: Serve) -> None:
     assert value(found, "capsnet_image_decode_duration_seconds_count") == 1
 
 
+def test_failed_batches_are_counted(serve: Serve) -> None:
+    """A batch that fails counts once more, as a failure, however many rows it had."""
+    client = serve()
+    encoder = client.app.state.service.engine.default._encoder  # type: ignore[attr-defined] # typed as any ASGI callable
+    encoder._run = lambda _: 1 / 0
+    answer = client.post("/predict", content=npy(image_of(0)[None].repeat(3, 0)), headers=NPY)
+    assert answer.status_code == 500
+    found = scrape(client)
+    assert value(found, "capsnet_batch_failures_total", **ENCODER) == 1
+    assert value(found, "capsnet_batch_size_count", **ENCODER) == 1
+
+
 def test_what_runs_is_told(serve: Serve) -> None:
     """Model, device and build are labels, and the process's own figures are there."""
     found = scrape(serve(threads=1))

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from service.batching import Arrays, Batcher
+from service.context import begin_record
 from service.errors import InferenceFailed, Overloaded, ShuttingDown
 from service.metrics import Metrics
 
@@ -44,6 +45,23 @@ class Device:
 
     def go_on(self, batches: int = 1) -> None:
         self._go_on.release(batches)
+
+
+class Clock:
+    """Stands in for `time`, and goes on when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("service.batching.time", made)
+    return made
 
 
 def rows(*values: int) -> NDArray[Any]:
@@ -173,16 +191,33 @@ async def test_a_full_queue_refuses_at_once() -> None:
     assert [4] not in device.batches
 
 
-async def test_retry_after_follows_the_measured_speed() -> None:
+async def test_retry_after_follows_the_measured_speed(clock: Clock) -> None:
     """A queue that takes long to empty says so to those whom it refuses."""
     device = Device()
-    async with batcher(device, max_batch=1, queue_length=1) as made:
-        made._seconds_per_row = 12.5  # a measurement that would take the test as long
+    async with batcher(device, max_batch=2, queue_length=3) as made:
+        (first,) = await submitted(made, rows(1, 2))
+        await device.started()
+        clock.now += 81  # seconds for two rows, of which the average takes a fifth
+        device.go_on()
+        await first
         await busy(made, device)
-        await submitted(made, rows(1))
+        await submitted(made, rows(3), rows(4), rows(5))
         with pytest.raises(Overloaded) as refused:
-            await made.submit(rows(2))
-    assert refused.value.retry_after == 13
+            await made.submit(rows(6))
+    assert refused.value.retry_after == 25  # 3 * 8.1
+
+
+async def test_a_split_item_has_waited_when_its_first_rows_leave(clock: Clock) -> None:
+    """The runs between its parts are no time in the queue."""
+    device = Device()
+    stages = begin_record()
+    async with batcher(device, max_batch=1) as made:
+        (task,) = await submitted(made, rows(1, 2))
+        await device.started()
+        clock.now += 5
+        device.go_on(2)
+        await task
+    assert [(stage.name, stage.seconds) for stage in stages] == [("queue", 0)]
 
 
 async def test_a_cancelled_caller_is_not_computed_and_spares_its_neighbours() -> None:
@@ -318,6 +353,26 @@ async def test_closing_at_its_limit_answers_everyone() -> None:
         assert [type(result) for result in results] == [ShuttingDown] * 3
         assert made.depth == 0
     assert device.batches == [[0]]
+
+
+def test_a_run_that_outlasts_its_event_loop_ends_in_silence() -> None:
+    """Its thread ends without an error when nobody is left to hear of the outputs."""
+    device = Device()
+
+    async def leave() -> threading.Thread:
+        made = Batcher(
+            "test", device, max_batch=1, queue_length=1, metrics=Metrics().queue("test", "1", "encoder")
+        )
+        task = await busy(made, device)
+        await made.close(0)
+        with pytest.raises(ShuttingDown):
+            await task
+        return made._thread
+
+    thread = asyncio.run(leave())
+    device.go_on()
+    thread.join(LIMIT)
+    assert not thread.is_alive()
 
 
 async def test_the_event_loop_is_free_while_the_device_works() -> None:
