@@ -17,7 +17,7 @@ def folder(tiny_models: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_models / "tiny" / "1", tmp_path / "tiny" / "1"))
 
 
-def change(folder: Path, *place: str, value: Any) -> None:
+def change(folder: Path, *place: str | int, value: Any) -> None:
     path = folder / MANIFEST_FILE
     document = json.loads(path.read_text())
     inner = document
@@ -81,6 +81,28 @@ def test_a_broken_manifest_is_named(folder: Path, text: str) -> None:
 def test_a_field_that_is_wrong_is_named(folder: Path, place: tuple[str, ...], value: Any, named: str) -> None:
     """Whatever in the manifest does not fit the folder or itself is named."""
     change(folder, *place, value=value)
+    with pytest.raises(ManifestError) as refused:
+        read_manifest(folder)
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        (("psnr",), float("inf"), "variants.0.psnr"),
+        (("encoder", "outputs"), [], "int8 encoder.outputs"),
+        (("encoder", "sha256"), "0" * 64, "encoder.onnx: sha256"),
+    ],
+)
+def test_a_variant_is_checked_as_the_encoder_is(
+    folder: Path, place: tuple[str, ...], value: Any, named: str
+) -> None:
+    """Another file or form than the manifest tells, and a figure that is no number, are refused."""
+    encoder = read_manifest(folder).encoder.model_dump()
+    variant = {"precision": "int8", "encoder": encoder, "test_mistakes": 0, "agreement": 100, "psnr": 50}
+    change(folder, "variants", value=[variant])
+    read_manifest(folder)
+    change(folder, "variants", 0, *place, value=value)
     with pytest.raises(ManifestError) as refused:
         read_manifest(folder)
     assert named in str(refused.value)
