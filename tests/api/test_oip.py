@@ -62,6 +62,7 @@ def test_plain_json_needs_no_header_and_no_client(client: TestClient) -> None:
     assert int(np.argmax(lengths(answer))) == 6
     document = answer.json()
     assert list(document) == ["model_name", "model_version", "outputs"]
+    assert client.post(ENCODER, content=ask(NUMBERS, id="")).json()["id"] == ""
     assert [output["shape"] for output in document["outputs"]] == [[1, CLASSES, DIMENSIONS], [1, CLASSES]]
     assert len(document["outputs"][0]["data"]) == CLASSES * DIMENSIONS
 

@@ -1,6 +1,7 @@
 """The repository extension over HTTP: off unless asked for, and under load nothing is lost."""
 
 import asyncio
+import json
 import logging
 import os
 import shutil
@@ -19,7 +20,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.api.conftest import Serve
 from tests.api.test_oip import error
-from tests.support.encoded import encode
+from tests.support.encoded import base64_text, encode
 from tests.support.tiny_model import CLASSES, image_of, write_tiny_model
 
 INDEX = "/v2/repository/index"
@@ -198,11 +199,27 @@ async def test_nothing_is_lost_while_versions_are_replaced(models: Path) -> None
     assert set(answered) >= {"1", "2", "3", "4", "5", "6"}
 
 
+PNG = encode(image_of(4))
+ENCODED = b'{"image": "%s"}' % base64_text(PNG).encode()
+TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 28, 28], "data": image_of(4).ravel().tolist()}
+
+
 @pytest.mark.anyio
-async def test_a_request_whose_body_is_still_arriving_keeps_its_version(models: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "kind", "body"),
+    [
+        ("/predict", b"image/png", PNG),
+        ("/reconstruct", b"application/json", ENCODED),
+        ("/reconstruct/sweep", b"application/json", ENCODED),
+        ("/v2/models/tiny-encoder/infer", b"application/json", json.dumps({"inputs": [TENSOR]}).encode()),
+    ],
+    ids=["predict", "reconstruct", "sweep", "infer"],
+)
+async def test_a_request_whose_body_is_still_arriving_keeps_its_version(
+    models: Path, path: str, kind: bytes, body: bytes
+) -> None:
     """It was accepted for the version that was the newest; that one is retired only after its answer."""
     write_tiny_model(models, "tiny", "2")
-    body = encode(image_of(4))
     rest = asyncio.Event()
     begun = asyncio.Event()
 
@@ -233,10 +250,10 @@ async def test_a_request_whose_body_is_still_arriving_keeps_its_version(models: 
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/predict",
-        "raw_path": b"/predict",
+        "path": path,
+        "raw_path": path.encode(),
         "query_string": b"",
-        "headers": [(b"content-type", b"image/png")],
+        "headers": [(b"content-type", kind)],
         "http_version": "1.1",
         "scheme": "http",
         "app": app,
@@ -258,4 +275,4 @@ async def test_a_request_whose_body_is_still_arriving_keeps_its_version(models: 
         await request
         await retiring
     assert sent[0]["status"] == 200
-    assert b'"version":"2"' in sent[1]["body"]
+    assert b'version":"2"' in sent[1]["body"]
