@@ -61,6 +61,12 @@ def test_tweaks_change_the_capsule_and_the_reconstruction(client: TestClient) ->
     assert light(decode_data_url(document["reconstruction"]), 3) == pytest.approx(0.75, abs=1 / 255)
 
 
+def test_the_largest_tweaks_are_taken(client: TestClient) -> None:
+    """Up to ten a dimension may be moved or set, either way."""
+    tweaks = [{"dimension": 1, "delta": 10}, {"dimension": 2, "value": -10}]
+    assert ask(client, image=ENCODED, tweaks=tweaks)["capsule"][1:3] == [10, -10]
+
+
 def test_another_class_is_drawn_from_its_own_capsule(client: TestClient) -> None:
     """Asking for class 7 draws capsule 7, tweaked, and masks the predicted one."""
     document = ask(client, image=ENCODED, tweaks=[{"dimension": 2, "delta": 0.6}], **{"class": "7"})

@@ -32,3 +32,8 @@ def test_the_papers_deltas() -> None:
     """-0.25 … 0.25 by 0.05 are eleven deltas with 0 in the middle."""
     assert default_deltas((-0.25, 0.25), 0.05) == pytest.approx(np.linspace(-0.25, 0.25, 11))
     assert default_deltas((-0.25, 0.25), 0.05)[5] == 0
+
+
+def test_a_step_that_binary_cannot_hold_reaches_the_end() -> None:
+    """-0.3 … 0.3 by 0.1 are seven deltas, though 0.6 divided by 0.1 is a little less than six."""
+    assert default_deltas((-0.3, 0.3), 0.1) == [-0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.3]
