@@ -147,13 +147,14 @@ def test_named_origins_may_call(serve: Serve) -> None:
 
 @pytest.mark.parametrize("path", ["/livez", "/", "/docs", "/nowhere"])
 def test_every_answer_keeps_browsers_careful(client: TestClient, path: str) -> None:
-    """No sniffing, no framing, no foreign scripts, no referrer."""
+    """No sniffing, no framing, no foreign scripts or forms, no referrer."""
     headers = client.get(path).headers
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["x-frame-options"] == "DENY"
     assert headers["referrer-policy"] == "no-referrer"
     policy = headers["content-security-policy"]
-    assert "default-src 'self'" in policy
+    rules = {"default-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"}
+    assert rules <= set(policy.split("; "))
     assert "script-src" not in policy, "scripts fall under default-src: no inline script, no eval"
 
 
