@@ -1,6 +1,7 @@
 """Bytes from anybody become the network's pixels, or an error that says why not."""
 
 import io
+import struct
 import tracemalloc
 from typing import Any
 
@@ -10,7 +11,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import InvalidInput, TooLarge
-from service.images import Pixels, Preprocess, decode_base64, encode_png, open_image, prepare, read_npy
+from service.images import (
+    Pixels,
+    Preprocess,
+    decode_base64,
+    encode_png,
+    open_image,
+    prepare,
+    read_npy,
+    to_uint8,
+)
 from service.manifest import ImageSpec
 from tests.support.encoded import base64_text, encode, npy, npy_with_header, png_bomb
 from tests.support.mnist import mnist_test_images
@@ -139,8 +149,15 @@ def test_a_shaded_and_noisy_photograph_is_levelled() -> None:
 def test_thin_strokes_keep_their_strength() -> None:
     """A stroke much thinner than a pixel of the result is still drawn at full strength."""
     image = np.full((1000, 1000), 255, np.uint8)
-    image[200:800, 498:502] = 0
+    image[200:800, 498:502] = image[498:502, 200:800] = 0
     assert prepared(encode(image)).max() == 255
+
+
+@pytest.mark.parametrize(("contrast", "drawn"), [(16, False), (17, True)])
+def test_faint_ink_is_ink_from_a_contrast_on(contrast: int, drawn: bool) -> None:
+    """What stands out from clean paper by sixteen levels or fewer is a trace, and beyond that a stroke."""
+    page = 200 - np.where(glyph(252) > 0, contrast, 0).astype(np.uint8)
+    assert prepared(encode(page)).any() == drawn
 
 
 def test_a_blank_page_stays_blank() -> None:
@@ -205,11 +222,12 @@ def test_16_bits_may_hold_fewer(bits: int) -> None:
     np.testing.assert_allclose(prepared(encode(levels), preprocess="none"), glyph(), atol=1)
 
 
-@pytest.mark.parametrize("ink", [0, 255])
-def test_transparency_is_put_on_what_the_ink_stands_out_from(ink: int) -> None:
-    """Black or white strokes on a transparent sheet both become the same digit."""
-    rgba = np.full((28, 28, 4), ink, np.uint8)
-    rgba[:, :, 3] = glyph()
+@pytest.mark.parametrize(("ink", "sheet", "alpha"), [(0, 0, 0), (255, 255, 0), (0, 255, 9), (255, 0, 9)])
+def test_transparency_is_put_on_what_the_ink_stands_out_from(ink: int, sheet: int, alpha: int) -> None:
+    """Black or white strokes on a sheet that is all but transparent become the same digit."""
+    rgba = np.full((28, 28, 4), sheet, np.uint8)
+    rgba[glyph() > 0] = ink
+    rgba[:, :, 3] = np.maximum(glyph(), alpha)
     expected = prepared(encode(glyph()), preprocess="centre" if ink == 0 else "auto")
     np.testing.assert_allclose(prepared(encode(rgba)).astype(int), expected, atol=1)
 
@@ -260,6 +278,21 @@ def test_what_is_no_image_is_refused(data: bytes) -> None:
         prepared(data)
     assert "PNG" in str(refused.value.expected)
     assert refused.value.received
+
+
+PSD = b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, 28, 28, 8, 1) + bytes(3 * 4 + 2 + 28 * 28)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [encode(np.zeros((28, 28), np.uint8), name) for name in ("EPS", "TIFF", "PPM")] + [PSD],
+    ids=["EPS", "TIFF", "PPM", "PSD"],
+)
+def test_other_formats_are_not_even_opened(data: bytes) -> None:
+    """Images that Pillow could read, EPS by a program of its own, are refused by their first bytes."""
+    assert Image.open(io.BytesIO(data)).size == (28, 28)
+    with pytest.raises(InvalidInput, match="cannot be decoded"):
+        open_image(data, MAX_PIXELS)
 
 
 def test_damage_anywhere_is_refused_or_harmless() -> None:
@@ -391,6 +424,14 @@ def test_too_many_npy_images_are_refused() -> None:
     read_npy(npy(np.zeros((4, 28, 28), np.uint8)), (28, 28), max_images=4)
     with pytest.raises(TooLarge):
         read_npy(npy(np.zeros((5, 28, 28), np.uint8)), (28, 28), max_images=4)
+
+
+def test_levels_are_rounded() -> None:
+    """Each level is written as the whole one that it is nearest to."""
+    levels = np.arange(256)
+    for off in (-0.4, 0, 0.4):
+        values = ((levels + off) / 255).clip(0, 1).astype(np.float32)
+        np.testing.assert_array_equal(to_uint8(values), levels)
 
 
 @pytest.mark.parametrize("large", [False, True])
