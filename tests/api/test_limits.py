@@ -132,12 +132,14 @@ async def test_overload_is_refused_before_anything_is_decoded(tiny_models: Path)
 
 
 async def test_an_answer_that_takes_too_long_is_a_503(tiny_models: Path) -> None:
-    """At the request's time limit its caller is told, and its rows leave the queue."""
+    """At the request's time limit its caller is told when to try again, and its rows leave the queue."""
     async with running(tiny_models, request_timeout=0.05) as service:
         first = await service.busy()
         second = service.predict()
         for task in (first, second):
-            problem(await task, 503)
+            answer = await task
+            problem(answer, 503)
+            assert answer.headers["retry-after"] == "1"
         assert service.encoder.depth == 0
         service.go_on.set()
     assert service.rows == [1]

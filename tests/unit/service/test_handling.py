@@ -32,13 +32,14 @@ def request(receive: Callable[[], Awaitable[Any]] = for_ever) -> Request:
 
 
 async def test_work_in_time_is_answered() -> None:
-    """What the work returns is returned, though the caller was watched meanwhile."""
+    """What the work returns is returned, though the caller was watched, who is cancelled no more after it."""
 
     async def work() -> str:
         await asyncio.sleep(LIMIT / 2)
         return "done"
 
     assert await answer_in_time(request(), work()) == "done"
+    await asyncio.sleep(LIMIT)
 
 
 async def test_the_limit_holds_when_the_caller_is_watched() -> None:
