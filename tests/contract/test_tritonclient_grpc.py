@@ -102,9 +102,11 @@ def test_typed_contents_are_taken_as_raw_ones_are(client: sync.InferenceServerCl
     drawn = np.frombuffer(client._client_stub.ModelInfer(decode).raw_output_contents[0], np.float32)
     assert drawn.reshape(SIDE, SIDE)[band(4), 4:24].min() == 1
     tensors = list(decode.inputs)
+    bare = [{"name": given.name, "datatype": given.datatype, "shape": given.shape} for given in tensors]
     other = {"name": "target", "datatype": "INT64", "shape": [1], "contents": {"int_contents": [4]}}
     for inputs, raw in (
         (tensors, [b"x"]),  # fewer than the inputs
+        (bare, [bytes(640), bytes(8), b""]),  # more than they are
         (tensors, [bytes(640), bytes(8)]),  # beside typed contents
         ([tensors[0], other], []),  # in the field of another datatype
     ):
