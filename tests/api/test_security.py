@@ -131,15 +131,14 @@ def test_no_origin_may_call_by_default(client: TestClient) -> None:
 def test_named_origins_may_call(serve: Serve) -> None:
     """A preflight needs no key; what follows does, and its refusal can be read by the page."""
     client = serve(api_keys=KEY, cors_origins="https://a.example,https://b.example")
-    preflight = client.options(
-        "/predict",
-        headers={**PREFLIGHT, "access-control-request-headers": "content-encoding,content-type,x-api-key"},
-    )
+    length = "Inference-Header-Content-Length"
+    asked = f"authorization,content-encoding,content-type,{length.lower()},x-api-key"
+    preflight = client.options("/predict", headers={**PREFLIGHT, "access-control-request-headers": asked})
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
     refused = client.get("/models", headers={"origin": "https://b.example"})
     exposed = set(refused.headers["access-control-expose-headers"].split(", "))
-    assert exposed >= client.get("/openapi.json").json()["components"]["headers"].keys()
+    assert exposed >= client.get("/openapi.json").json()["components"]["headers"].keys() | {length}
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://b.example")
     other = client.get("/livez", headers={"origin": "https://c.example"})
     assert "access-control-allow-origin" not in other.headers
