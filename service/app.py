@@ -12,7 +12,6 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
 from service import oip, oip_repository, openapi, pages, problems, routes, security
-from service.body_room import BodyRoom
 from service.connections import Connections
 from service.decoding import Decoder
 from service.direct import Direct
@@ -21,6 +20,7 @@ from service.handling import Service
 from service.metrics import Metrics
 from service.observation import Observation
 from service.repository import Repository
+from service.room import Room
 from service.sessions import resolve_device
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
@@ -79,7 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
             decoder = Decoder(settings)
             repository = Repository(settings, engine, metrics) if settings.repository else None
             app.state.service = Service(
-                settings, engine, decoder, metrics, tracing, repository, BodyRoom(settings.max_bodies)
+                settings, engine, decoder, metrics, tracing, repository, Room(settings.max_bodies)
             )
             try:
                 yield

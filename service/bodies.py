@@ -12,7 +12,6 @@ from pydantic import BaseModel, ValidationError
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from service.body_room import Share
 from service.errors import (
     BodyTimeout,
     InvalidInput,
@@ -21,6 +20,7 @@ from service.errors import (
     TooLarge,
     UnsupportedMediaType,
 )
+from service.room import Share
 from service.settings import Settings
 
 JSON = "application/json"

@@ -8,13 +8,13 @@ from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Request
 
-from service.body_room import BodyRoom
 from service.decoding import Decoder
 from service.engine import Engine
 from service.errors import TimedOut
 from service.metrics import Metrics
 from service.problems import ClientGone
 from service.repository import Repository
+from service.room import Room
 from service.settings import Settings
 from service.tracing import Tracing
 
@@ -48,7 +48,7 @@ class Service:
     tracing: Tracing | None
     repository: Repository | None
     """None where its extension is off."""
-    body_room: BodyRoom
+    body_room: Room
 
 
 def service_of(request: Request) -> Service:

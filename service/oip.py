@@ -13,7 +13,6 @@ from fastapi import Request, Response
 
 from service import openapi, protocol
 from service.bodies import JSON, parse_json, read_body
-from service.body_room import Share
 from service.errors import InvalidInput, MalformedBody
 from service.handling import Router, answer_in_time, service_of
 from service.oip_schemas import (
@@ -28,6 +27,7 @@ from service.oip_schemas import (
 )
 from service.protocol import ServedGraph
 from service.repository import EXTENSION
+from service.room import Share
 from service.tensors import Array, check_tensor, from_bytes, from_values, to_bytes
 
 router = Router(prefix="/v2", tags=["Open Inference Protocol"])

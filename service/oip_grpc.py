@@ -19,7 +19,6 @@ from google.protobuf.message import Message
 from service import grpc_health, protocol
 from service import oip_pb2 as pb
 from service.access import log_access
-from service.body_room import Share
 from service.context import begin_record, request_id
 from service.engine import Model
 from service.errors import (
@@ -40,6 +39,7 @@ from service.keys import KeyRing
 from service.protocol import ServedGraph
 from service.refusals import log_refusal
 from service.repository import EXTENSION, Repository
+from service.room import Share
 from service.tensors import Array, check_tensor, from_bytes, from_values, to_bytes
 
 logger = logging.getLogger(__name__)

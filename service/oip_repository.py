@@ -12,10 +12,10 @@ from pydantic import BaseModel
 
 from service import openapi
 from service.bodies import parse_json, read_body
-from service.body_room import Share
 from service.handling import answer_in_time, service_of
 from service.oip_schemas import ChangeRequest, IndexEntry, IndexRequest
 from service.repository import Repository
+from service.room import Share
 
 router = APIRouter(prefix="/v2/repository", tags=["Open Inference Protocol"])
 

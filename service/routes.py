@@ -28,13 +28,13 @@ from service.bodies import (
     parse_query,
     read_body,
 )
-from service.body_room import Share
 from service.decoding import naming
 from service.engine import Float, Model, Predictions
 from service.errors import InvalidInput
 from service.figures import sweep_figure
 from service.handling import Router, Service, answer_in_time, service_of
 from service.images import FORMATS, Pixels, data_url, decode_base64, encode_png, read_npy, to_uint8
+from service.room import Share
 from service.schemas import (
     LiveAnswer,
     ModelsAnswer,

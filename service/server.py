@@ -19,13 +19,13 @@ import uvicorn
 
 from service.app import create_app
 from service.backlog import stop_handshakes
-from service.body_room import BodyRoom
 from service.errors import StartError
 from service.handling import Service
 from service.handover import OWN_FOLDER, Inbox, Notice
-from service.heads import TimedHeads
+from service.http_protocol import LimitedProtocol
 from service.listeners import bind, listen
 from service.logs import announce
+from service.room import Room
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class _Server(uvicorn.Server):
     async def _serve_connection(self, connection: socket, closed: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
         protocol = partial(
-            cast("type[TimedHeads]", self.config.http_protocol_class),
+            cast("type[LimitedProtocol]", self.config.http_protocol_class),
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,
@@ -143,7 +143,7 @@ class _Server(uvicorn.Server):
         began = time.monotonic()
         for connection in self.server_state.connections:
             # What a resting client has sent must not be closed unread.
-            cast("TimedHeads", connection).read_on()
+            cast("LimitedProtocol", connection).read_on()
         while (waited := time.monotonic() - began) < _SETTLE or (
             waited < _FIRST_REQUEST
             and any(
@@ -183,10 +183,10 @@ async def _serve(settings: Settings, channel: socket | None) -> None:
     config = uvicorn.Config(
         app,
         http=partial(  # type: ignore[arg-type] # a factory does
-            TimedHeads,
+            LimitedProtocol,
             head_timeout=settings.head_timeout,
             answer_timeout=settings.answer_timeout,
-            answer_room=BodyRoom(settings.max_bodies, "answers that are not taken yet"),
+            answer_room=Room(settings.max_bodies, "answers that are not taken yet"),
         ),
         lifespan="off",  # entered below, so that a failed start is one line and not a stack
         log_config=None,

@@ -10,11 +10,11 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.body_room import BodyRoom, Share
 from service.context import REFUSED
 from service.errors import Overloaded
 from service.one_write import OneWrite
 from service.refusals import RefusalLog
+from service.room import Room, Share
 
 # After a refusal for overload a connection is read again this much later. A client that waits as it was told
 # notices nothing; one that tries again at once costs one refusal a second at most.
@@ -32,7 +32,7 @@ class _Parser(httptools.HttpRequestParser):
     Where one is offered, httptools takes what follows the head for that protocol, and not for the body.
     """
 
-    def __init__(self, protocol: "TimedHeads") -> None:
+    def __init__(self, protocol: "LimitedProtocol") -> None:
         super().__init__(protocol)
         self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         self._protocol = protocol
@@ -53,7 +53,7 @@ class _Parser(httptools.HttpRequestParser):
             super(_Parser, parser).feed_data(head)
 
 
-class TimedHeads(HttpToolsProtocol):
+class LimitedProtocol(HttpToolsProtocol):
     """Closes a connection whose client does not finish a request's head in time, or sends one without end, or
     does not take an answer.
 
@@ -73,7 +73,7 @@ class TimedHeads(HttpToolsProtocol):
         *arguments: Any,
         head_timeout: float,
         answer_timeout: float,
-        answer_room: BodyRoom,
+        answer_room: Room,
         closed: Callable[[], None] = lambda: None,
         **parts: Any,
     ) -> None:

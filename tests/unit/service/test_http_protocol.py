@@ -13,11 +13,11 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from service import heads
-from service.body_room import BodyRoom
+from service import http_protocol
 from service.context import REFUSED
-from service.heads import TimedHeads
+from service.http_protocol import LimitedProtocol
 from service.refusals import RefusalLog
+from service.room import Room
 
 pytestmark = pytest.mark.anyio
 
@@ -50,13 +50,13 @@ class App:
 
 @asynccontextmanager
 async def served(
-    app: App, *, answer_timeout: float = LIMIT, answer_room: BodyRoom | None = None
+    app: App, *, answer_timeout: float = LIMIT, answer_room: Room | None = None
 ) -> AsyncIterator[tuple[uvicorn.Server, asyncio.StreamReader, asyncio.StreamWriter]]:
     http = partial(
-        TimedHeads,
+        LimitedProtocol,
         head_timeout=LIMIT,
         answer_timeout=answer_timeout,
-        answer_room=answer_room or BodyRoom(2 * SIZE),
+        answer_room=answer_room or Room(2 * SIZE),
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, http=http))  # type: ignore[arg-type] # a factory does
     running = asyncio.create_task(server.serve())
@@ -99,7 +99,9 @@ async def test_a_head_up_to_the_limit_is_read() -> None:
     head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\nCookie: "
     async with served(app) as (_, reader, writer):
         for _ in range(2):  # on a kept connection each has the whole limit
-            writer.write(head + b"c" * (heads.MAX_HEAD - len(head) - 4) + b"\r\n\r\n" + bytes(300_000))
+            writer.write(
+                head + b"c" * (http_protocol.MAX_HEAD - len(head) - 4) + b"\r\n\r\n" + bytes(300_000)
+            )
             assert await answer(reader) == b"ok"
 
 
@@ -122,7 +124,7 @@ async def test_trailers_without_end_are_refused() -> None:
 async def refused(line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Send the line again and again; return when the connection is closed, before eight times the limit."""
     with contextlib.suppress(ConnectionError):  # what was still under way when it closed
-        for _ in range(8 * heads.MAX_HEAD // len(line)):
+        for _ in range(8 * http_protocol.MAX_HEAD // len(line)):
             writer.write(line)
             await writer.drain()
         assert await reader.read() == b""
@@ -132,7 +134,7 @@ async def test_a_refused_connection_is_read_again_when_its_rest_is_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a refused client sends at once waits unread until the rest is over, and is answered then."""
-    monkeypatch.setattr(heads, "REST", LIMIT)
+    monkeypatch.setattr(http_protocol, "REST", LIMIT)
     app = App()
     async with served(app) as (server, reader, writer):
         writer.write(REQUEST)
@@ -142,7 +144,7 @@ async def test_a_refused_connection_is_read_again_when_its_rest_is_over(
         await asyncio.sleep(0.2)
         assert app.requests == 1
         (connection,) = server.server_state.connections
-        cast("TimedHeads", connection).read_on()
+        cast("LimitedProtocol", connection).read_on()
         assert await answer(reader) == b"ok"
         writer.write(REQUEST)
         assert await answer(reader) == b"ok"  # that one was no refusal: no rest
@@ -151,7 +153,7 @@ async def test_a_refused_connection_is_read_again_when_its_rest_is_over(
 
 async def test_a_rest_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """After its rest a connection goes on without anybody's doing."""
-    monkeypatch.setattr(heads, "REST", 0.05)
+    monkeypatch.setattr(http_protocol, "REST", 0.05)
     app = App()
     async with served(app) as (_, reader, writer):
         for _ in range(3):
@@ -170,7 +172,7 @@ async def test_a_connection_that_does_not_rest_is_not_read_on() -> None:
         await writer.drain()
         while not app.requests:
             await asyncio.sleep(0.01)
-        (connection,) = cast("set[TimedHeads]", server.server_state.connections)
+        (connection,) = cast("set[LimitedProtocol]", server.server_state.connections)
         assert not connection.transport.is_reading()
         connection.read_on()
         assert not connection.transport.is_reading()
@@ -184,7 +186,7 @@ async def test_a_connection_that_was_reset_is_forgotten() -> None:
     async with served(app) as (server, reader, writer):
         writer.write(REQUEST)
         assert await answer(reader) == b"ok"
-        (connection,) = cast("set[TimedHeads]", server.server_state.connections)
+        (connection,) = cast("set[LimitedProtocol]", server.server_state.connections)
         assert connection.timeout_keep_alive_task is not None
         linger_not = struct.pack("ii", 1, 0)
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_not)
@@ -267,7 +269,7 @@ async def take(reader: asyncio.StreamReader) -> None:
 @pytest.fixture(autouse=True)
 def log(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test before has logged silences no line."""
-    monkeypatch.setattr(heads, "_log_seldom", RefusalLog().log_seldom)
+    monkeypatch.setattr(http_protocol, "_log_seldom", RefusalLog().log_seldom)
 
 
 both_loops = pytest.mark.parametrize(
@@ -283,7 +285,7 @@ async def test_an_answer_that_nobody_takes_is_given_up(
     request_: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A client that reads nothing of its answer is cut off when its time is over, and the bytes are free."""
-    room = BodyRoom(2 * SIZE)
+    room = Room(2 * SIZE)
     async with served(Large(), answer_timeout=0.2, answer_room=room) as (server, reader, writer):
         writer.write(request_)
         await until(lambda: room.taken > 0)
@@ -298,12 +300,12 @@ async def test_an_answer_that_nobody_takes_is_given_up(
 @both_loops
 async def test_a_slow_client_gets_the_whole_answer() -> None:
     """Who takes an answer within its time gets it all, and the next one on the same connection too."""
-    room = BodyRoom(2 * SIZE)
+    room = Room(2 * SIZE)
     async with served(Large(), answer_room=room) as (server, reader, writer):
         for _ in range(2):
             writer.write(REQUEST)
             await until(lambda: room.taken > 0)
-            (connection,) = cast("set[TimedHeads]", server.server_state.connections)
+            (connection,) = cast("set[LimitedProtocol]", server.server_state.connections)
             assert connection.timeout_keep_alive_task is None  # it does not idle yet
             await take(reader)
             await until(lambda: room.taken == 0)
@@ -313,7 +315,7 @@ async def test_a_slow_client_gets_the_whole_answer() -> None:
 @both_loops
 async def test_answers_that_nobody_takes_have_a_limit_together(caplog: pytest.LogCaptureFixture) -> None:
     """Beyond it a connection is cut at once, and whoever waited before gets the whole answer."""
-    room = BodyRoom(SIZE)
+    room = Room(SIZE)
     async with served(Large(), answer_room=room) as (server, reader, writer):
         writer.write(REQUEST)
         await until(lambda: room.taken > 0)
@@ -329,7 +331,7 @@ async def test_answers_that_nobody_takes_have_a_limit_together(caplog: pytest.Lo
 
 async def test_an_answer_larger_than_the_limit_arrives_alone() -> None:
     """A small limit does not make a large answer impossible."""
-    async with served(Large(), answer_room=BodyRoom(1024)) as (_, reader, writer):
+    async with served(Large(), answer_room=Room(1024)) as (_, reader, writer):
         for _ in range(2):
             writer.write(REQUEST)
             await take(reader)
@@ -339,7 +341,7 @@ async def test_an_answer_larger_than_the_limit_arrives_alone() -> None:
 @pytest.mark.parametrize("at_once", [True, False])
 async def test_a_request_waits_for_the_answer_before_it(at_once: bool) -> None:
     """The answer to a next request is not even made while the one before waits for the client."""
-    app, room = Large(), BodyRoom(2 * SIZE)
+    app, room = Large(), Room(2 * SIZE)
     async with served(app, answer_room=room) as (_, reader, writer):
         writer.write(REQUEST * (2 if at_once else 1))
         await until(lambda: room.taken > 0)
@@ -354,13 +356,13 @@ async def test_a_request_waits_for_the_answer_before_it(at_once: bool) -> None:
 
 async def test_what_waits_behind_an_answer_is_read_at_a_stop() -> None:
     """A request that came while the answer before it was not taken yet is answered before the end."""
-    app, room = Large(), BodyRoom(2 * SIZE)
+    app, room = Large(), Room(2 * SIZE)
     async with served(app, answer_room=room) as (server, reader, writer):
         writer.write(REQUEST)
         await until(lambda: room.taken > 0)
         writer.write(REQUEST)
         await asyncio.sleep(0.1)
-        (connection,) = cast("set[TimedHeads]", server.server_state.connections)
+        (connection,) = cast("set[LimitedProtocol]", server.server_state.connections)
         connection.read_on()
         await until(lambda: app.requests == 2)
         await take(reader)

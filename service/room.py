@@ -3,7 +3,7 @@
 from service.errors import Overloaded
 
 
-class BodyRoom:
+class Room:
     """Room for the bodies of all requests, or of what else is named. Belongs to one event loop."""
 
     def __init__(self, size: int, holds: str = "request bodies") -> None:
@@ -17,7 +17,7 @@ class Share:
 
     __slots__ = ("_room", "_taken")
 
-    def __init__(self, room: BodyRoom) -> None:
+    def __init__(self, room: Room) -> None:
         self._room = room
         self._taken = 0
 
