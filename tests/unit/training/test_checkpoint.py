@@ -27,11 +27,12 @@ def state(model_config: ModelConfig, train_config: TrainConfig) -> Checkpoint:
 
 
 def test_round_trip(state: Checkpoint, model_config: ModelConfig, tmp_path: Path) -> None:
-    """A checkpoint gives back the same network, and knows whether its run is finished."""
+    """A checkpoint gives back the same network, in evaluation mode, and knows whether its run is finished."""
     checkpoints.save(state, tmp_path / "run" / "checkpoint.pt")
     loaded = checkpoints.read(tmp_path / "run")
     network = loaded.network()
     assert network.config == model_config
+    assert not network.training
     assert all(torch.equal(weight, state.model[name]) for name, weight in network.state_dict().items())
     assert not loaded.finished
     loaded.epoch = 3
@@ -76,6 +77,25 @@ def test_checkpoint_of_other_code(state: Checkpoint) -> None:
     state.train_config["dropout"] = 0.5
     with pytest.raises(CheckpointError, match=r"other code than this: unknown settings \['dropout'\]"):
         state.settings()
+
+
+class Touches:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_checkpoint_is_run(state: Checkpoint, tmp_path: Path) -> None:
+    """A checkpoint from elsewhere that holds a call is refused, and the call is not made."""
+    state.optimizer = {"state": Touches(tmp_path / "made")}
+    checkpoints.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt: not a readable checkpoint"):
+        checkpoints.read(tmp_path)
+    assert not (tmp_path / "made").exists()
 
 
 def test_missing(tmp_path: Path) -> None:
