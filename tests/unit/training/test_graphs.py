@@ -211,6 +211,28 @@ def test_no_pair_of_8_bit_products_overflows(model_config: ModelConfig, images: 
         assert 2 * 255 * largest < 2**15
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_ranges_by_hand(model_config: ModelConfig, scaled: bool) -> None:
+    """They span all images, the 65th included, values below zero, divided votes, and channels of nothing."""
+    network = CapsNet(replace(model_config, scaled_votes=scaled))
+    conv, primary = network.encoder.conv, network.encoder.primary_capsules.conv
+    with torch.no_grad():
+        for parameter in network.encoder.parameters():
+            parameter.zero_()
+        conv.weight[0, 0, 0, 0] = 1
+        primary.weight[:3, 0, 0, 0] = torch.tensor([8.0, -16.0, 4.0])
+        primary.bias[2] = -1
+    images = torch.zeros(65, *model_config.image_shape, dtype=torch.uint8)
+    for brightest in (0, 64):
+        images.zero_()[brightest] = 255
+        ranges = measure_ranges(network, images)
+        assert ranges.features == 1
+        expected = [1, 2, 1] if scaled else [8, 16, 3]  # of 8 groups
+        np.testing.assert_allclose(ranges.primary[:3], expected)
+        assert (ranges.primary[3:] == np.float32(1e-6)).all()
+    assert measure_ranges(network, images.zero_()).features == 1e-6
+
+
 def test_int8_needs_ranges(model_config: ModelConfig) -> None:
     """An 8-bit graph without measured ranges is refused."""
     with pytest.raises(ValueError, match="ranges"):
