@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from training.config import ModelConfig
 from training.gpu_graph import gpu_encoder_graph
 from training.model import CapsNet
-from training.rounded import RoundedEncoder, read
+from training.rounded import Conv, MatMul, RoundedEncoder, read
 
 
 def test_tf32_keeps_ten_bits() -> None:
@@ -43,6 +43,23 @@ def test_every_operator_rounds(tmp_path: Path) -> None:
     path = tmp_path / "sum.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     assert RoundedEncoder(path).encode(np.array([[2048]]))[0] == [[2048]]
+
+
+def test_products_by_hand() -> None:
+    """Products sum up in single precision and round once; those of single precision read 10 bits of each."""
+    half = np.array([[2048, 1]], np.float16)
+    ones = np.ones((2, 1), np.float16)
+    image, kernel = half.reshape(1, 1, 1, 2), ones.reshape(1, 1, 1, 2)
+    product, convolved = MatMul.eval(half, ones), Conv.eval(image, kernel, np.zeros(1, np.float16))
+    assert product.dtype == convolved.dtype == np.float16
+    assert product.item() == convolved.item() == 2048  # 2049, rounded
+    finer, large = np.array([[1 + 2**-12]], np.float32), np.array([[2048]], np.float32)
+    finest = np.array([1 + 2**-12], np.float32)
+    for a, b in ((finer, large), (large, finer)):
+        assert MatMul.eval(a, b).item() == 2048
+        image, kernel = a.reshape(1, 1, 1, 1), b.reshape(1, 1, 1, 1)
+        assert Conv.eval(image, kernel, np.zeros(1, np.float32)).item() == 2048
+    assert Conv.eval(0 * image, kernel, finest).item() == finest, "a bias is added as it is"
 
 
 def test_an_encoder_by_half_precision(model_config: ModelConfig, tmp_path: Path) -> None:
