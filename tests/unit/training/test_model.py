@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,23 @@ def test_coupling_coefficients(num_groups: int | None) -> None:
     coupling = layer.route(torch.randn(3, 12, 4).unflatten(1, (layer.num_groups, -1)))  # (K, B, G, P)
     torch.testing.assert_close(coupling.sum(dim=0).flatten(1), torch.ones(3, 12))
     assert coupling.flatten(2).sum(dim=2).std() > 0.1, "over the inputs they need not sum to anything"
+
+
+def test_the_encoder_has_the_switch_for_gradients(model_config: ModelConfig) -> None:
+    """Gradients pass through the routing of a network that is built to, and of no other."""
+    for through in (False, True):
+        network = CapsNet(replace(model_config, routing_gradients=through))
+        assert network.encoder.digit_capsules.routing_gradients is through
+
+
+def test_first_weights_of_scaled_votes() -> None:
+    """They are normal, of deviation 0.1, cut off at twice that to either side."""
+    weight = PrimaryCapsules(
+        ModelConfig(classes=DIGITS, conv_channels=4, scaled_votes=True)
+    ).conv.weight.detach()
+    assert -0.2 <= weight.min() < -0.19
+    assert 0.19 < weight.max() <= 0.2
+    assert weight.std() == pytest.approx(0.088, abs=0.002)
 
 
 def test_shared_matrices_are_stored_once() -> None:
