@@ -137,6 +137,13 @@ def test_only_images_that_are_recognised_count() -> None:
     assert dimensions[DIMENSIONS.index("either")].effects["slant"].change < 0
 
 
+def test_more_images_are_looked_through_than_are_measured() -> None:
+    """Where the first images are taken for the other class, the next ones are measured in their stead."""
+    dataset = images_of_frames(4)
+    dataset.images[:2, 0, 0] = 1
+    assert "frame" in measure_dimensions(Frames(), dataset, images=2)
+
+
 def test_a_class_without_recognised_images_is_left_out() -> None:
     """Nothing is said of a class that no image was taken for, or that has none."""
     dataset = images_of_frames()
@@ -186,6 +193,15 @@ def test_effects_must_agree_in_four_of_five_images() -> None:
     assert most.effects["slant"].agreement == 0.8
     (fewer,) = describe([right] * 3 + [left])
     assert "slant" not in fewer.effects
+
+
+def test_a_drawing_without_ink_has_no_say() -> None:
+    """Where one image's drawings are black, the others' effect stays."""
+    drawings = Frames().decode(_swept(1), np.zeros(5, np.int64))[np.newaxis]
+    right, nothing = look(drawings), look(np.zeros_like(drawings))
+    (alone,), (beside,) = describe([right] * 2), describe([right, nothing, right])
+    assert beside.effects == alone.effects
+    assert "slant" in beside.effects
 
 
 def _swept(side: float) -> Floats:
