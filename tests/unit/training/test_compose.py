@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from training import affine, compose, multimnist
-from training.data import DataError, Dataset, hold_out
+from training.data import DataError, Dataset, Layout, hold_out
+
+
+def let_draw(patch: pytest.MonkeyPatch, name: str, *values: object) -> None:
+    """Let `torch.rand` or `torch.randn` give these, call by call: one number for each image, or for all."""
+    drawn = iter(values)
+    patch.setattr(torch, name, lambda count, **_: torch.as_tensor(next(drawn)).float().expand(count))
 
 
 def generator() -> torch.Generator:
@@ -109,6 +115,29 @@ def test_warp_by_hand() -> None:
     assert colour.nonzero()[:, :3].unique(dim=0).tolist() == [[0, 4, 5]]
 
 
+def test_like_affnist_reaches_every_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bright frame, neither turned nor stretched nor sheared, lies whole on black, out to the ends."""
+    most = 1 - 1e-4
+    rows, columns = torch.tensor([0, 0, most, most]), torch.tensor([0, most, 0, most])
+    let_draw(monkeypatch, "rand", 0.5, 0.5, 0.5, 0.5, rows, columns)
+    made = affine.like_affnist(torch.full((4, 28, 28), 255, dtype=torch.uint8), generator())
+    assert tops(made).tolist() == [[12, 12], [12, 0], [0, 12], [0, 0]]
+    assert ((made == 255).flatten(1).sum(dim=1) == 28 * 28).all()
+    assert ((made == 0).flatten(1).sum(dim=1) == 40 * 40 - 28 * 28).all()
+
+
+def test_like_affnist_shears_across(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sheared by 0.2, the foot of a pole moves right of its head by 0.2 for each pixel of height."""
+    pole = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    pole[:, :, 13:15] = 200
+    let_draw(monkeypatch, "rand", 0.5, 1, 0.5, 0.5, 0.5, 0.5)
+    made = affine.like_affnist(pole, generator())[0].float()
+    inked = made[made.any(dim=1)]
+    across = (inked * torch.arange(40)).sum(dim=1) / inked.sum(dim=1)
+    assert len(inked) == 28
+    assert across[-1] - across[0] == pytest.approx(0.2 * 27, abs=0.1)
+
+
 def test_like_affnist_loses_no_ink(digits: Dataset) -> None:
     """Each digit lies whole within 40x40, somewhere else each time, its area scaled by 0.64 to 1.44."""
     made = affine.like_affnist(digits.images.repeat(20, 1, 1), generator())
@@ -133,6 +162,37 @@ def test_strong_augmentation(digits: Dataset) -> None:
     assert torch.equal(made, affine.strongly(some.repeat(10, 1, 1), generator()))
 
 
+def test_strong_augmentation_keeps_ink_in_the_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither turned nor squeezed, ink moves by its share of the margin on its side, the end included."""
+    digit = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    digit[:, 3:20, 5:26] = 200  # margins: 3 above, 8 below, 5 to the left, 2 to the right
+    across = torch.tensor([-9.0, 9.0, -0.5 / 0.33, 0.0, 0.0])  # far beyond the whole margin, half of it, none
+    down = torch.tensor([9.0, -9.0, 0.0, 0.5 / 0.33, -0.5 / 0.33])
+    let_draw(monkeypatch, "randn", 0, 0, across, down)
+    made = affine.strongly(digit.repeat(5, 1, 1), generator())
+    assert tops(made).tolist() == [[11, 0], [0, 7], [3, 3], [7, 5], [2, 5]]
+    bottoms = 28 - tops(made.flip(1, 2))
+    assert (bottoms - tops(made)).tolist() == [[17, 21]] * 5, "whole but for the patch"
+
+
+def test_strong_augmentation_turns_half_and_squeezes_the_width(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the digits are turned, by 30 degrees at most; each is squeezed to three quarters at least."""
+    some = digits.images.repeat(5, 1, 1)
+    still = torch.zeros(200, 2)
+    whole = affine.warp(some, affine.rotation(torch.full((200,), 30.0)), still)
+    let_draw(monkeypatch, "randn", 9, 0, 0, 0)
+    made = affine.strongly(some, generator())
+    kept, turned = ((made != given).flatten(1).sum(dim=1) <= 16 for given in (some, whole))
+    assert (kept != turned).all()
+    assert 70 < turned.sum() < 130
+    let_draw(monkeypatch, "randn", 0, -9, 0, 0)
+    squeezed = affine.strongly(some, generator()) > 50
+    assert (squeezed.any(dim=2).sum(dim=1) == 20).all()
+    assert (squeezed.any(dim=1).sum(dim=1) - 15).abs().max() <= 1
+
+
 def test_strong_augmentation_on_light_ground(digits: Dataset) -> None:
     """Dark ink on light ground is treated as light ink on dark: nothing black comes in."""
     plain = replace(digits, layout="plain")
@@ -141,6 +201,35 @@ def test_strong_augmentation_on_light_ground(digits: Dataset) -> None:
     dark_ink = compose.composer(light, 0, strong=True)(some, generator()).images
     assert torch.equal(dark_ink, 255 - compose.composer(plain, 0, strong=True)(some, generator()).images)
     assert dark_ink.min() >= 255 - 140
+
+
+@pytest.mark.parametrize("layout", ["canvas", "pairs"])
+def test_strong_augmentation_of_what_is_composed(digits: Dataset, layout: Layout) -> None:
+    """It is refused: nothing says what it would do to a canvas or to two digits."""
+    with pytest.raises(DataError, match="multimnist: strong augmentation is for single digits"):
+        compose.composer(replace(digits, layout=layout), 0, strong=True)
+
+
+@pytest.mark.parametrize(("layout", "place"), [("plain", 4), ("canvas", 10)])
+def test_moved_images_are_what_is_to_be_drawn(digits: Dataset, layout: Layout, place: int) -> None:
+    """The decoder's targets are the images that the encoder sees, moved as they are."""
+    batch = compose.composer(replace(digits, layout=layout), 2)(torch.arange(40), generator())
+    assert torch.equal(batch.targets, batch.images)
+    places = tops(batch.images) - place
+    assert (places.amin(dim=0).tolist(), places.amax(dim=0).tolist()) == ([-2, -2], [2, 2])
+
+
+def test_pairs_move_no_further_than_is_asked_for(digits: Dataset) -> None:
+    """Pairs that are not to be moved lie in the middle of their frame."""
+    batch = compose.composer(digits, 0)(torch.arange(40), generator())
+    assert (tops(batch.targets.flatten(0, 1)) == 8).all()
+
+
+def test_first_images_of_the_files(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many images as are asked for are loaded, or all that there are."""
+    monkeypatch.setattr(compose.data, "load", lambda *_: digits)
+    assert torch.equal(compose.load("mnist", "train", count=7).images, digits.images[:7])
+    assert len(compose.load("mnist", "train", count=41)) == 40
 
 
 def test_affnist_is_never_trained_on() -> None:
