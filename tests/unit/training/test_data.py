@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training import data
-from training.data import DataError, Dataset, hold_out, load, random_shift, shift
+from training.data import DataError, Dataset, hold_out, load, on_light_ground, random_shift, shift, take
 
 
 def idx(array: NDArray[np.uint8]) -> bytes:
@@ -94,6 +94,15 @@ def test_own_copy(published: Path, tmp_path: Path, folder: str, pack: bool) -> N
     assert dataset.checksums == {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
 
 
+def test_the_folder_named_after_the_set_comes_first(published: Path, tmp_path: Path) -> None:
+    """What lies beside it is not looked at."""
+    for name, content in FILES.items():
+        (tmp_path / "mnist").mkdir(exist_ok=True)
+        (tmp_path / "mnist" / name).write_bytes(content)
+        (tmp_path / name).write_bytes(b"of another set")
+    assert len(load("mnist", "train", tmp_path, download=False)) == 5
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -153,9 +162,9 @@ def image_folder(tmp_path: Path) -> Path:
 
 
 def test_folder_of_grey_images(image_folder: Path) -> None:
-    """Folder names are the classes, in order; grey images stay grey; other files are left alone."""
+    """Folder names are the classes, in order; grey images stay grey; other kinds of files are left."""
     write_image(image_folder / "train" / "cat" / "b.png", value=5)
-    write_image(image_folder / "train" / "cat" / "a.bmp", value=9)
+    write_image(image_folder / "train" / "cat" / "A.BMP", value=9)
     (image_folder / "train" / "ant" / "notes.txt").write_text("not an image")
     dataset = load("folder", "train", image_folder)
     assert dataset.classes == ("ant", "cat")
@@ -174,9 +183,15 @@ def test_folder_of_mixed_images(image_folder: Path) -> None:
 
 
 def test_checksum_of_a_folder(image_folder: Path) -> None:
-    """A folder's checksum changes with an image's content."""
+    """A folder's checksum changes with an image's content, and with its class."""
+    ants, cats = image_folder / "train" / "ant", image_folder / "train" / "cat"
     before = load("folder", "train", image_folder).checksums
-    write_image(image_folder / "train" / "ant" / "m.png", value=1)
+    write_image(ants / "m.png", value=1)
+    assert load("folder", "train", image_folder).checksums != before
+    write_image(ants / "n.png")
+    (cats / "m.png").rename(cats / "z.png")
+    before = load("folder", "train", image_folder).checksums
+    (ants / "n.png").rename(cats / "n.png")  # which is read in the same place
     assert load("folder", "train", image_folder).checksums != before
 
 
@@ -281,6 +296,27 @@ def test_random_shift_covers_its_range() -> None:
     moved = random_shift(images, 2, torch.Generator().manual_seed(0))
     places = {tuple(place) for place in moved.nonzero()[:, 1:].tolist()}
     assert places == {(y, x) for y in range(2, 7) for x in range(2, 7)}
+
+
+def test_top_and_bottom_tell_the_ground() -> None:
+    """Both rows count, and only they, as much as one another."""
+    images = torch.zeros(2, 4, 3, dtype=torch.uint8)
+    images[:, 1:3] = 255
+    assert not on_light_ground(images)
+    for light, dark in ((0, -1), (-1, 0)):
+        images[:, light], images[:, dark] = 255, 0
+        assert not on_light_ground(images)
+        images[:, dark] = 1
+        assert on_light_ground(images)
+
+
+def test_digits_are_taken_with_their_images() -> None:
+    """Of images of several digits, each keeps its own."""
+    numbers = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1)
+    dataset = Dataset("pairs", ("a", "b"), numbers, torch.zeros(5, 2), {}, digits=numbers[:, None])
+    taken = take(dataset, torch.tensor([3, 1]))
+    assert taken.digits is not None
+    assert taken.digits.flatten().tolist() == taken.images.flatten().tolist() == [3, 1]
 
 
 def test_hold_out() -> None:
