@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training import affine, compose, multimnist
+from training import affine, compose, data, multimnist
 from training.data import DataError, Dataset, Layout, hold_out
 
 
@@ -227,7 +227,7 @@ def test_pairs_move_no_further_than_is_asked_for(digits: Dataset) -> None:
 
 def test_first_images_of_the_files(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many images as are asked for are loaded, or all that there are."""
-    monkeypatch.setattr(compose.data, "load", lambda *_: digits)
+    monkeypatch.setattr(data, "load", lambda *_: digits)
     assert torch.equal(compose.load("mnist", "train", count=7).images, digits.images[:7])
     assert len(compose.load("mnist", "train", count=41)) == 40
 

@@ -221,7 +221,7 @@ def test_ranges_by_hand(model_config: ModelConfig, scaled: bool) -> None:
             parameter.zero_()
         conv.weight[0, 0, 0, 0] = 1
         primary.weight[:3, 0, 0, 0] = torch.tensor([8.0, -16.0, 4.0])
-        primary.bias[2] = -1
+        primary.get_parameter("bias")[2] = -1
     images = torch.zeros(65, *model_config.image_shape, dtype=torch.uint8)
     for brightest in (0, 64):
         images.zero_()[brightest] = 255

@@ -6,11 +6,12 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference.op_run import OpRun
 
 from training.config import ModelConfig
 from training.gpu_graph import gpu_encoder_graph
 from training.model import CapsNet
-from training.rounded import Conv, MatMul, RoundedEncoder, read
+from training.rounded import Conv, MatMul, RoundedEncoder, Values, read
 
 
 def test_tf32_keeps_ten_bits() -> None:
@@ -45,21 +46,26 @@ def test_every_operator_rounds(tmp_path: Path) -> None:
     assert RoundedEncoder(path).encode(np.array([[2048]]))[0] == [[2048]]
 
 
+def by(operator: type[OpRun], *inputs: Values) -> Values:
+    result: Values = operator.eval(*inputs)  # type: ignore[arg-type] # its types say lists
+    return result
+
+
 def test_products_by_hand() -> None:
     """Products sum up in single precision and round once; those of single precision read 10 bits of each."""
     half = np.array([[2048, 1]], np.float16)
     ones = np.ones((2, 1), np.float16)
     image, kernel = half.reshape(1, 1, 1, 2), ones.reshape(1, 1, 1, 2)
-    product, convolved = MatMul.eval(half, ones), Conv.eval(image, kernel, np.zeros(1, np.float16))
+    product, convolved = by(MatMul, half, ones), by(Conv, image, kernel, np.zeros(1, np.float16))
     assert product.dtype == convolved.dtype == np.float16
     assert product.item() == convolved.item() == 2048  # 2049, rounded
     finer, large = np.array([[1 + 2**-12]], np.float32), np.array([[2048]], np.float32)
     finest = np.array([1 + 2**-12], np.float32)
     for a, b in ((finer, large), (large, finer)):
-        assert MatMul.eval(a, b).item() == 2048
-        image, kernel = a.reshape(1, 1, 1, 1), b.reshape(1, 1, 1, 1)
-        assert Conv.eval(image, kernel, np.zeros(1, np.float32)).item() == 2048
-    assert Conv.eval(0 * image, kernel, finest).item() == finest, "a bias is added as it is"
+        assert by(MatMul, a, b).item() == 2048
+        dot, factor = a.reshape(1, 1, 1, 1), b.reshape(1, 1, 1, 1)
+        assert by(Conv, dot, factor, np.zeros(1, np.float32)).item() == 2048
+    assert by(Conv, 0 * dot, factor, finest).item() == finest, "a bias is added as it is"
 
 
 def test_an_encoder_by_half_precision(model_config: ModelConfig, tmp_path: Path) -> None:
