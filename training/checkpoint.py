@@ -123,12 +123,8 @@ def read(path: Path) -> Checkpoint:
 
 def require_same(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Refuse to resume a run under other settings than it began with."""
-
-    def plain(value: object) -> object:
-        return list(value) if isinstance(value, tuple) else value
-
     for name, value in asked.items():
-        if plain(saved.get(name)) != plain(value):
+        if saved.get(name) != value:
             raise CheckpointError(
                 f"{path}: was trained with {name} = {saved.get(name)!r}, but {value!r} was asked for; "
                 "resume with the same settings or choose another --output"
