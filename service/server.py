@@ -133,10 +133,20 @@ class _Server(uvicorn.Server):
             stopping.append(self._grpc.stop(left))
         await asyncio.gather(*stopping)
         limit.cancel()
-        if given_up := self.server_state.tasks:  # uvicorn has cancelled them, and they say so
-            await asyncio.wait(given_up, timeout=_LAST_WORDS)
+        await self._end_what_is_left()
         # Runs whose callers have left.
         await self._engine.close(max(0.0, end - time.monotonic()))
+
+    async def _end_what_is_left(self) -> None:
+        """Wait for the last words of requests that uvicorn has cancelled, then cancel what goes on.
+
+        A forced stop leaves all of them to this. Some throw away the rest of a body; their traces end with it.
+        """
+        for _ in range(2):
+            if left := set(self.server_state.tasks):
+                await asyncio.wait(left, timeout=_LAST_WORDS)
+            for task in self.server_state.tasks:
+                task.cancel()
 
     async def _settle(self) -> None:
         """Accept what has connected, and begin to answer what has been asked: the rest will be closed."""

@@ -97,6 +97,21 @@ def test_a_request_that_never_ends_does_not_hold_up_the_exit(tiny_models: Path) 
     assert not any("exception" in entry for entry in entries)
 
 
+def test_a_second_interrupt_ends_a_request_that_never_ends(tiny_models: Path) -> None:
+    """Whoever presses Ctrl-C twice waits neither for the drain nor for the rest of a body."""
+    with (
+        served(tiny_models, drain_timeout="30", body_timeout="30") as service,
+        connected(service) as connection,
+    ):
+        connection.sendall(HEAD + PNG[:20])
+        service.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)  # for the drain to begin
+        service.process.send_signal(signal.SIGINT)
+        answer = until_closed(connection)
+        assert service.process.wait(LIMIT) == 0
+    assert answer.startswith(b"HTTP/1.1 503")
+
+
 @pytest.mark.parametrize(
     ("number", "workers"), [(signal.SIGTERM, "1"), (signal.SIGINT, "1"), (signal.SIGTERM, "2")]
 )

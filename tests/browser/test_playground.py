@@ -561,6 +561,29 @@ def test_a_busy_service_is_not_asked_for_ever(page: Page) -> None:
     assert len(asked) == 5
 
 
+def test_a_figure_that_was_asked_for_again_is_not_refused(page: Page) -> None:
+    """Whoever presses a button again while the service is busy gets what it gives then, and no refusal."""
+    give(page, 3)
+    expect(page.locator(".strip").first).to_be_visible()
+    refuse_for_a_second(page, "**/reconstruct/sweep?*", times=1)
+    with page.expect_download():
+        for _ in range(2):
+            page.locator("#figure").click()
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_a_cleared_picture_is_not_asked_for_again(page: Page) -> None:
+    """After Clear a busy service is left alone."""
+    give(page, 3)
+    asked = asked_for(page, "capsules=true")
+    refuse_for_a_second(page, "**/predict?*capsules=true*", times=5)
+    page.locator("#file").set_input_files(file_of(4))
+    expect(page.locator("#verdict")).to_have_text("Reading…")
+    page.locator("#clear").click()
+    page.wait_for_timeout(2000)
+    assert len(asked) == 1
+
+
 def refuse_for_a_second(page: Page, pattern: str, times: int) -> None:
     def refuse(route: Route) -> None:
         route.fulfill(status=503, json={"detail": "Busy."}, headers={"Retry-After": "1"})

@@ -27,11 +27,8 @@ const byId = (id) => document.getElementById(id);
 const pad = new Pad(byId("pad"), (picture, settled) => {
   Object.assign(state, { picture, settled });
   showProblem(null);
-  if (!picture) {
-    forget();
-    return;
-  }
-  render();
+  if (picture) render();
+  else forget();
   look();
 });
 const dimensions = new Dimensions(byId("dimensions"), bend);
@@ -129,7 +126,7 @@ function asked(work) {
     try {
       await work(superseded);
     } catch (error) {
-      showProblem(error);
+      if (!superseded.aborted || !(error instanceof api.Problem)) showProblem(error);
     }
   });
 }
