@@ -140,7 +140,7 @@ class _Server(uvicorn.Server):
     async def _end_what_is_left(self) -> None:
         """Wait for the last words of requests that uvicorn has cancelled, then cancel what goes on.
 
-        A forced stop leaves all of them to this. Some throw away the rest of a body; their traces end with it.
+        A forced stop leaves all of them to this. Some throw away the rest of a body; their traces end then.
         """
         for _ in range(2):
             if left := set(self.server_state.tasks):
