@@ -42,7 +42,7 @@ from service.sessions import (
     session_threads,
     warm_up,
 )
-from service.settings import Device, Settings
+from service.settings import Settings
 from service.tweaks import sweep_capsules
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _blank(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return same
 
 
-def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
+def load_graphs(folder: Path, settings: Settings) -> Graphs:
     """Verify, load and warm up the model in `folder`; blocks for about as long as a second.
 
     Raises:
@@ -128,7 +128,7 @@ def load_graphs(folder: Path, settings: Settings, device: Device) -> Graphs:
         return open_session(
             folder / graph.file,
             graph,
-            device=device,
+            device=settings.device,
             threads=session_threads(settings),
             cuda=cuda_options(settings, precision),
         )
@@ -424,7 +424,7 @@ def _announce(model: Model) -> None:
 
 def _start(settings: Settings, metrics: Metrics) -> Engine:
     # A frame of its own: `open_engine` stays open while versions are retired, and would keep their graphs.
-    loaded = [load_graphs(folder, settings, settings.device) for folder in _folders(settings)]
+    loaded = [load_graphs(folder, settings) for folder in _folders(settings)]
     engine = Engine([Model(graphs, settings, metrics) for graphs in loaded], settings.default_model)
     for model in engine:
         _announce(model)

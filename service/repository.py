@@ -130,7 +130,7 @@ class Repository:
         """The graphs of a version, verified and warmed up; None if it is served as the folder has it."""
         try:
             if served is None:
-                return await asyncio.to_thread(load_graphs, folder, self._settings, self._settings.device)
+                return await asyncio.to_thread(load_graphs, folder, self._settings)
             await asyncio.to_thread(_require_unchanged, folder, served.manifest)
         except (ManifestError, DeviceError) as error:
             logger.warning("%s/%s cannot be loaded: %s", name, version, error)

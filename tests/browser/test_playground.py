@@ -551,11 +551,7 @@ def test_a_busy_service_is_asked_again(page: Page, service: str) -> None:
 
 def test_a_busy_service_is_not_asked_for_ever(page: Page) -> None:
     """Nor for what was superseded: the newer picture has its own turns, after which the refusal is said."""
-    give(page, 3)
-    asked = asked_for(page, "capsules=true")
-    refuse_for_a_second(page, "**/predict?*capsules=true*", times=5)
-    page.locator("#file").set_input_files(file_of(4))
-    expect(page.locator("#verdict")).to_have_text("Reading…")
+    asked = reading_while_busy(page)
     page.locator("#file").set_input_files(file_of(5))
     expect(page.get_by_role("alert")).to_contain_text("Busy.")
     assert len(asked) == 5
@@ -574,14 +570,20 @@ def test_a_figure_that_was_asked_for_again_is_not_refused(page: Page) -> None:
 
 def test_a_cleared_picture_is_not_asked_for_again(page: Page) -> None:
     """After Clear a busy service is left alone."""
+    asked = reading_while_busy(page)
+    page.locator("#clear").click()
+    page.wait_for_timeout(2000)
+    assert len(asked) == 1
+
+
+def reading_while_busy(page: Page) -> list[str]:
+    """Has a picture read by a service that refuses five times; gets the addresses that are asked for it."""
     give(page, 3)
     asked = asked_for(page, "capsules=true")
     refuse_for_a_second(page, "**/predict?*capsules=true*", times=5)
     page.locator("#file").set_input_files(file_of(4))
     expect(page.locator("#verdict")).to_have_text("Reading…")
-    page.locator("#clear").click()
-    page.wait_for_timeout(2000)
-    assert len(asked) == 1
+    return asked
 
 
 def refuse_for_a_second(page: Page, pattern: str, times: int) -> None:

@@ -290,7 +290,7 @@ async def test_the_decoders_queue_has_its_own_limit(tiny_models: Path) -> None:
 async def test_models_can_be_put_together_by_hand(tiny_models: Path) -> None:
     """A script can load one folder and serve it without the rest."""
     chosen = settings(tiny_models)
-    model = Model(load_graphs(tiny_models / "tiny" / "1", chosen, "cpu"), chosen, Metrics())
+    model = Model(load_graphs(tiny_models / "tiny" / "1", chosen), chosen, Metrics())
     engine = Engine([model], None)
     assert [served.manifest.name for served in engine] == ["tiny"]
     assert (await engine.default.predict(image_of(6)[np.newaxis])).index.tolist() == [6]
@@ -299,7 +299,7 @@ async def test_models_can_be_put_together_by_hand(tiny_models: Path) -> None:
 
 async def test_every_path_is_the_one_it_is_called(tiny_models: Path, path: str) -> None:
     """A CPU runs plain sessions, unless it stands in for CUDA."""
-    graphs = load_graphs(tiny_models / "tiny" / "1", settings(tiny_models), "cpu")
+    graphs = load_graphs(tiny_models / "tiny" / "1", settings(tiny_models))
     for runs in (graphs.encoder, graphs.drawer, graphs.decoder):
         assert isinstance(runs, BoundSession) == (path == "bound")
 
@@ -308,7 +308,7 @@ async def test_every_path_is_the_one_it_is_called(tiny_models: Path, path: str) 
 @pytest.mark.usefixtures("path")
 async def test_convolutions_meet_one_batch_size_on_a_device(tiny_models: Path) -> None:
     """Whatever the batch, the same buffers: for another size than the last, CUDA plans convolutions anew."""
-    graphs = load_graphs(tiny_models / "tiny" / "1", settings(tiny_models), "cpu")
+    graphs = load_graphs(tiny_models / "tiny" / "1", settings(tiny_models))
     places = set()
     for rows in (1, 2, 5, settings(tiny_models).max_batch):
         capsules, lengths = graphs.encoder.run(np.stack([image_of(3)] * rows))
@@ -328,10 +328,10 @@ async def test_buffers_that_do_not_fit_stop_the_start(
     monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", full)
     folder = tiny_models / "tiny" / "1"
     if path == "plain":
-        load_graphs(folder, settings(tiny_models), "cpu")
+        load_graphs(folder, settings(tiny_models))
     else:
         with pytest.raises(DeviceError, match=r"tiny.1: cpu has no room for its batches: out of memory"):
-            load_graphs(folder, settings(tiny_models), "cpu")
+            load_graphs(folder, settings(tiny_models))
 
 
 async def test_models_do_not_disturb_one_another(tiny_models: Path) -> None:
