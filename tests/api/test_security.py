@@ -136,6 +136,7 @@ def test_named_origins_may_call(serve: Serve) -> None:
     preflight = client.options("/predict", headers={**PREFLIGHT, "access-control-request-headers": asked})
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+    assert preflight.headers["access-control-allow-methods"] == "GET, HEAD, POST"
     refused = client.get("/models", headers={"origin": "https://b.example"})
     exposed = set(refused.headers["access-control-expose-headers"].split(", "))
     assert exposed >= client.get("/openapi.json").json()["components"]["headers"].keys() | {length}
