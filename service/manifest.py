@@ -113,7 +113,7 @@ class Calibration(_Record):
     quantile: Annotated[float, Field(gt=0, lt=1)]
     images: Annotated[int, Field(ge=1)]
     source: Literal["held-out", "training"]
-    """`training` where the network was trained on every training image and none was left to hold out."""
+    """`training` where the network may have learned from them: in its run, or behind its first weights."""
 
     def usual(self, errors: NDArray[np.float32], lengths: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Which images are within both, by reconstruction error (N,) and capsule lengths (N, classes)."""

@@ -224,7 +224,7 @@ def _calm_interpreter() -> None:
     # What is there now stays: no collection needs to look at it again.
     gc.collect()
     gc.freeze()
-    # A batch's requests together are more objects than the 700 after which it would look for garbage.
+    # It would look for garbage after 700 or 2,000 objects, by its version; a batch's requests are more.
     gc.set_threshold(5_000)
     # A batcher's thread whose run has ended would else wait up to 5 ms while the event loop is busy.
     sys.setswitchinterval(0.0005)  # seconds

@@ -174,8 +174,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--warm-up-steps",
         type=int,
         help="steps over which the rate rises to its first value, but a tenth of the run's at most, or "
-        f"{LEAST_RISE}; unset: {WARM_UP_STEPS} for a capsnet of fewer classes than the paper's ten, or "
-        "whose images are so large that it has more primary capsules, otherwise none",
+        f"{LEAST_RISE}; unset: {WARM_UP_STEPS} for a capsnet that has more primary capsules "
+        "for each of its classes (ten at most) than the paper's 115, otherwise none",
     )
     command.add_argument(
         "--max-shift",

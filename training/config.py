@@ -203,7 +203,7 @@ PAPERS_CAPSULES = 1152
 PAPERS_CLASSES = 10
 """Primary capsules of 28x28 pixels, which learn so many classes at the full rate from the first step on."""
 WARM_UP_STEPS = 100
-"""For more of the former or fewer of the latter. Adam's first step moves each weight by the whole rate, and
+"""For more of the former for each of the latter. Adam's first step moves each weight by the whole rate, and
 so a sum over all primary capsules, each shared among the classes, by as much more as there are more capsules
 or fewer classes: every class's capsule becomes as long as can be, where the loss has no gradient."""
 

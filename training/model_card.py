@@ -55,7 +55,7 @@ MEANING = "## What the dimensions mean\n"
 
 CALIBRATION_SOURCES = {
     "held-out": "training images that were held out",
-    "training": "training images that the network has seen: it was trained on all of them",
+    "training": "training images that the network may have learned from",
 }
 
 
@@ -160,7 +160,8 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                 ("convolutions trained in", made.precision),
                 (
                     "weights stored in",
-                    "half precision; computed in single precision but for the encoders above",
+                    "half precision; computed in single precision"
+                    + (" but for the encoders above" if manifest.variants else ""),
                 ),
                 ("code", made.code_revision),
             ],
