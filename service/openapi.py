@@ -266,8 +266,14 @@ def _forget_fastapis_validation(schema: Schema) -> None:
 
 
 def _forget_unspoken_defaults(node: Any) -> None:
-    """Drop defaults that stand for an absent value and could not be sent: an empty text, an empty list."""
+    """Drop defaults that stand for an absent value and could not be sent.
+
+    They are empty texts, empty lists, and those of two values of which one alone may be sent.
+    """
     if isinstance(node, dict):
+        for alternative in node["oneOf"] if "properties" in node and "oneOf" in node else ():
+            for name in alternative["required"]:
+                node["properties"][name].pop("default", None)
         if node.get("default") in ("", []) and ("minLength" in node or "minItems" in node):
             del node["default"]
         for child in node.values():
