@@ -6,18 +6,46 @@ See docs/decisions/0016.
 from collections.abc import Awaitable
 from dataclasses import asdict
 from typing import TypeVar, cast
+from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
 from service import openapi
 from service.bodies import parse_json, read_body
+from service.errors import RepositoryRefused
 from service.handling import answer_in_time, service_of
 from service.oip_schemas import ChangeRequest, IndexEntry, IndexRequest
 from service.repository import Repository
 from service.room import Share
 
-router = APIRouter(prefix="/v2/repository", tags=["Open Inference Protocol"])
+
+def _refuse_foreign_pages(request: Request) -> None:
+    """Let no page of another origin change what is served: a plain POST needs no leave from CORS.
+
+    Browsers tell by `Sec-Fetch-Site` where a request comes from, without TLS by `Origin`; other clients send
+    neither.
+
+    Raises:
+        RepositoryRefused: it comes from such a page, and the settings do not name its origin.
+    """
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    if {origin, "*"} & set(service_of(request).settings.cors_origins):
+        return
+    here = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    if site not in ("same-origin", "none") if site else not here:
+        raise RepositoryRefused(
+            "A page of another origin may not change what is served.",
+            received=f"Origin: {origin}",
+            expected="a page of this service, or of an origin that CAPSNET_CORS_ORIGINS names",
+        )
+
+
+router = APIRouter(
+    prefix="/v2/repository",
+    tags=["Open Inference Protocol"],
+    dependencies=[Depends(_refuse_foreign_pages)],
+)
 
 Form = TypeVar("Form", bound=BaseModel)
 

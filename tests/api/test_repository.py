@@ -65,6 +65,33 @@ def test_it_needs_a_key_where_there_are_keys(serve: Serve, models: Path) -> None
     assert guarded.post(LOAD, headers={"x-api-key": KEY}).status_code == 200
 
 
+HERE, THERE, FRIEND = "http://testserver", "https://elsewhere.example", "https://friend.example"
+
+
+@pytest.mark.parametrize(
+    ("headers", "admitted"),
+    [
+        ({"sec-fetch-site": "cross-site", "origin": THERE}, False),
+        ({"sec-fetch-site": "same-site", "origin": "http://testserver:8080"}, False),
+        ({"origin": THERE}, False),
+        ({"origin": "null"}, False),
+        ({"sec-fetch-site": "same-origin", "origin": "https://before.the.proxy"}, True),
+        ({"sec-fetch-site": "none"}, True),
+        ({"origin": HERE}, True),
+        ({"sec-fetch-site": "cross-site", "origin": FRIEND}, True),
+    ],
+)
+def test_pages_from_elsewhere_change_nothing(
+    serve: Serve, models: Path, headers: dict[str, str], admitted: bool
+) -> None:
+    """A page that somebody visits may send a POST to any address; it changes what is served only if named."""
+    client = serve(models=models, repository=True, cors_origins=FRIEND)
+    write_tiny_model(models, "tiny", "2")
+    answer = client.post(LOAD, headers=headers)
+    assert versions(client) == (["2", "1"] if admitted else ["1"])
+    assert answer.status_code == 200 if admitted else "CAPSNET_CORS_ORIGINS" in error(answer, 400)
+
+
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has CUDA"
 )
