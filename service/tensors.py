@@ -81,10 +81,14 @@ def from_bytes(spec: TensorSpec, shape: tuple[int, ...], data: bytes | memoryvie
 def from_values(spec: TensorSpec, shape: tuple[int, ...], data: Sequence[Any]) -> Array:
     """An array of `shape` from numbers as JSON has them: flat in row-major order, or nested to the shape.
 
+    Flat ones may come in any container, and are checked alike.
+
     Raises:
         InvalidInput: not that many numbers, unevenly nested, not of the datatype, or not finite.
     """
-    values = _flatten(spec, shape, data)
+    # A list, which numpy reads number by number. What it takes for an array (a repeated field of protobuf's)
+    # it would convert as a whole, and 300 would be the byte 44 in silence.
+    values = list(_flatten(spec, shape, data))
     numbers = {int, float} if spec.datatype == "FP32" else {int}
     strangers = set(map(type, values)) - numbers
     if strangers:

@@ -118,6 +118,20 @@ def test_typed_contents_are_taken_as_raw_ones_are(client: sync.InferenceServerCl
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+@pytest.mark.parametrize("value", [256, 300, 2**32 - 1])
+def test_typed_contents_beyond_their_datatype_are_refused(
+    client: sync.InferenceServerClient, value: int
+) -> None:
+    """The field of UINT8 holds 32 bits, and what is larger than 255 is no other number in silence."""
+    encode = service_pb2.ModelInferRequest(model_name="tiny-encoder")
+    images = encode.inputs.add(name="images", datatype="UINT8", shape=[1, SIDE, SIDE])
+    images.contents.uint_contents.extend([value] * SIDE**2)
+    with pytest.raises(grpc.RpcError) as caught:
+        client._client_stub.ModelInfer(encode)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert f"{value} out of bounds" in caught.value.details()
+
+
 def test_errors_have_the_right_status_and_words(client: sync.InferenceServerClient) -> None:
     """What is 404, 400 and 413 over HTTP has gRPC's own statuses here, and the same words."""
     image = image_of(0)[np.newaxis]

@@ -2,13 +2,15 @@
 
 import math
 import struct
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from service.errors import InvalidInput, TooLarge
-from service.manifest import TensorSpec
+from service.manifest import Datatype, TensorSpec
 from service.tensors import check_tensor, from_bytes, from_values, to_bytes
 
 PIXELS = TensorSpec(name="images", datatype="UINT8", shape=(-1, 2, 3))
@@ -59,6 +61,16 @@ def test_a_number_beyond_its_datatype_is_refused(value: int) -> None:
     """It does not wrap around."""
     with pytest.raises(InvalidInput, match="does not fit its datatype"):
         from_values(PIXELS, (1, 2, 3), [value, 0, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("datatype", "values"),
+    [("UINT8", array("I", [256])), ("UINT8", array("q", [-1])), ("INT64", array("Q", [1 << 63]))],
+)
+def test_no_container_makes_numbers_wrap_around(datatype: Datatype, values: Sequence[int]) -> None:
+    """Also what numpy would take as an array of another type is read number by number."""
+    with pytest.raises(InvalidInput, match="does not fit its datatype"):
+        from_values(TensorSpec(name="x", datatype=datatype, shape=(-1,)), (1,), values)
 
 
 @pytest.mark.parametrize("value", [1.0, 1.5, True, "1", None, {}, [1]])
