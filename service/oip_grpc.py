@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from service import grpc_health, protocol
 from service import oip_pb2 as pb
@@ -25,6 +25,7 @@ from service.errors import (
     CallerError,
     InferenceFailed,
     InvalidInput,
+    MalformedBody,
     RepositoryRefused,
     RequestError,
     StartError,
@@ -165,8 +166,7 @@ class _Inference:
             SERVICE,
             {
                 name: grpc.unary_unary_rpc_method_handler(
-                    self._observed(f"/{SERVICE}/{name}", handler),
-                    request_deserializer=message.FromString,
+                    self._observed(f"/{SERVICE}/{name}", handler, message),
                     response_serializer=_serialize,
                 )
                 for name, (handler, message) in methods.items()
@@ -174,11 +174,11 @@ class _Inference:
         )
 
     def _observed(
-        self, route: str, handler: Handler
-    ) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]]:
-        """Count and time a method, and end it with a status where it fails."""
+        self, route: str, handler: Handler, message: type[Message]
+    ) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Message]]:
+        """Count and time a method that takes such a message, and end it with a status where it fails."""
 
-        async def observed(request: Any, context: grpc.aio.ServicerContext) -> Message:
+        async def observed(data: bytes, context: grpc.aio.ServicerContext) -> Message:
             started = time.perf_counter()
             identity = secrets.token_hex(16)
             request_id.set(identity)
@@ -193,7 +193,7 @@ class _Inference:
             try:
                 try:
                     self.check_key(route, context)
-                    answer = await self._in_time(handler(request))
+                    answer = await self._in_time(handler(_parse(message, data)))
                     code = grpc.StatusCode.OK
                     status = code.name
                     return answer
@@ -361,6 +361,18 @@ def _parameters(request: Any) -> dict[str, object]:
 def _address(peer: str) -> str:
     """Of `ipv4:127.0.0.1:50000` or `ipv6:%5B::1%5D:50000`."""
     return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
+
+
+def _parse(message: type[Message], data: bytes) -> Message:
+    """Here and not by gRPC's library, which would tell the caller of Python's classes and log a traceback."""
+    try:
+        return message.FromString(data)
+    except DecodeError as error:
+        raise MalformedBody(
+            "The message cannot be parsed.",
+            received=f"{len(data)} bytes of another form",
+            expected=f"{message.DESCRIPTOR.full_name} in protobuf's binary format",
+        ) from error
 
 
 def _serialize(message: Message) -> bytes:

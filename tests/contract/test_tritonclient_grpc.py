@@ -161,6 +161,21 @@ def test_errors_have_the_right_status_and_words(client: sync.InferenceServerClie
         assert words in found_words
 
 
+@pytest.mark.parametrize(
+    "method", ["ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer"]
+)
+def test_bytes_that_are_no_message_are_the_callers_fault(process: Served, method: str) -> None:
+    """Each method refuses them in words, and logs no traceback."""
+    with grpc.insecure_channel(process.grpc_address) as channel, pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(b"\xff\xff\xff", timeout=LIMIT)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == (
+        "The message cannot be parsed: received 3 bytes of another form, "
+        f"expected inference.{method}Request in protobuf's binary format"
+    )
+    assert not any("Traceback" in line for line in process.log)
+
+
 def test_methods_of_extensions_are_unimplemented(client: sync.InferenceServerClient) -> None:
     """What is not served, or not turned on, is refused by name, not by silence."""
     with pytest.raises(InferenceServerException) as caught:
