@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -37,6 +37,7 @@ from service.errors import (
 )
 from service.handling import Service
 from service.keys import KeyRing
+from service.manifest import TensorSpec
 from service.protocol import ServedGraph
 from service.refusals import log_refusal
 from service.repository import EXTENSION, Repository
@@ -395,7 +396,7 @@ def _inputs(graph: ServedGraph, request: pb.ModelInferRequest, max_rows: int) ->
         protocol.check_parameters(given.name, given.parameters)
         shape = check_tensor(spec, given.datatype, given.shape, max_rows)
         if not raw:
-            inputs[spec.name] = from_values(spec, shape, getattr(given.contents, _CONTENTS[spec.datatype]))
+            inputs[spec.name] = from_values(spec, shape, _typed_values(spec, given.contents))
         elif not given.HasField("contents"):
             inputs[spec.name] = from_bytes(spec, shape, raw[position])
         else:
@@ -405,6 +406,20 @@ def _inputs(graph: ServedGraph, request: pb.ModelInferRequest, max_rows: int) ->
                 expected="one of them",
             )
     return inputs
+
+
+def _typed_values(spec: TensorSpec, contents: pb.InferTensorContents) -> Sequence[Any]:
+    """The values in the field of the tensor's datatype, once it is known to be the only one filled."""
+    filled = {field.name: values for field, values in contents.ListFields()}
+    field = _CONTENTS[spec.datatype]
+    if list(filled) != [field]:
+        raise InvalidInput(
+            f"The values of the tensor {spec.name!r} are not in the field of its datatype alone.",
+            received=" and ".join(filled) or "neither",
+            expected=f"{field}, or raw_input_contents",
+        )
+    values: Sequence[Any] = filled[field]
+    return values
 
 
 def _explain(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:

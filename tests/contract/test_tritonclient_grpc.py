@@ -132,6 +132,31 @@ def test_typed_contents_beyond_their_datatype_are_refused(
     assert f"{value} out of bounds" in caught.value.details()
 
 
+@pytest.mark.parametrize(
+    ("fields", "received"),
+    [
+        (["int_contents"], "int_contents"),
+        (["uint_contents", "fp32_contents"], "uint_contents and fp32_contents"),
+        ([], "neither"),
+    ],
+)
+def test_typed_contents_come_in_the_field_of_their_datatype_alone(
+    client: sync.InferenceServerClient, fields: list[str], received: str
+) -> None:
+    """Any other that is filled is named, and never dropped in silence."""
+    encode = service_pb2.ModelInferRequest(model_name="tiny-encoder")
+    images = encode.inputs.add(name="images", datatype="UINT8", shape=[1, SIDE, SIDE])
+    for field in fields:
+        getattr(images.contents, field).extend([0] * SIDE**2)
+    with pytest.raises(grpc.RpcError) as caught:
+        client._client_stub.ModelInfer(encode)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == (
+        "The values of the tensor 'images' are not in the field of its datatype alone: "
+        f"received {received}, expected uint_contents, or raw_input_contents"
+    )
+
+
 def test_errors_have_the_right_status_and_words(client: sync.InferenceServerClient) -> None:
     """What is 404, 400 and 413 over HTTP has gRPC's own statuses here, and the same words."""
     image = image_of(0)[np.newaxis]
