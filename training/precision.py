@@ -30,10 +30,7 @@ def convolutions_in(network: nn.Module, arithmetic: str) -> Iterator[None]:
         yield
         return
     on_cpu = next(network.parameters()).device.type == "cpu"
-    # One for each channel by itself is too little work to be worth it.
-    convolutions = [
-        module for module in network.modules() if isinstance(module, nn.Conv2d) and module.groups == 1
-    ]
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d) and _fits(module)]
     for conv in convolutions:
         forward = _on_cpu(conv) if on_cpu else _on_gpu(conv)
         conv.forward = forward  # type: ignore[assignment, method-assign] # hides the class's method, for a while
@@ -42,6 +39,13 @@ def convolutions_in(network: nn.Module, arithmetic: str) -> Iterator[None]:
     finally:
         for conv in convolutions:
             del conv.forward
+
+
+def _fits(conv: nn.Conv2d) -> bool:
+    """Whether it is worth it, and of the kind written below."""
+    # One for each channel by itself is too little work.
+    usual = conv.dilation == (1, 1) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return usual and conv.groups == 1
 
 
 def _on_cpu(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
@@ -86,16 +90,16 @@ class Bf16Convolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Tensor:
-        """x (B, C, H, W), weight (O, C, kh, kw), bias (O,) -> (B, O, rows, columns) in bf16."""
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
+        """x (B, C, H, W), weight (O, C, kh, kw), bias (O,) if any -> (B, O, rows, columns) in bf16."""
         x, weight = x.bfloat16(), weight.bfloat16()
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
-        return F.conv2d(x, weight, bias.bfloat16(), stride)
+        return F.conv2d(x, weight, None if bias is None else bias.bfloat16(), stride)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        """Gradients of x, if it has one, weight and bias; the last two in fp32."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+        """Gradients of x, if it has one, weight, and bias, if there is one; the last two in fp32."""
         x, weight = ctx.saved_tensors
         gradient = gradients[0]
         rows, columns = ctx.stride
@@ -105,4 +109,5 @@ class Bf16Convolution(torch.autograd.Function):
         flat = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (B*rows*columns, O)
         of_weight = (flat.mT @ patches).unflatten(1, (height, width, -1)).permute(0, 3, 1, 2)
         of_x = conv2d_input(x.shape, weight, gradient, ctx.stride) if ctx.needs_input_grad[0] else None
-        return of_x, of_weight.float(), flat.sum(dim=0, dtype=torch.float32), None
+        of_bias = flat.sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        return of_x, of_weight.float(), of_bias, None

@@ -299,8 +299,8 @@ def _train_epoch(
             rate = config.learning_rate_at(step, steps * config.epochs)
             _set_rate(run.optimizer, rate)
             batch = compose(indices, run.generators["shift"]).part(team.part(len(indices)))
-            if isinstance(network, BaselineCNN):  # dropout draws from a generator that is not saved
-                torch.manual_seed(((config.seed * 1_000_003 + step) * team.count + team.rank) % 2**64)
+            # Dropout draws from a generator that is not saved.
+            torch.manual_seed(((config.seed * 1_000_003 + step) * team.count + team.rank) % 2**64)
             loss, margin, reconstruction = update(batch, len(indices))
             if step % LOG_EVERY == 0:
                 value = loss.item()

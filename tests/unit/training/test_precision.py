@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,27 @@ def test_an_image_needs_no_gradient() -> None:
     output.sum().backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.full_like(weight, 9))  # each weight meets nine ones
+
+
+def test_a_convolution_may_have_no_bias() -> None:
+    """As those before a batch normalisation: it gives the same, and its weights their gradient."""
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(2, 4, 3, bias=False), torch.rand(2, 2, 6, 6)
+    expected = conv(x)
+    with convolutions_in(conv, "bf16"):
+        found = conv(x)
+    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+    gradients = [torch.autograd.grad(output.float().sum(), conv.weight)[0] for output in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [{"padding_mode": "reflect"}, {"dilation": 2}, {"padding": "same"}])
+def test_an_unusual_convolution_stays_as_it_is(kind: dict[str, Any]) -> None:
+    """What the written forms do not know is computed by PyTorch in fp32, and not as something else."""
+    conv, x = nn.Conv2d(2, 4, 3, **{"padding": 1, **kind}), torch.rand(2, 2, 6, 6)
+    with convolutions_in(conv, "bf16"):
+        found = conv(x)
+    assert torch.equal(found, conv(x))
 
 
 def test_auto_precision() -> None:
