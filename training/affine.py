@@ -101,10 +101,10 @@ def _anywhere(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def strongly(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Efficient-CapsNet's augmentation of digits (B, H, W): turn half of them, squeeze, shift, erase a patch.
+    """Turn half of the digits (B, H, W), squeeze, shift, erase a patch: after Efficient-CapsNet, but weaker.
 
     Turned by up to 30 degrees, a third of that being usual; squeezed by up to a quarter of the width; moved
-    within the free margin; a black square of 4x4 pixels somewhere.
+    within the free margin; a black square of 4x4 pixels somewhere. What differs: docs/decisions/0009.
     """
     count, height, width = images.shape[:3]
 

@@ -152,7 +152,7 @@ class TrainConfig(_Stored):
     max_shift: int = 2
     """Largest shift of a training image, in pixels, along each axis."""
     augmentation: Augmentation = "shift"
-    """`strong`: turned, squeezed, shifted within the frame and partly erased, as for Efficient-CapsNet."""
+    """`strong`: turned, squeezed, shifted within the frame and partly erased, after Efficient-CapsNet."""
     reconstruction_weight: float = 0.0005
     """Weight of the summed squared reconstruction error beside the margin loss."""
     validation_images: int = 5000

@@ -100,7 +100,8 @@ ROWS = {
         {"architecture": "affnist-cnn"},
         PLAIN,
     ),
-    # Published settings: 0.97 each epoch, and 0.392 x the mean squared error, which is 0.0005 x its sum.
+    # Published settings: 0.97 each epoch, and 0.392 x the mean squared error, which is 0.0005 x its sum. Its
+    # augmentation is stronger than ours (docs/decisions/0009).
     "efficient-capsnet": Row(
         "Efficient-CapsNet",
         _mnist("0.26, Mazzia et al. 2021"),
