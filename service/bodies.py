@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import zlib
 from collections.abc import AsyncGenerator, Sequence
 from functools import cache
@@ -9,6 +10,7 @@ from typing import TypeVar, cast
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
@@ -32,6 +34,10 @@ PNG = "image/png"
 # A JSON text has at most one more value than commas in each container, so this bounds the memory that
 # parsing takes. The largest honest body, 1,024 data URLs with two commas each, stays far below.
 _MAX_COMMAS = 32_768
+
+# multipart/form-data has no such parameter (RFC 7578, 8). Starlette would decode names and texts with it, and
+# some of Python's codecs raise what it does not catch, or take a time that grows with the square of a text.
+_CHARSET = re.compile(r"charset\s*=", re.IGNORECASE)
 
 # Pydantic's names of errors in a name, and our words for them.
 _NAME_ERRORS = {"extra_forbidden": "there is no such field", "missing": "it is missing"}
@@ -303,9 +309,8 @@ async def parse_multipart(request: Request, body: bytes, names: Sequence[str], m
         if not parser.ended:  # said here, where the parser closes its files
             raise MultiPartException("no closing boundary, which has two hyphens behind it")
 
-    parser = _Parser(
-        request.headers, stream(), max_files=max_files, max_fields=max_files, max_part_size=len(body)
-    )
+    headers = Headers({"content-type": _CHARSET.sub("ignored=", request.headers["content-type"])})
+    parser = _Parser(headers, stream(), max_files=max_files, max_fields=max_files, max_part_size=len(body))
     try:
         form = await parser.parse()
     except MultiPartException as error:

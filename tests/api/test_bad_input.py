@@ -155,6 +155,26 @@ def test_a_form_that_breaks_off_is_refused(client: TestClient, path: str, body: 
     assert "closing boundary" in document["received"]
 
 
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "idna", "utf-16", '"a;b"', "nonsense"])
+def test_a_forms_charset_is_left_alone(client: TestClient, charset: str) -> None:
+    """The media type has no charset: with any, names and texts are read as they are without one."""
+    choice = (TEXT.format("request"), b'{"class": "3"}')
+    for path, parts in (
+        ("/predict", [(FILE.format("images"), PNG)]),
+        ("/reconstruct", [(FILE.format("image"), PNG), choice]),
+        ("/reconstruct/sweep", [(FILE.format("image"), PNG), choice]),
+    ):
+        answer = post(client, path, multipart(*parts), f"multipart/form-data; Charset={charset}; boundary=x")
+        assert answer.status_code == 200, answer.text
+
+
+def test_no_charset_makes_a_form_slow(client: TestClient) -> None:
+    """Python takes a time that grows with the square of the length to decode this as the header says."""
+    form = multipart((TEXT.format("request"), b"a-" + b"b" * 200_000))
+    answer = post(client, "/reconstruct", form, "multipart/form-data; charset=punycode; boundary=x")
+    assert "no part named 'image'" in problem(answer, 422)["detail"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "detail", "received", "expected"),
     [
