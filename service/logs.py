@@ -31,6 +31,8 @@ def configure(settings: Settings) -> None:
     logging.captureWarnings(True)
     # Uvicorn's own account of its start and stop repeats ours.
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
+    # It warns of each form that is broken; the caller is told of it.
+    logging.getLogger("python_multipart").setLevel(max(logging.ERROR, logging.root.level))
     if settings.access_log:
         logging.getLogger("service.access").setLevel(logging.INFO)
 

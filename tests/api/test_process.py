@@ -398,10 +398,12 @@ def test_a_failed_start_is_json_where_the_log_is(tmp_path: Path, workers: str) -
 
 
 def test_every_line_of_a_json_log_is_json(tiny_models: Path) -> None:
-    """From start to stop, with an access line and a refused request in between, each line is an object."""
+    """From start to stop each line is an object, and a refused request has none beside its access line."""
     with served(tiny_models, log_format="json", access_log="true") as service:
         service.predict()
         identity = service.client.post("/predict", content=b"x", headers=IMAGE).headers["x-request-id"]
+        form = {"content-type": "multipart/form-data; boundary=x"}
+        assert service.client.post("/predict", content=b"no form", headers=form).status_code == 400
         with socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT) as connection:
             connection.sendall(b"this is not HTTP\r\n\r\n")  # uvicorn itself complains of it
             assert connection.recv(1000).startswith(b"HTTP/1.1 400")
@@ -409,6 +411,11 @@ def test_every_line_of_a_json_log_is_json(tiny_models: Path) -> None:
         assert service.process.wait(LIMIT) == 0
     entries = [json.loads(line) for line in service.log]
     access = [entry for entry in entries if entry["logger"] == "service.access"]
-    assert [(entry["route"], entry["status"]) for entry in access] == [("/predict", 200), ("/predict", 422)]
+    assert [(entry["route"], entry["status"]) for entry in access] == [
+        ("/predict", 200),
+        ("/predict", 422),
+        ("/predict", 400),
+    ]
     assert access[1]["request_id"] == identity
+    assert [entry for entry in entries if entry.get("request_id")] == access
     assert "uvicorn.error" in {entry["logger"] for entry in entries}
