@@ -168,7 +168,8 @@ def _body_too_large(received: str, limit: int) -> TooLarge:
 
 
 # By the window size zlib tells the two forms apart; HTTP's `deflate` is zlib's form (RFC 9110, 8.4.1.2).
-_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+# `x-gzip` is an old name (8.4.1.3).
+_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS}
 
 
 def inflate(body: bytes, encoding: str, limit: int) -> bytes:

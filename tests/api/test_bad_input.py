@@ -328,6 +328,7 @@ def test_preprocess_none_needs_the_models_size(client: TestClient) -> None:
         ("deflate", b"no zlib stream", 400, "decompressed"),
         ("gzip", gzipped(b""), 400, "empty"),
         ("br", b"x", 415, "compression"),
+        ("x-compress", b"x", 415, "compression"),
         ("gzip, gzip", gzipped(gzipped(PNG)), 415, "compression"),
     ],
 )

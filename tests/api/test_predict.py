@@ -215,7 +215,10 @@ def test_accept_may_come_in_several_lines(client: TestClient) -> None:
     assert answer.headers["content-type"] == "application/x-npy"
 
 
-@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("Deflate", zlib.compress)])
+@pytest.mark.parametrize(
+    ("encoding", "compress"),
+    [("gzip", gzip.compress), ("X-Gzip", gzip.compress), ("Deflate", zlib.compress)],
+)
 def test_a_compressed_body_is_taken(
     client: TestClient, encoding: str, compress: Callable[[bytes], bytes]
 ) -> None:
