@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
 from service.manifest import TensorSpec
+from service.schemas import whole
 
 # Lists that callers fill are FailFast: each of a hundred thousand wrong entries would be an error, and one is
 # told.
@@ -17,7 +18,9 @@ class _Received(BaseModel):
 
 class InputParameters(_Received):
     binary_data_size: Annotated[
-        int | None, Field(ge=0, description="Bytes of this tensor among those after the JSON object")
+        int | None,
+        Field(ge=0, description="Bytes of this tensor among those after the JSON object"),
+        BeforeValidator(whole),
     ] = None
 
 
@@ -36,7 +39,7 @@ class RequestParameters(_Received):
 class RequestInput(_Received):
     name: str
     datatype: str
-    shape: Annotated[list[int], FailFast()]
+    shape: Annotated[list[Annotated[int, BeforeValidator(whole)]], FailFast()]
     parameters: InputParameters = InputParameters()
     data: Annotated[
         list[Any] | None, Field(description="Numbers, flat in row-major order or nested to the shape")

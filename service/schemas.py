@@ -23,12 +23,12 @@ def _from_query(text: object) -> object:
     return text
 
 
-def _whole(number: object) -> object:
+def whole(number: object) -> object:
     """A whole number with a decimal point as the integer that JSON Schema takes it for."""
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
-Dimension = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Dimension = Annotated[int, Field(ge=0), BeforeValidator(whole)]
 Flag = Annotated[bool, BeforeValidator(_from_query)]
 Component = Annotated[float, Field(ge=-MAX_COMPONENT, le=MAX_COMPONENT, allow_inf_nan=False)]
 Base64 = Annotated[

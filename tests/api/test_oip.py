@@ -79,6 +79,14 @@ def test_an_output_may_overrule_the_request(client: TestClient) -> None:
     assert len(answer.content) == size + 4 * CLASSES * DIMENSIONS
 
 
+def test_a_whole_number_may_have_a_decimal_point(client: TestClient) -> None:
+    """JSON Schema takes 28.0 for an integer, and some languages write each number so."""
+    shape = [1.0, float(SIDE), float(SIDE)]
+    assert int(np.argmax(lengths(client.post(ENCODER, content=ask({**NUMBERS, "shape": shape}))))) == 6
+    given = {**BINARY, "shape": shape, "parameters": {"binary_data_size": float(len(RAW))}}
+    assert int(np.argmax(lengths(post_binary(client, ask(given), RAW)))) == 6
+
+
 def test_unknown_fields_and_parameters_are_left_alone(client: TestClient) -> None:
     """The protocol leaves them to each server; clients send `model_name`, `content_type`, `priority`."""
     given = {**NUMBERS, "parameters": {"content_type": "np"}}
@@ -101,10 +109,12 @@ def test_unknown_fields_and_parameters_are_left_alone(client: TestClient) -> Non
         (ask({**NUMBERS, **BINARY}), "data and binary_data_size"),
         (ask(BINARY), "received 0 bytes"),
         (ask({**NUMBERS, "parameters": {"binary_data_size": -1}}), "binary_data_size"),
+        (ask({**NUMBERS, "parameters": {"binary_data_size": 0.5}}), "binary_data_size"),
         (ask({**NUMBERS, "data": "x"}), "body inputs.0.data"),
         (ask({**NUMBERS, "data": []}), "received 0 values, expected 784 numbers"),
         (ask({**NUMBERS, "shape": [0, 28, 28], "data": []}), "expected [-1, 28, 28]"),
         (ask({**NUMBERS, "shape": [True, 28, 28]}), "body inputs.0.shape.0"),
+        (ask({**NUMBERS, "shape": [1, 28.5, 28]}), "body inputs.0.shape.1"),
         (ask({**NUMBERS, "parameters": {"shared_memory_region": "x"}}), "not served"),
         (
             ask(NUMBERS, outputs=[{"name": "capsule_lengths", "parameters": {"classification": 3}}]),
