@@ -33,7 +33,10 @@ _static = StaticFiles()  # for its conditional answers; paths are ours
 
 def _serve(path: str, file: Path) -> None:
     async def answer(request: Request) -> Response:
+        # A server need not send parts (RFC 9110, 14.2), and Starlette refuses a unit that it does not know.
+        request.scope["headers"] = [header for header in request.scope["headers"] if header[0] != b"range"]
         response = _static.file_response(file, file.stat(), request.scope)
+        response.headers["accept-ranges"] = "none"
         # Browsers ask each time whether it has changed, or a page would meet scripts of the release before.
         response.headers["cache-control"] = "no-cache"
         return response

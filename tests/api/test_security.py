@@ -189,3 +189,12 @@ def test_a_page_is_asked_for_again_but_sent_once(client: TestClient) -> None:
     again = client.get("/playground/pad.js", headers={"if-none-match": first.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
     assert again.headers["cache-control"] == "no-cache"
+
+
+@pytest.mark.parametrize("part", ["items=0-1", "bytes=0-1", "bytes=x", "nonsense"])
+def test_a_page_is_sent_whole(client: TestClient, part: str) -> None:
+    """A part of it is sent to nobody, and who asks for one, in whatever unit, gets the page."""
+    whole = client.get("/playground/pad.js")
+    answer = client.get("/playground/pad.js", headers={"range": part})
+    assert (answer.status_code, answer.content) == (200, whole.content)
+    assert answer.headers["accept-ranges"] == "none"
