@@ -6,6 +6,8 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from numpy.typing import NDArray
 
 from service.manifest import Dimensions
@@ -25,7 +27,7 @@ PAIRS = 2000
 def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, columns: int = 12) -> None:
     """Draw images above their reconstructions: some of every class, then mistakes, as in figure 3.
 
-    Each column is titled (label, prediction).
+    Each column is titled (label, prediction), one above the other where a class has a long name.
     """
     images = dataset.images.numpy()
     labels = dataset.labels.numpy()
@@ -34,6 +36,8 @@ def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, col
     right = _spread(labels, np.flatnonzero(predictions == labels), columns)
     wrong = np.flatnonzero(predictions != labels)[:columns]
     rows = [row for row in (right, wrong) if len(row)]
+    between = ", " if max(map(len, dataset.classes)) <= 3 else "\n"
+    titles = [_clipped(label, 0.9, size=9) for label in dataset.classes]  # the columns are an inch apart
     figure = Figure(figsize=(columns, 2.5 * len(rows)), layout="constrained")
     axes = figure.subplots(2 * len(rows), columns, squeeze=False)
     for axis in axes.flat:
@@ -44,7 +48,7 @@ def draw_reconstructions(predictor: Predictor, dataset: Dataset, path: Path, col
             _show(axes[2 * i, j], images[index] / 255)
             _show(axes[2 * i + 1, j], reconstructions[j])
             axes[2 * i, j].set_title(
-                f"{dataset.classes[labels[index]]}, {dataset.classes[predictions[index]]}",
+                f"{titles[labels[index]]}{between}{titles[predictions[index]]}",
                 fontsize=9,
                 color="black" if labels[index] == predictions[index] else "firebrick",
                 parse_math=False,
@@ -164,8 +168,9 @@ def draw_dimensions(
         )
     for column, delta in enumerate(deltas):
         axes[0, column].set_title(f"{delta:+.2f}", fontsize=8)
+    shown = _clipped(label, figure.get_figwidth() - 5.8, size=12)  # beside the title's other words
     figure.suptitle(
-        f"each dimension of the capsule for {label}, changed by {deltas[0]:+.2f} … {deltas[-1]:+.2f}",
+        f"each dimension of the capsule for {shown}, changed by {deltas[0]:+.2f} … {deltas[-1]:+.2f}",
         parse_math=False,
     )
     figure.savefig(path, dpi=110)
@@ -184,13 +189,17 @@ def draw_effects(dimensions: Dimensions, path: Path) -> None:
         effects = [[d.effects.get(measure) for d in row] for row in dimensions.values()]
         maps[f"{NOUNS[measure]}, {unit}"] = [[e.change if e else np.nan for e in row] for row in effects]
     lines = -(-len(maps) // 2)
-    figure = Figure(figsize=(15, 1 + lines * (0.7 + 0.2 * len(dimensions))), layout="constrained")
+    labels = [_clipped(label, 3, size=10) for label in dimensions]
+    beside = max(_width(label, size=10) for label in labels)
+    figure = Figure(
+        figsize=(15 + 2 * beside, 1 + lines * (0.7 + 0.2 * len(dimensions))), layout="constrained"
+    )
     for axis, (title, values) in zip(figure.subplots(lines, 2).flat, maps.items(), strict=True):
         changes = np.array(values)
         limit = np.nanmax(np.abs(changes), initial=np.finfo(float).tiny)
         axis.imshow(changes, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axis.set_xticks(range(changes.shape[1]))
-        axis.set_yticks(range(len(dimensions)), dimensions, parse_math=False)
+        axis.set_yticks(range(len(dimensions)), labels, parse_math=False)
         axis.set_title(title, fontsize=10)
         for (row, column), change in np.ndenumerate(changes):
             if np.isfinite(change):
@@ -245,6 +254,21 @@ def _spread(labels: NDArray[np.int64], candidates: NDArray[np.int64], count: int
     every = np.linspace(0, len(order) - 1, min(count, len(order))).astype(int)
     picked: NDArray[np.int64] = order[every]
     return picked
+
+
+def _clipped(text: str, most: float, size: float) -> str:
+    """A line of text that is at most `most` inches wide at `size` points; what is cut off is marked "…"."""
+    line = " ".join(text.split())
+    shown, end = line, len(line)
+    while end > 0 and _width(shown, size) > most:
+        end -= 1
+        shown = f"{line[:end].rstrip()}…"
+    return shown
+
+
+def _width(text: str, size: float) -> float:
+    """Of a line of text at `size` points, in inches."""
+    return text_to_path.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0] / 72
 
 
 def _show(axis, image: NDArray[np.floating]) -> None:  # type: ignore[no-untyped-def] # an Axes of matplotlib's untyped grid

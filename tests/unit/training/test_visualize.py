@@ -1,5 +1,7 @@
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -238,3 +242,63 @@ def test_file_names() -> None:
         "A": "A.5",
         "T-shirt/top.1": "T-shirt-top-1",
     }
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures that would have been written."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    return figures
+
+
+def require_apart(figure: Figure, texts: Iterable[Text]) -> None:
+    """Assert that no text lies over another, or reaches beyond the figure's sides."""
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    for first, second in combinations(boxes, 2):
+        assert not first.overlaps(second)
+    assert boxes
+    assert min(box.x0 for box in boxes) >= 0
+    assert max(box.x1 for box in boxes) <= figure.bbox.x1
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [("cat", "dog", "owl"), ("Ankle boot", "T-shirt/top", "squäre ☃"), ("W" * 12, "W" * 30, "a\nb")],
+    ids=["short", "plain", "long"],
+)
+def test_titles_are_apart(
+    predictor: Recorder, load_split: Load, tmp_path: Path, drawn: list[Figure], classes: tuple[str, ...]
+) -> None:
+    """No title lies over another, however long the classes' names are; what is cut off is marked."""
+    dataset = replace(load_split("test"), classes=classes)
+    draw_reconstructions(predictor, dataset, tmp_path / "r.png", columns=4)
+    drawn[0].draw_without_rendering()
+    titles = [axis.title for axis in drawn[0].axes]
+    require_apart(drawn[0], titles)
+    words = {word for title in titles if title.get_text() for word in re.split(r", |\n", title.get_text())}
+    assert all(word in classes or word.endswith("…") or word == "a b" for word in words)
+    assert any(word.endswith("…") for word in words) == ("W" * 30 in classes)
+
+
+def test_a_long_name_above_a_sweep(
+    predictor: Recorder, load_split: Load, tmp_path: Path, drawn: list[Figure]
+) -> None:
+    """The title of a class's dimensions keeps within the picture."""
+    dataset = replace(load_split("test"), classes=("W" * 30, "pole", "dot"))
+    draw_dimensions(predictor, dataset, "W" * 30, tmp_path / "d.png")
+    title = drawn[0].get_suptitle()
+    assert title.startswith("each dimension of the capsule for WWW")
+    assert title.endswith("W…, changed by -0.25 … +0.25")
+    require_apart(drawn[0], drawn[0].texts)
+
+
+def test_long_names_leave_effects_their_room(tmp_path: Path, drawn: list[Figure]) -> None:
+    """Figures in a map of effects do not lie over one another, however long the classes' names are."""
+    slant = Dimension(
+        name="slant", moved=0.5, effects={"slant": Effect(change=-12.34, agreement=1)}, shares={"slant": 1}
+    )
+    draw_effects({"W" * 30: (slant,) * 16, "cat": (slant,) * 16}, tmp_path / "e.png")
+    drawn[0].draw_without_rendering()
+    for axis in drawn[0].axes[:3]:
+        require_apart(drawn[0], [*axis.texts, *axis.get_yticklabels()])
