@@ -7,7 +7,7 @@ figures; the second the name, since shares can be compared with one another, and
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,6 +34,7 @@ NOTABLE = 0.05
 """Least share of the squared change that is told."""
 MOST_NOUNS = 4
 """In a name; one, unless others of the class begin alike."""
+NOT_MEASURED = "not measured: none of the training images tried was recognised"
 LITTLE_EFFECT = "little effect"
 NO_ONE_EFFECT = "no one effect"
 """Name of a dimension that changes the drawing, but each image in its own way."""
@@ -57,9 +58,16 @@ Doubles = NDArray[np.float64]
 
 
 def measure_dimensions(
-    predictor: Predictor, dataset: Dataset, *, light_on_dark: bool = True, images: int = IMAGES
+    predictor: Predictor,
+    dataset: Dataset,
+    *,
+    light_on_dark: bool = True,
+    images: int = IMAGES,
+    say: Callable[[str], None] = print,
 ) -> Dimensions:
     """Measure and name every dimension of every class; none for images of several digits.
+
+    A class is left out if none of its first `2 * images` images is recognised, and `say` tells which.
 
     Args:
         dataset: the training images, so that nothing is chosen on the test images.
@@ -68,14 +76,20 @@ def measure_dimensions(
         return {}
     found = {}
     for k, label in enumerate(predictor.classes):
-        some = torch.nonzero(dataset.labels == k)[: 2 * images, 0]
-        if not len(some):
-            continue
-        capsules, lengths = predictor.encode(as_seen(data.take(dataset, some)).images.cpu().numpy())
-        recognised = capsules[lengths.argmax(axis=1) == k][:images]
-        if len(recognised):
+        if recognised := _recognised(predictor, dataset, k, images):
             found[label] = describe([look(sweep(predictor, one, k, light_on_dark)) for one in recognised])
+        else:
+            say(f"class {label}: dimensions {NOT_MEASURED}")
     return found
+
+
+def _recognised(predictor: Predictor, dataset: Dataset, target: int, most: int) -> list[Floats]:
+    """Capsules (K, D) of up to `most` images that are taken for their class, of its first `2 * most`."""
+    some = torch.nonzero(dataset.labels == target)[: 2 * most, 0]
+    if not len(some):
+        return []
+    capsules, lengths = predictor.encode(as_seen(data.take(dataset, some)).images.cpu().numpy())
+    return list(capsules[lengths.argmax(axis=1) == target][:most])
 
 
 def sweep(predictor: Predictor, capsules: Floats, target: int, light_on_dark: bool) -> Floats:

@@ -6,7 +6,7 @@ import numpy as np
 
 from service.manifest import Manifest
 from training.config import ModelConfig, TrainConfig
-from training.dimensions import IMAGES
+from training.dimensions import IMAGES, NOT_MEASURED
 from training.evaluate import Evaluation
 
 TEMPLATE = """\
@@ -180,8 +180,10 @@ def meaning(manifest: Manifest) -> str:
         "of the class begin alike. Most change several at once: `manifest.json` has the figures."
     )
     rows = [
-        (label, ", ".join(f"**{d}** {dimension.name}" for d, dimension in enumerate(dimensions)))
-        for label, dimensions in manifest.dimensions.items()
+        (label, ", ".join(f"**{d}** {name}" for d, name in enumerate(manifest.dimension_names(label))))
+        if label in manifest.dimensions
+        else (label, NOT_MEASURED)
+        for label in manifest.classes
     ]
     return f"{MEANING}\n{words}\n\n{_table(('class', 'dimensions'), rows)}\n"
 

@@ -145,10 +145,13 @@ def test_more_images_are_looked_through_than_are_measured() -> None:
 
 
 def test_a_class_without_recognised_images_is_left_out() -> None:
-    """Nothing is said of a class that no image was taken for, or that has none."""
+    """A class that no image was taken for, or that has none, is not described, and a line says so."""
     dataset = images_of_frames()
     dataset.images[:, 0, 0] = 1
-    assert measure_dimensions(Frames(), dataset) == {}
+    said: list[str] = []
+    assert measure_dimensions(Frames(), dataset, say=said.append) == {}
+    why = "dimensions not measured: none of the training images tried was recognised"
+    assert said == [f"class frame: {why}", f"class other: {why}"]
 
 
 def test_images_of_two_digits_are_not_measured() -> None:
