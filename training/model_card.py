@@ -1,5 +1,6 @@
 """The model card: what a person should know before using an exported network."""
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -180,8 +181,8 @@ def meaning(manifest: Manifest) -> str:
         "of the class begin alike. Most change several at once: `manifest.json` has the figures."
     )
     rows = [
-        (label, ", ".join(f"**{d}** {name}" for d, name in enumerate(manifest.dimension_names(label))))
-        if label in manifest.dimensions
+        (label, _Markup(", ".join(f"**{d}** {name}" for d, name in enumerate(names))))
+        if (names := manifest.dimension_names(label))
         else (label, NOT_MEASURED)
         for label in manifest.classes
     ]
@@ -224,6 +225,17 @@ def _exceptions(manifest: Manifest, train: TrainConfig) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+class _Markup(str):
+    """A cell that is Markdown already."""
+
+
 def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    """A table of plain text, whatever characters it holds, and of `_Markup`."""
+    lines = [head, ("---",) * len(head), *(map(_cell, row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(content: object) -> str:
+    if isinstance(content, _Markup):
+        return content
+    return re.sub(r"[\\`*_|<\[&~]", r"\\\g<0>", " ".join(str(content).splitlines()))
