@@ -1,5 +1,6 @@
 """How a network's test error grows as the images are turned, moved, made noisy and made pale."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,13 +84,15 @@ def measure(
 ) -> dict[str, Any]:
     """The test error of each network, in per cent, under each change at each strength, as plain values.
 
-    All networks see the same images, which `seed` decides.
+    All networks see the same images, which `seed` decides. Those whose names are alike are called by their
+    paths.
 
     Raises:
         DataError: if a network does not take the data set's images.
     """
     for network in networks:
         require_fit(network.predictor, dataset)
+    names = _names(networks)
     plain = [evaluate(network.predictor, dataset).error for network in networks]
     errors: list[dict[str, list[float]]] = [
         {name: [error] for name in changes}
@@ -98,10 +101,10 @@ def measure(
     for name, change in changes.items():
         for strength in change.strengths[1:]:
             changed = change.apply(dataset.images, strength, torch.Generator().manual_seed(seed))
-            for network, found in zip(networks, errors, strict=True):
+            for called, network, found in zip(names, networks, errors, strict=True):
                 error = evaluate(network.predictor, replace(dataset, images=changed)).error
                 found[name].append(error)
-                say(f"{network.name}: {name} {strength:g}: error {error:.2f} %")
+                say(f"{called}: {name} {strength:g}: error {error:.2f} %")
     return {
         "dataset": dataset.name,
         "images": len(dataset),
@@ -109,10 +112,16 @@ def measure(
         "strengths": {name: list(change.strengths) for name, change in changes.items()},
         "units": {name: change.unit for name, change in changes.items()},
         "networks": [
-            {"name": network.name, "training": network.training, "errors": found}
-            for network, found in zip(networks, errors, strict=True)
+            {"name": called, "training": network.training, "errors": found}
+            for called, network, found in zip(names, networks, errors, strict=True)
         ],
     }
+
+
+def _names(networks: Sequence[Trained]) -> list[str]:
+    """The networks' names, or the paths as given of those whose names are alike."""
+    often = Counter(network.name for network in networks)
+    return [str(network.path) if often[network.name] > 1 else network.name for network in networks]
 
 
 def draw(measured: dict[str, Any], path: Path) -> None:

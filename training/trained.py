@@ -30,6 +30,8 @@ class Trained:
     predictor: Predictor
     training: dict[str, Any]
     """How it was trained, for a record: plain values, no paths."""
+    path: Path
+    """As it was given."""
 
 
 def open_trained(path: Path, device: str = "cpu") -> Trained:
@@ -52,6 +54,7 @@ def open_trained(path: Path, device: str = "cpu") -> Trained:
                 "finished": True,
                 "test_error": manifest.measured.test_error,
             },
+            path,
         )
     saved = checkpoints.read(path)
     run = path if path.is_dir() else path.parent
@@ -68,6 +71,7 @@ def open_trained(path: Path, device: str = "cpu") -> Trained:
             "reconstruction_weight": saved.settings().reconstruction_weight,
             "seed": saved.settings().seed,
         },
+        path,
     )
 
 

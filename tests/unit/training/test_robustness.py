@@ -114,7 +114,7 @@ def test_errors_by_hand(tmp_path: Path) -> None:
     """Of four images one is wrong as it is, and two once the light is out; curves come of it."""
     dim = Change("grey levels", (0, 50, 100), lambda images, s, _: (images.float() - s).clamp(0, 255).byte())
     changes = {"shade": dim, "again": dim}
-    networks = [Trained(name, Corner(), TRAINED) for name in ("one", r"$\frac$")]
+    networks = [Trained(name, Corner(), TRAINED, Path("runs", name)) for name in ("one", r"$\frac$")]
     found = robustness.measure(networks, bright_and_dark(), changes=changes, say=lambda _: None)
     assert [network["name"] for network in found["networks"]] == ["one", r"$\frac$"]
     for network in found["networks"]:
@@ -128,6 +128,18 @@ def test_errors_by_hand(tmp_path: Path) -> None:
         assert np.asarray(picture.convert("L")).std() > 10, "something is drawn"
 
 
+def test_runs_of_the_same_name_are_told_apart() -> None:
+    """Networks whose names are alike are called by their paths as given, in what is said and recorded."""
+    paths = [Path("A/run"), Path("B/run"), Path("A/other")]
+    networks = [Trained(path.name, Corner(), TRAINED, path) for path in paths]
+    said: list[str] = []
+    dim = Change("grey levels", (0, 100), lambda images, s, _: (images.float() - s).clamp(0, 255).byte())
+    found = robustness.measure(networks, bright_and_dark(), changes={"shade": dim}, say=said.append)
+    names = ["A/run", "B/run", "other"]
+    assert [network["name"] for network in found["networks"]] == names
+    assert said == [f"{name}: shade 100: error 50.00 %" for name in names]
+
+
 def test_the_baseline_is_measured_too(model_config: ModelConfig) -> None:
     """A CNN without capsules stands beside the others, under all four changes, at the same seed alike."""
     shape = {**model_config.as_dict(), "conv_channels": 4}
@@ -137,7 +149,7 @@ def test_the_baseline_is_measured_too(model_config: ModelConfig) -> None:
     ]
     images = torch.randint(0, 256, (6, 13, 12), dtype=torch.uint8)
     dataset = Dataset("shapes", model_config.classes, images, torch.arange(6) % 3, {})
-    networks = [Trained(str(i), predictor, TRAINED) for i, predictor in enumerate(predictors)]
+    networks = [Trained(str(i), predictor, TRAINED, Path(str(i))) for i, predictor in enumerate(predictors)]
     found, again = (robustness.measure(networks, dataset, say=lambda _: None) for _ in range(2))
     assert found == again
     for network in found["networks"]:
@@ -149,7 +161,7 @@ def test_another_networks_images() -> None:
     dataset = bright_and_dark()
     large = Dataset("large", dataset.classes, torch.zeros(1, 5, 5, dtype=torch.uint8), torch.zeros(1), {})
     with pytest.raises(DataError, match="the network takes"):
-        robustness.measure([Trained("one", Corner(), TRAINED)], large)
+        robustness.measure([Trained("one", Corner(), TRAINED, Path("one"))], large)
 
 
 def test_labels() -> None:

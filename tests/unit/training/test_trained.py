@@ -92,4 +92,5 @@ def test_how_it_was_trained(make: Make) -> None:
         assert (made["dataset"], made["training_images"]) == ("shapes", 60)
         assert (made["epochs"], made["finished"]) == (2, True)
     assert opened.training["seed"] == 0
+    assert (opened.path, exported.path) == (run, folder)
     assert "test_error" in exported.training
