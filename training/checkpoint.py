@@ -81,7 +81,11 @@ class Checkpoint:
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Replace `path` in one step: an interruption leaves the old checkpoint or the new one."""
+    """Replace `path` in one step: an interruption leaves the old checkpoint or the new one.
+
+    Raises:
+        CheckpointError: if it cannot be written, as on a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     try:
@@ -90,6 +94,15 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        # After a failed write PyTorch still ends its archive, fails at that, and so hides the first fault.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise CheckpointError(
+            f"{path}: cannot be written ({reason}); free some space, or mend what else is wrong there, and "
+            "go on with --resume"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -52,7 +52,18 @@ def test_a_failed_save_keeps_the_old_checkpoint(
 
     monkeypatch.setattr(torch, "save", die_half_way)
     state.epoch = 2
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match="no space"):
+        checkpoints.save(state, path)
+    assert checkpoints.read(path).epoch == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_full_disk(state: Checkpoint, tmp_path: Path) -> None:
+    """A disk without room is named as the reason, with the file and what to do; the old checkpoint stays."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoints.save(state, path)
+    path.with_suffix(".partial").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt: .*No space left.* go on with --resume"):
         checkpoints.save(state, path)
     assert checkpoints.read(path).epoch == 1
     assert list(tmp_path.iterdir()) == [path]
