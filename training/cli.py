@@ -167,8 +167,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--final-learning-rate",
         type=float,
-        default=DEFAULTS.final_learning_rate,
-        help="its rate at the last step; it decays exponentially in between",
+        help="its rate at the last step; it decays exponentially in between; unset: "
+        f"{DEFAULTS.final_learning_rate}",
     )
     command.add_argument(
         "--warm-up-steps",
@@ -265,6 +265,10 @@ def _train(options: argparse.Namespace) -> None:
         raise ValueError(
             "--max-shift goes with --augmentation shift; strong shifts by the margin of each image"
         )
+    if options.schedule == "authors" and options.final_learning_rate is not None:
+        raise ValueError(
+            "--final-learning-rate goes with --schedule exponential; authors takes 4 % off every 2000 steps"
+        )
     dataset = _loader(options, "train")()
     height, width, channels = compose.frame(dataset)
     model_config = ModelConfig(
@@ -291,7 +295,9 @@ def _train(options: argparse.Namespace) -> None:
             if options.batch_size is None
             else options.batch_size,
             learning_rate=options.learning_rate,
-            final_learning_rate=options.final_learning_rate,
+            final_learning_rate=DEFAULTS.final_learning_rate
+            if options.final_learning_rate is None
+            else options.final_learning_rate,
             schedule=options.schedule,
             warm_up_steps=warm_up_steps(model_config)
             if options.warm_up_steps is None

@@ -96,6 +96,10 @@ def test_dimensions_of_a_model_that_names_none(
             ["train", "--augmentation", "strong", "--max-shift", "1"],
             "--max-shift goes with --augmentation shift",
         ),
+        (
+            ["train", "--data-dir", "file", "--schedule", "authors", "--final-learning-rate", "1e-4"],
+            "--final-learning-rate goes with --schedule exponential",
+        ),
     ],
 )
 def test_errors(
