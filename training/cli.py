@@ -47,6 +47,7 @@ from training.trained import open_trained, read_network
 from training.visualize import draw_dimensions, draw_effects, draw_pairs, draw_reconstructions, file_names
 
 DEFAULTS = TrainConfig()
+DATASET = "mnist"
 
 # Faults of what was given or of the place it should go to, not of this program: a line says enough.
 EXPECTED = (
@@ -120,8 +121,7 @@ def _add_dataset(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dataset",
         choices=compose.NAMES,
-        default="mnist",
-        help="what to learn; multimnist, translated-mnist and affnist are made from MNIST",
+        help=f"the images; multimnist, translated-mnist and affnist are made from MNIST; unset: {DATASET}",
     )
     command.add_argument(
         "--data-dir",
@@ -133,7 +133,21 @@ def _add_dataset(command: argparse.ArgumentParser) -> None:
 
 
 def _loader(options: argparse.Namespace, split: data.Split) -> Callable[[], Dataset]:
-    return partial(compose.load, options.dataset, split, options.data_dir)
+    return partial(compose.load, options.dataset or DATASET, split, options.data_dir)
+
+
+def _require_own(options: argparse.Namespace, network: Path, trained_on: str, *, always: bool = True) -> None:
+    """Raise `DataError` before images are loaded that `network` was not trained on.
+
+    Args:
+        always: False to allow for those that were named.
+    """
+    asked = options.dataset or DATASET
+    if asked != trained_on and (always or options.dataset is None):
+        folder = " --data-dir <its folder>" if trained_on == "folder" else ""
+        raise DataError(
+            f"{network}: trained on {trained_on}, not {asked}: add --dataset {trained_on}{folder}"
+        )
 
 
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -310,7 +324,7 @@ def _train(options: argparse.Namespace) -> None:
             device=options.device,
             precision=options.precision,
         ),
-        options.output or Path("runs", options.dataset),
+        options.output or Path("runs", dataset.name),
         load_test=_loader(options, "test"),
         start=read_start(options.start) if options.start else None,
         resume=options.resume,
@@ -331,7 +345,9 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    result = evaluate(open_trained(options.network, options.device).predictor, _loader(options, "test")())
+    trained = open_trained(options.network, options.device)
+    _require_own(options, options.network, trained.training["dataset"], always=False)
+    result = evaluate(trained.predictor, _loader(options, "test")())
     print(f"test error {result.error:.2f} % ({result.mistakes} of {result.images})")
     if len(result.reconstruction_errors):  # a CNN draws nothing
         print(
@@ -352,6 +368,7 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _export(options: argparse.Namespace) -> None:
     checkpoint = checkpoints.read(options.checkpoint)
+    _require_own(options, options.checkpoint, checkpoint.dataset)
     if not checkpoint.finished:
         print(f"note: this run has finished {checkpoint.epoch} of {checkpoint.train_config['epochs']} epochs")
     place = Name(options.models, options.name or checkpoint.dataset, options.version)
@@ -377,8 +394,10 @@ def _add_dimensions(commands: "argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _dimensions(options: argparse.Namespace) -> None:
-    predictor, dataset = OnnxPredictor(options.model), _loader(options, "train")()
+    predictor = OnnxPredictor(options.model)
     manifest = predictor.manifest
+    _require_own(options, options.model, manifest.provenance.dataset)
+    dataset = _loader(options, "train")()
     require_fit(predictor, compose.as_seen(data.take(dataset, torch.tensor([0]))))
     if not dataset.checksums.items() <= manifest.provenance.dataset_checksums.items():
         raise DataError(
@@ -413,7 +432,9 @@ def _add_visualize(commands: "argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _visualize(options: argparse.Namespace) -> None:
-    predictor, dataset = open_trained(options.network).predictor, _loader(options, "test")()
+    trained = open_trained(options.network)
+    _require_own(options, options.network, trained.training["dataset"], always=False)
+    predictor, dataset = trained.predictor, _loader(options, "test")()
     require_fit(predictor, dataset)
     options.output.mkdir(parents=True, exist_ok=True)
     if dataset.digits is not None:  # a capsule's dimensions say nothing of an image of two digits
@@ -509,6 +530,8 @@ def _add_robustness(commands: "argparse._SubParsersAction[argparse.ArgumentParse
 
 def _robustness(options: argparse.Namespace) -> None:
     networks = [open_trained(path) for path in options.networks]
+    for path, trained in zip(options.networks, networks, strict=True):
+        _require_own(options, path, trained.training["dataset"], always=False)
     dataset = data.sample(_loader(options, "test")(), options.images)
     record = robustness.measure(networks, dataset, seed=options.seed)
     _write(record, robustness.draw, options.output, "robustness")
@@ -537,6 +560,7 @@ def _detect(options: argparse.Namespace) -> None:
     trained, network = open_trained(options.network), read_network(options.network)
     if isinstance(network, BaselineCNN):
         raise DataError(f"{options.network}: a CNN without capsules draws nothing that could be compared")
+    _require_own(options, options.network, trained.training["dataset"], always=False)
     dataset = data.sample(_loader(options, "test")(), options.images)
     if isinstance(trained.predictor, OnnxPredictor):
         calibration = trained.predictor.manifest.calibration

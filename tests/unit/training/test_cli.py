@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ from PIL import Image
 
 from service.manifest import read_manifest, write_manifest
 from training import checkpoint as checkpoints
-from training import cli
+from training import cli, data
 from training.cli import main
 from training.model_card import meaning, renew_meaning
 
@@ -21,7 +22,10 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_from_images_to_model(
-    mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mnist_style_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A folder of one's own images becomes a trained, evaluated, exported and drawn network."""
     source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder)]
@@ -41,6 +45,21 @@ def test_from_images_to_model(
     }
     printed = capsys.readouterr().out
     assert printed.count("test error") == 4, "training, both evaluations, and the export"
+    monkeypatch.setattr(data, "load", partial(data.load, download=False))
+    # Where no data set is named, MNIST is meant; it must not be loaded, or even downloaded, for nothing.
+    for command in ("evaluate", "export", "visualize", "robustness", "detect"):
+        assert main([command, run, "--data-dir", str(tmp_path / "nowhere")]) == 1
+        assert capsys.readouterr().err == (
+            f"capsnet: {run}: trained on folder, not mnist: add --dataset folder --data-dir <its folder>\n"
+        )
+    for command in ("evaluate", "dimensions"):
+        assert main([command, exported, "--data-dir", str(tmp_path / "nowhere")]) == 1
+        assert f"{exported}: trained on folder, not mnist" in capsys.readouterr().err
+    # Other images can be named to measure on, but not to export with.
+    for command, message in {"evaluate": "not to be downloaded", "export": "trained on folder"}.items():
+        arguments = [command, run, "--dataset", "mnist", "--data-dir", str(tmp_path / "nowhere")]
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_few_images(mnist_style_folder: Path, tmp_path: Path) -> None:
