@@ -1,11 +1,14 @@
 """The command line, `capsnet train|evaluate|export|visualize|…`: it reads arguments and calls the rest."""
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 
@@ -67,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     try:
-        command(options)
+        with _terminable():
+            command(options)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
@@ -80,6 +84,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ncapsnet: interrupted; what was finished is on disk", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Make an exception of SIGTERM, so that what was begun is cleaned up."""
+    if "WORLD_SIZE" in os.environ:  # torchrun's: one that waits for another would never come to raise it
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)  # as a shell would report it
 
 
 def _out_of_memory(error: Exception) -> bool:

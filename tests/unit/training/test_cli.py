@@ -1,3 +1,6 @@
+import signal
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -7,9 +10,12 @@ from PIL import Image
 
 from service.manifest import read_manifest, write_manifest
 from training import checkpoint as checkpoints
-from training import cli, data
+from training import cli, compose, data
 from training.cli import main
+from training.config import ModelConfig, TrainConfig
+from training.data import Dataset, Split
 from training.model_card import meaning, renew_meaning
+from training.train import train
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "export", "dimensions", "visualize"])
@@ -148,6 +154,34 @@ def test_out_of_memory(
     monkeypatch.setattr(cli, "train", lambda *_, **__: torch.empty(2) @ torch.empty(3))
     with pytest.raises(RuntimeError, match="size"):
         main(arguments)
+
+
+def test_termination(
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    load_split: Callable[[Split], Dataset],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGTERM amid an export ends it with the status that a shell reports, and leaves nothing behind."""
+
+    def load(split: Split) -> Dataset:
+        return replace(load_split(split), name="mnist")
+
+    def terminate(*_: object) -> None:
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "it would end these tests"
+        signal.raise_signal(signal.SIGTERM)
+
+    config = replace(train_config, epochs=1)
+    train(load("train"), model_config, config, tmp_path / "run", load_test=lambda: load("test"))
+    monkeypatch.setattr(compose, "load", lambda _, split, __: load(split))
+    monkeypatch.setattr("training.export.write_decoder", terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(tmp_path / "run"), "--models", str(tmp_path / "models")])
+    assert stop.value.code == 143
+    assert list((tmp_path / "models").iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_cnn(mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
