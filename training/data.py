@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import struct
+import unicodedata
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,9 @@ GARMENTS = (
     "Ankle boot",
 )
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+UNWRITABLE = {"Cc", "Cs", "Zl", "Zp"}
+"""Unicode's categories of what no class may have in its name, which goes into cards, tables and headers:
+control characters, bytes that are not UTF-8, and breaks of lines and paragraphs."""
 
 Split = Literal["train", "test"]
 Layout = Literal["plain", "canvas", "pairs"]
@@ -248,8 +252,12 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
         raise DataError(f"{folder}: no such folder; expected one folder of images for each class in it")
     visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     classes = tuple(sorted(entry.name for entry in visible if entry.is_dir()))
-    if len(classes) < 2:
-        raise DataError(f"{folder}: {len(classes)} class folders, expected at least 2")
+    for name in classes:
+        if any(unicodedata.category(character) in UNWRITABLE for character in name):
+            raise DataError(
+                f"{folder}: class folder {name!r}, expected a name in UTF-8 without line breaks and control "
+                "characters; rename it"
+            )
     return classes
 
 
@@ -259,8 +267,14 @@ def _load_folder(root: Path, split: Split) -> Dataset:
     Both splits are read, so that they agree and a run does not end on test images that it cannot use.
     """
     classes, other = _class_folders(root / "train"), _class_folders(root / "test")
+    if len(classes) < 2:
+        raise DataError(f"{root / 'train'}: {len(classes)} class folders, expected at least 2")
     if classes != other:
-        raise DataError(f"{root / 'test'}: classes {list(other)}, expected those of train: {list(classes)}")
+        missing, strange = sorted({*classes} - {*other}), sorted({*other} - {*classes})
+        raise DataError(
+            f"{root / 'test'}: expected the class folders of train, but {missing} are missing and {strange} "
+            "are not in train"
+        )
     read = {
         path: _read_image(path)
         for folder in (root / "train", root / "test")
@@ -281,7 +295,7 @@ def _load_folder(root: Path, split: Split) -> Dataset:
             image = np.repeat(pixels[..., None], 3, axis=-1) if colour and pixels.ndim == 2 else pixels
             images.append(image)
             labels.append(classes.index(path.parent.name))
-            digest.update(f"{path.parent.name}/{path.name}".encode() + b"\0" + image.tobytes())
+            digest.update(os.fsencode(f"{path.parent.name}/{path.name}") + b"\0" + image.tobytes())
     return Dataset(
         "folder",
         classes,

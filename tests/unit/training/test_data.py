@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import os
 import shutil
 import struct
 import threading
@@ -218,8 +219,28 @@ def test_class_without_images(image_folder: Path) -> None:
 def test_other_classes_in_the_test_folder(image_folder: Path) -> None:
     """Test images of other classes are found out when the training images are loaded, not hours later."""
     (image_folder / "test" / "ant").rename(image_folder / "test" / "bee")
-    with pytest.raises(DataError, match=r"test: classes \['bee', 'cat'\], expected .* \['ant', 'cat'\]"):
+    with pytest.raises(DataError, match=r"test: .* \['ant'\] are missing and \['bee'\] are not in train"):
         load("folder", "train", image_folder)
+    shutil.rmtree(image_folder / "test" / "bee")
+    with pytest.raises(DataError, match=r"test: .* \['ant'\] are missing and \[\] are not in train"):
+        load("folder", "train", image_folder)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines", "two\u2028lines".encode(), b"tab\t"])
+def test_names_that_cannot_be_written(image_folder: Path, name: bytes) -> None:
+    """A class whose name is not UTF-8, or would break a line of a card, is named and refused."""
+    (image_folder / "train" / "ant").rename(image_folder / "train" / os.fsdecode(name))
+    with pytest.raises(DataError, match=r"train: class folder '\w+\\.*', expected a name in UTF-8"):
+        load("folder", "train", image_folder)
+
+
+def test_names_in_any_script(image_folder: Path) -> None:
+    """Joiners, spaces and letters of any script are taken in a class's name; in an image's, any byte."""
+    name = "\u0645\u06cc\u200c\u0631\u0648\u062f \U0001f41c"  # an ant, with a non-joiner, as Persian needs
+    for split in ("train", "test"):
+        folder = (image_folder / split / "ant").rename(image_folder / split / name)
+        (folder / "m.png").rename(folder / os.fsdecode(b"caf\xe9.png"))
+    assert load("folder", "train", image_folder).classes == ("cat", name)
 
 
 def test_image_of_another_size(image_folder: Path) -> None:
