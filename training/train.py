@@ -76,13 +76,15 @@ def train(
         after_epoch: told of each epoch whose checkpoint is written.
 
     Raises:
-        TrainingError: for a device that is not there, an existing run without `resume`, weights to begin
-            with that do not fit, or a loss that is no longer a number.
+        TrainingError: for a device that is not there, a file in the place of `output`, an existing run
+            without `resume`, weights to begin with that do not fit, or a loss that is no longer a number.
         CheckpointError: if the checkpoint to resume from is damaged or was made with other settings.
     """
     device = resolve_device(config.device)
     # What `auto` came to is part of the run: a resumed run must not change it, and the manifest names it.
     config = replace(config, device=device.type, precision=resolve_precision(config.precision, device))
+    if output.exists() and not output.is_dir():
+        raise TrainingError(f"{output} is a file; choose another --output, the folder of a run")
     path = output / checkpoints.CHECKPOINT_FILE
     if path.exists() and not resume:
         raise TrainingError(f"{path} exists; add --resume to go on with it, or choose another --output")

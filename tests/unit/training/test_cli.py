@@ -203,3 +203,5 @@ def test_output_that_cannot_be_written(
     source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder), "--validation-images", "0"]
     assert main(["train", *source, "--epochs", "1", "--output", str(tmp_path / "file" / "run")]) == 1
     assert str(tmp_path / "file") in capsys.readouterr().err
+    assert main(["train", *source, "--epochs", "1", "--output", str(tmp_path / "file")]) == 1
+    assert f"{tmp_path / 'file'} is a file; choose another --output" in capsys.readouterr().err
