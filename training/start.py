@@ -12,6 +12,7 @@ from torch import Tensor
 
 from service.manifest import MANIFEST_FILE, read_manifest, sha256
 from training import checkpoint as checkpoints
+from training.config import in_words
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ class Start:
     """Of the file that the encoder's weights were read from."""
     epochs: int
     """Passes over the training images behind these weights, in all."""
+    network: str
+    """What they are the weights of, in words."""
 
     def origin(self) -> dict[str, Any]:
-        """All but the weights, as a checkpoint keeps it."""
+        """Where the weights came from, as a checkpoint keeps it."""
         return {"source": self.source, "sha256": self.sha256, "epochs": self.epochs}
 
 
@@ -40,7 +43,13 @@ def read_start(path: Path) -> Start:
         return _exported(path)
     file = path / checkpoints.CHECKPOINT_FILE if path.is_dir() else path
     saved = checkpoints.read(file)
-    return Start(saved.model, f"a run on {saved.dataset}", sha256(file), saved.epochs_in_all)
+    return Start(
+        saved.model,
+        f"a run on {saved.dataset}",
+        sha256(file),
+        saved.epochs_in_all,
+        str(saved.shape()),
+    )
 
 
 def _exported(folder: Path) -> Start:
@@ -49,7 +58,14 @@ def _exported(folder: Path) -> Start:
         **_weights(folder / manifest.encoder.file, "encoder.", ""),
         **_weights(folder / manifest.decoder.file, "layers.", "decoder."),
     }
-    return Start(weights, manifest.reference, manifest.encoder.sha256, manifest.provenance.epochs_in_all)
+    image = manifest.image
+    return Start(
+        weights,
+        manifest.reference,
+        manifest.encoder.sha256,
+        manifest.provenance.epochs_in_all,
+        in_words(manifest.architecture, (image.height, image.width, image.channels), len(manifest.classes)),
+    )
 
 
 def _weights(graph: Path, belongs: str, prefix: str) -> dict[str, Tensor]:

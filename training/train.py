@@ -189,13 +189,17 @@ def _require_alike(run: _Run) -> None:
 
 
 def _begin_with(network: Network, start: Start) -> None:
-    try:
-        network.load_state_dict(start.weights)
-    except RuntimeError as error:
+    wanted = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in start.weights.items()}
+    different = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    if different:
+        name = different[0]
         raise TrainingError(
-            f"the weights of {start.source} are of another network than the one to train: its image size, "
-            f"classes and settings must be the same ({error})"
-        ) from error
+            f"the weights of {start.source} are of another network, {start.network}, than the one to train, "
+            f"{network.config}: its image size, classes and settings must be the same ({name} has shape "
+            f"{found.get(name, 'none')}, expected {wanted.get(name, 'none')})"
+        )
+    network.load_state_dict(start.weights)
 
 
 def _train_epochs(

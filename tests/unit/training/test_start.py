@@ -12,6 +12,7 @@ from training.checkpoint import Checkpoint, CheckpointError
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split
 from training.export import Name, export, round_to_half
+from training.model import CapsNet
 from training.start import Start, read_start
 from training.train import TrainingError, train
 
@@ -103,7 +104,7 @@ def test_a_start_that_lacks_a_weight(run: Run, tmp_path: Path) -> None:
     run(tmp_path / "one")
     start = read_start(tmp_path / "one")
     fewer = {name: value for name, value in start.weights.items() if "digit_capsules" not in name}
-    with pytest.raises(TrainingError, match=r"settings must be the same \((.|\n)*digit_capsules"):
+    with pytest.raises(TrainingError, match=r"settings must be the same \(.*digit_capsules.* has shape none"):
         run(tmp_path / "two", replace(start, weights=fewer))
 
 
@@ -119,7 +120,27 @@ def test_resuming_needs_the_same_start(run: Run, tmp_path: Path) -> None:
 
 def test_weights_of_another_network(run: Run, tmp_path: Path) -> None:
     """Weights that do not fit are refused before anything is written."""
-    start = Start({"encoder.conv.weight": torch.zeros(1)}, "another/1", "", 1)
-    with pytest.raises(TrainingError, match="the weights of another/1 are of another network"):
+    start = Start({"encoder.conv.weight": torch.zeros(1)}, "another/1", "", 1, "a network")
+    with pytest.raises(TrainingError, match="the weights of another/1 are of another network, a network"):
         run(tmp_path / "run", start)
     assert not (tmp_path / "run").exists()
+
+
+def test_both_networks_are_named(run: Run, model_config: ModelConfig, tmp_path: Path) -> None:
+    """Weights of other images are refused in a line: what they are of, what is trained, and a difference."""
+    taller = replace(model_config, height=15)
+    network = CapsNet(taller)
+    state = replace(run(tmp_path / "one"), model_config=taller.as_dict(), model=network.state_dict())
+    checkpoints.save(state, tmp_path / "taller" / "checkpoint.pt")
+    with pytest.raises(TrainingError) as refusal:
+        run(tmp_path / "two", read_start(tmp_path / "taller"))
+    assert "capsnet for 3 classes of 12x15 images in grey, than the one to train" in str(refusal.value)
+    assert "capsnet for 3 classes of 12x13 images in grey: its image size" in str(refusal.value)
+    assert "(encoder.digit_capsules.weight has shape " in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_exported_network_is_named() -> None:
+    """Of an exported model, the manifest tells what the weights are of."""
+    start = read_start(Path(__file__).parents[3] / "models" / "mnist-efficient" / "1")
+    assert start.network == "efficient-capsnet for 10 classes of 28x28 images in grey"
