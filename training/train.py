@@ -121,7 +121,8 @@ def train(
             print(
                 f"Training on {len(rest):,} images of {dataset.name} ({len(validation):,} held out), "
                 f"{sum(p.numel() for p in run.network.parameters()):,} parameters, "
-                f"{config.device} in {config.precision}."
+                f"{config.device} in {config.precision}.",
+                flush=True,
             )
         _require_alike(run)
         if state.epoch < config.epochs:
@@ -236,7 +237,8 @@ def _train_epochs(
             state.optimizer = run.optimizer.state_dict()
             state.generators = {name: generator.get_state() for name, generator in run.generators.items()}
             checkpoints.save(state, path)
-            print(f"epoch {epoch + 1}/{config.epochs}: " + ", ".join(f"{k} {v:.5g}" for k, v in row.items()))
+            figures = ", ".join(f"{k} {v:.5g}" for k, v in row.items())
+            print(f"epoch {epoch + 1}/{config.epochs}: {figures}", flush=True)  # to a log as well
             after_epoch(state)
     finally:
         if board is not None:
@@ -298,7 +300,7 @@ def _train_epoch(
             order.split(config.batch_size),
             desc=f"epoch {epoch + 1}/{config.epochs}",
             leave=False,
-            disable=not team.first,
+            disable=None if team.first else True,  # None: where nobody watches a terminal
         ) as bar,
     ):
         for step, indices in enumerate(bar, start=epoch * steps):

@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -140,6 +142,30 @@ def test_the_test_set_is_touched_once(
     for _ in range(2):
         train(load_split("train"), model_config, train_config, tmp_path, load_test=load_test, resume=True)
     assert epochs_when_loaded == [3]
+
+
+def test_progress_in_a_log(
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    load_split: Load,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Without a terminal each epoch's line is written when the epoch ends, and no bar beside them."""
+    log = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(log))
+    lines: list[int] = []
+    train(
+        load_split("train"),
+        model_config,
+        train_config,
+        tmp_path,
+        load_test=lambda: load_split("test"),
+        after_epoch=lambda _: lines.append(log.getvalue().count(b"\n")),
+    )
+    assert lines == [2, 3, 4], "what is trained on, and the epochs"
+    assert "\r" not in capfd.readouterr().err
 
 
 def test_without_validation(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
