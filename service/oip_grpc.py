@@ -201,8 +201,11 @@ class _Inference:
                 except Exception as error:
                     code, text, trailer = _explain(error)
                     status = code.name
-                    await context.abort(code, text, trailer)
-                    raise  # not reached: abort raises
+                # What `abort` raises is kept, with this frame, until Python looks for cycles: neither the
+                # error, whose own frames hold the request, nor the message may be part of that.
+                del data
+                await context.abort(code, text, trailer)
+                raise AssertionError("not reached: abort raises")
             finally:
                 if self._tracing:
                     self._tracing.end_rpc(code.value[0], failed=code in _OUR_FAULT)

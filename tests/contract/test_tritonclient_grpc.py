@@ -224,6 +224,23 @@ def test_messages_are_bounded_also_when_compressed(tiny_models: Path) -> None:
         assert client.is_server_ready()
 
 
+def test_refused_messages_are_let_go(tiny_models: Path) -> None:
+    """Whatever is refused for what it says, or is no message, leaves no more than the library's buffers."""
+    wrong = service_pb2.ModelInferRequest(model_name="tiny-encoder", raw_input_contents=[bytes(2**22)])
+    wrong.inputs.add(name="images", datatype="UINT8", shape=[1, SIDE, SIDE])
+    with (
+        served(tiny_models, grpc_port="0") as process,
+        grpc.insecure_channel(process.grpc_address) as channel,
+    ):
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        before = process.memory()
+        for message in [wrong.SerializeToString(), b"\xff" * 2**22] * 25:
+            with pytest.raises(grpc.RpcError) as caught:
+                infer(message, timeout=LIMIT)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert process.memory() - before < 128 * 2**20
+
+
 def test_messages_share_the_room_of_bodies(tiny_models: Path) -> None:
     """A message that finds too little room beside HTTP bodies is refused, and may try again in a second."""
     with (
