@@ -35,6 +35,7 @@ from service.errors import (
     Unauthorized,
     UnknownModel,
 )
+from service.grpc_limits import check_size
 from service.handling import Service
 from service.keys import KeyRing
 from service.manifest import TensorSpec
@@ -194,7 +195,7 @@ class _Inference:
             try:
                 try:
                     self.check_key(route, context)
-                    answer = await self._in_time(handler(_parse(message, data)))
+                    answer = await self._in_time(handler(_parse(message, data, self._settings.max_images)))
                     code = grpc.StatusCode.OK
                     status = code.name
                     return answer
@@ -367,9 +368,10 @@ def _address(peer: str) -> str:
     return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
-def _parse(message: type[Message], data: bytes) -> Message:
+def _parse(message: type[Message], data: bytes, max_rows: int) -> Message:
     """Here and not by gRPC's library, which would tell the caller of Python's classes and log a traceback."""
     try:
+        check_size(message, data, max_rows)
         return message.FromString(data)
     except DecodeError as error:
         raise MalformedBody(

@@ -224,6 +224,25 @@ def test_messages_are_bounded_also_when_compressed(tiny_models: Path) -> None:
         assert client.is_server_ready()
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x2a\x00" * 2**20, "too many fields: received more than 512"),  # inputs
+        (b"\x32\x00" * 2**20, "too many fields: received more than 512"),  # outputs
+        (b"\x2a\x84\x80\x40\x1a\x80\x80\x40" + bytes(2**20), "too long: received 1048576 bytes"),  # a shape
+    ],
+    ids=["inputs", "outputs", "shape"],
+)
+def test_messages_are_bounded_also_in_what_they_become(process: Served, content: bytes, words: str) -> None:
+    """What is within the limit of bytes, but would become millions of objects, is refused before it does."""
+    with grpc.insecure_channel(process.grpc_address) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        with pytest.raises(grpc.RpcError) as caught:
+            infer(b"\x0a\x0ctiny-encoder" + content, timeout=LIMIT)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert words in caught.value.details()
+
+
 def test_refused_messages_are_let_go(tiny_models: Path) -> None:
     """Whatever is refused for what it says, or is no message, leaves no more than the library's buffers."""
     wrong = service_pb2.ModelInferRequest(model_name="tiny-encoder", raw_input_contents=[bytes(2**22)])
