@@ -5,6 +5,7 @@ Needs the extra `grpc`. The messages are those of `oip.proto`. See docs/decision
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -401,7 +402,7 @@ def _inputs(graph: ServedGraph, request: pb.ModelInferRequest, max_rows: int) ->
         protocol.check_parameters(given.name, given.parameters)
         shape = check_tensor(spec, given.datatype, given.shape, max_rows)
         if not raw:
-            inputs[spec.name] = from_values(spec, shape, _typed_values(spec, given.contents))
+            inputs[spec.name] = from_values(spec, shape, _typed_values(spec, shape, given.contents))
         elif not given.HasField("contents"):
             inputs[spec.name] = from_bytes(spec, shape, raw[position])
         else:
@@ -413,8 +414,10 @@ def _inputs(graph: ServedGraph, request: pb.ModelInferRequest, max_rows: int) ->
     return inputs
 
 
-def _typed_values(spec: TensorSpec, contents: pb.InferTensorContents) -> Sequence[Any]:
-    """The values in the field of the tensor's datatype, once it is known to be the only one filled."""
+def _typed_values(
+    spec: TensorSpec, shape: tuple[int, ...], contents: pb.InferTensorContents
+) -> Sequence[Any]:
+    """As many values as the shape needs, from the field of the datatype, the only one that may be filled."""
     filled = {field.name: values for field, values in contents.ListFields()}
     field = _CONTENTS[spec.datatype]
     if list(filled) != [field]:
@@ -424,6 +427,13 @@ def _typed_values(spec: TensorSpec, contents: pb.InferTensorContents) -> Sequenc
             expected=f"{field}, or raw_input_contents",
         )
     values: Sequence[Any] = filled[field]
+    count = math.prod(shape)
+    if len(values) != count:  # before any is looked at: they may be millions
+        raise InvalidInput(
+            f"The data of the tensor {spec.name!r} do not match its shape.",
+            received=f"{len(values)} values",
+            expected=f"{count} numbers",
+        )
     return values
 
 

@@ -157,6 +157,19 @@ def test_typed_contents_come_in_the_field_of_their_datatype_alone(
     )
 
 
+def test_typed_contents_of_another_length_are_counted_alone(client: sync.InferenceServerClient) -> None:
+    """They are refused by their number, whatever they hold."""
+    encode = service_pb2.ModelInferRequest(model_name="tiny-encoder")
+    images = encode.inputs.add(name="images", datatype="UINT8", shape=[1, SIDE, SIDE])
+    images.contents.uint_contents.extend([300] * 100_000)
+    with pytest.raises(grpc.RpcError) as caught:
+        client._client_stub.ModelInfer(encode)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == (
+        "The data of the tensor 'images' do not match its shape: received 100000 values, expected 784 numbers"
+    )
+
+
 def test_errors_have_the_right_status_and_words(client: sync.InferenceServerClient) -> None:
     """What is 404, 400 and 413 over HTTP has gRPC's own statuses here, and the same words."""
     image = image_of(0)[np.newaxis]
