@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from functools import cache
 from typing import TypeVar, cast
@@ -34,6 +35,9 @@ PNG = "image/png"
 # A JSON text has at most one more value than commas in each container, so this bounds the memory that
 # parsing takes. The largest honest body, 1,024 data URLs with two commas each, stays far below.
 _MAX_COMMAS = 32_768
+
+# Of which a form has six at most. Each of thousands would be looked up and become an error.
+_MAX_PARAMETERS = 64
 
 # multipart/form-data has no such parameter (RFC 7578, 8). Starlette would decode names and texts with it, and
 # some of Python's codecs raise what it does not catch, or take a time that grows with the square of a text.
@@ -237,14 +241,21 @@ def parse_query(form: type[Form], request: Request) -> Form:
     """Validate the query parameters.
 
     Raises:
-        InvalidInput: an unknown name, one given twice, or a value out of range.
+        InvalidInput: an unknown name, one given twice, a value out of range, or far too many.
     """
-    if not request.scope["query_string"]:
+    query: bytes = request.scope["query_string"]
+    if not query:
         return cast("Form", _defaults(form))
+    if query.count(b"&") >= _MAX_PARAMETERS:
+        raise InvalidInput(
+            "There are too many query parameters.",
+            received=f"more than {_MAX_PARAMETERS}",
+            expected=f"at most {_MAX_PARAMETERS}",
+        )
     items = request.query_params.multi_items()
     values = dict(items)
     if len(values) != len(items):
-        twice = sorted({name for name, _ in items if len(request.query_params.getlist(name)) > 1})
+        twice = sorted(name for name, count in Counter(name for name, _ in items).items() if count > 1)
         raise InvalidInput(
             "A query parameter is given twice.", received=", ".join(twice)[:100], expected="each name once"
         )

@@ -311,6 +311,13 @@ def test_queries_are_refused(client: TestClient, query: str, status: int, says: 
     assert says in problem(post(client, f"/predict?{query}", PNG, "image/png"), status)["detail"]
 
 
+@pytest.mark.parametrize("path", ["/predict", "/reconstruct", "/reconstruct/sweep"])
+def test_a_query_of_many_parameters_is_refused_at_once(client: TestClient, path: str) -> None:
+    """However often a name is repeated, it is not compared with each of the others."""
+    answer = post(client, f"{path}?{'&'.join(['a'] * 16_000)}", PNG, "image/png")
+    assert "too many query parameters" in problem(answer, 422)["detail"]
+
+
 def test_preprocess_none_needs_the_models_size(client: TestClient) -> None:
     """Another size is answered with both sizes."""
     answer = post(client, "/predict?preprocess=none", encode(NOISE), "image/png")
