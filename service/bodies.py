@@ -32,9 +32,10 @@ NPY = "application/x-npy"
 NPZ = "application/x-npz"
 PNG = "image/png"
 
-# A JSON text has at most one more value than commas in each container, so this bounds the memory that
-# parsing takes. The largest honest body, 1,024 data URLs with two commas each, stays far below.
-_MAX_COMMAS = 32_768
+# A JSON text has at most one more value than commas in each container, and each container an opening
+# bracket: all these marks together bound what parsing takes. Commas alone bound no nesting. The largest
+# honest body, 1,024 data URLs with two commas each, stays far below.
+_MAX_MARKS = 32_768
 
 # Of which a form has six at most. Each of thousands would be looked up and become an error.
 _MAX_PARAMETERS = 64
@@ -213,26 +214,28 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
 
 
 def parse_json(
-    form: type[Form], text: bytes | str, *, where: str = "body", max_commas: int = _MAX_COMMAS
+    form: type[Form], text: bytes | str, *, where: str = "body", max_marks: int = _MAX_MARKS
 ) -> Form:
     """Parse and validate a JSON text.
 
     Args:
         where: what errors call it.
+        max_marks: how many commas and opening brackets the text may have.
 
     Raises:
         MalformedBody: not JSON.
         InvalidInput: JSON of another form; says where, what was found and what was expected.
         TooLarge: more values than any honest body has.
     """
-    if (text.count(b",") if isinstance(text, bytes) else text.count(",")) > max_commas:
+    content = text.encode() if isinstance(text, str) else text
+    if sum(map(content.count, (b",", b"[", b"{"))) > max_marks:
         raise TooLarge(
             "The JSON text has too many values.",
-            received=f"more than {max_commas} commas",
-            expected=f"at most {max_commas} commas; large arrays travel as bytes",
+            received=f"more than {max_marks} commas and opening brackets",
+            expected=f"at most {max_marks}; large arrays travel as bytes",
         )
     try:
-        return form.model_validate_json(text)
+        return form.model_validate_json(content)
     except ValidationError as error:
         raise _explain(error, form, where) from error
 

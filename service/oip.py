@@ -35,9 +35,10 @@ router = Router(prefix="/v2", tags=["Open Inference Protocol"])
 OCTETS = "application/octet-stream"
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
-# Bounds what parsing can cost, as in `bodies`. A tensor of so many values takes a quarter of a second as
-# JSON and a millisecond as bytes.
-_MAX_COMMAS = 1 << 18
+# Bounds what parsing can cost, as in `bodies`: 2 ** 18 numbers, and the brackets of such that are nested to
+# triples, the colours of pixels. A tensor of so many values takes a quarter of a second as JSON and a
+# millisecond as bytes.
+_MAX_MARKS = 3 << 17
 
 # Parsing and writing more JSON than this would hold up the event loop.
 _SMALL_TEXT = 32 * 1024  # bytes
@@ -198,7 +199,7 @@ def _split(body: bytes, request: Request) -> tuple[bytes, memoryview]:
 
 
 def _parse(graph: ServedGraph, text: bytes, raw: memoryview, max_rows: int) -> _Asked:
-    request = parse_json(InferRequest, text, max_commas=_MAX_COMMAS)
+    request = parse_json(InferRequest, text, max_marks=_MAX_MARKS)
     specs = protocol.find_inputs(graph, [given.name for given in request.inputs])
     inputs = {}
     for spec, given in zip(specs, request.inputs, strict=True):

@@ -8,7 +8,8 @@ from service.manifest import TensorSpec
 from service.schemas import whole
 
 # Lists that callers fill are FailFast: each of a hundred thousand wrong entries would be an error, and one is
-# told.
+# told. A graph has two tensors on a side, and each of a list of tensors becomes an object.
+_MAX_TENSORS = 16
 
 
 class _Received(BaseModel):
@@ -54,11 +55,11 @@ class RequestOutput(_Received):
 class InferRequest(_Received):
     id: Annotated[str | None, Field(description="Returned in the answer")] = None
     parameters: RequestParameters = RequestParameters()
-    inputs: Annotated[list[RequestInput], FailFast()]
+    inputs: Annotated[list[RequestInput], FailFast(), Field(max_length=_MAX_TENSORS)]
     outputs: Annotated[
         list[RequestOutput],
         FailFast(),
-        Field(description="The outputs that are wanted; all, if none is named"),
+        Field(max_length=_MAX_TENSORS, description="The outputs that are wanted; all, if none is named"),
     ] = []
 
 

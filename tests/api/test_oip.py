@@ -216,8 +216,25 @@ def test_rows_are_limited_as_images_are(serve: Serve) -> None:
 
 def test_more_values_than_json_should_carry_are_refused(client: TestClient) -> None:
     """The error names the better way."""
-    body = b'{"inputs": [' + b"0," * 300_000 + b"0]}"
+    body = b'{"inputs": [' + b"0," * 400_000 + b"0]}"
     assert "large arrays travel as bytes" in error(client.post(ENCODER, content=body), 413)
+
+
+def test_nested_values_are_bounded_with_their_brackets(client: TestClient) -> None:
+    """The largest nested tensors are taken; what is nested deeper than any tensor has too many brackets."""
+    colour = np.zeros((85, 32, 32, 3), np.uint8)  # fewer than 2 ** 18 numbers, and brackets for each pixel
+    given = {"name": "images", "datatype": "UINT8", "shape": colour.shape, "data": colour.tolist()}
+    assert "shape" in error(client.post(ENCODER, content=ask(given)), 400)
+    deep = b",".join([b"[" * 90 + b"]" * 90] * 5000)
+    body = ask({**IMAGES, "data": []}).replace(b'"data":[]', b'"data":[' + deep + b"]")
+    assert "too many values" in error(client.post(ENCODER, content=body), 413)
+
+
+@pytest.mark.parametrize("field", ["inputs", "outputs"])
+def test_there_are_few_tensors(client: TestClient, field: str) -> None:
+    """Of many named ones not each becomes an object; the error says how many there may be."""
+    body = {"inputs": [NUMBERS], field: [{**NUMBERS, "name": "nothing"}] * 17}
+    assert "at most 16 items" in error(client.post(ENCODER, content=orjson.dumps(body)), 400)
 
 
 @pytest.mark.parametrize("path", ["/v2/", "/v2/models", "/v2/models/tiny-encoder/versions/2/", "/v2/x/y"])
