@@ -11,6 +11,7 @@ from typing import TypeVar, cast
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -43,6 +44,12 @@ _MAX_PARAMETERS = 64
 # multipart/form-data has no such parameter (RFC 7578, 8). Starlette would decode names and texts with it, and
 # some of Python's codecs raise what it does not catch, or take a time that grows with the square of a text.
 _CHARSET = re.compile(r"charset\s*=", re.IGNORECASE)
+
+# Bytes that a form may have beside its contents, and more for each file that there may be: these are taken
+# apart in Python, a microsecond each. Browsers take 150 and the file's name, which may have 255, or three
+# times that with percent signs.
+_FRAME = 8192
+_PART_FRAME = 384
 
 # Pydantic's names of errors in a name, and our words for them.
 _NAME_ERRORS = {"extra_forbidden": "there is no such field", "missing": "it is missing"}
@@ -301,6 +308,21 @@ class _Parser(MultiPartParser):
     spool_max_size = 1 << 62  # the body is already in memory; nothing goes to disk
     ended = False
     """Whether the closing boundary has come: without it a part may be missing."""
+    max_frame: int
+    """Bytes that there may be beside the parts' contents: headers, boundaries and spaces."""
+    content = 0
+    """Bytes of contents so far."""
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        if end - self.content > self.max_frame:  # of `data`, which is the whole body
+            raise MultiPartException(
+                f"Too many bytes beside the contents. Maximum number of bytes is {self.max_frame}."
+            )
+        super().on_header_field(data, start, end)
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self.content += end - start
+        super().on_part_data(data, start, end)
 
     def on_end(self) -> None:
         self.ended = True
@@ -315,7 +337,7 @@ async def parse_multipart(request: Request, body: bytes, names: Sequence[str], m
 
     Raises:
         MalformedBody: not well formed.
-        TooLarge: more parts than may be.
+        TooLarge: more parts than may be, or more beside their contents.
         InvalidInput: a part that nobody asked for.
     """
 
@@ -324,13 +346,18 @@ async def parse_multipart(request: Request, body: bytes, names: Sequence[str], m
         if not parser.ended:  # said here, where the parser closes its files
             raise MultiPartException("no closing boundary, which has two hyphens behind it")
 
-    headers = Headers({"content-type": _CHARSET.sub("ignored=", request.headers["content-type"])})
+    kind = _CHARSET.sub("ignored=", request.headers["content-type"])
+    headers = Headers({"content-type": kind})
     parser = _Parser(headers, stream(), max_files=max_files, max_fields=max_files, max_part_size=len(body))
+    parser.max_frame = _FRAME + _PART_FRAME * max_files
     try:
+        boundary = parse_options_header(kind)[1].get(b"boundary", b"")
+        if body.count(b"\r\n--" + boundary) > 2 * max_files + 1:  # files, texts and the end
+            raise MultiPartException("Too many boundaries.")
         form = await parser.parse()
     except MultiPartException as error:
-        kind = TooLarge if error.message.startswith("Too many") else MalformedBody
-        raise kind(
+        fault = TooLarge if error.message.startswith("Too many") else MalformedBody
+        raise fault(
             "The multipart body cannot be parsed.",
             received=error.message,
             expected=f"multipart/form-data (RFC 7578) with at most {max_files} files",

@@ -176,6 +176,34 @@ def test_no_charset_makes_a_form_slow(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
+    "body",
+    [
+        multipart(*[(FILE.format("images") + "; a" * 1000, b"x")] * 1000),
+        multipart(*[(f"{FILE.format('images')}\r\nX: {'a' * 500}", b"x")] * 1000),
+        multipart(*[(f"X:{' ' * 4000}\r\n{FILE.format('images')}", b"")] * 1000),
+        multipart((FILE.format("images"), b"\r\n--xy" * 1_000_000)),
+    ],
+    ids=["parameters", "headers", "spaces", "boundaries"],
+)
+def test_what_a_form_holds_beside_its_files_is_bounded(client: TestClient, body: bytes) -> None:
+    """All headers of parts together are bounded, their spaces too, and all that begins like a boundary."""
+    headers = {"content-type": "multipart/form-data; boundary=x", "content-encoding": "gzip"}
+    answer = client.post("/predict", content=gzipped(body), headers=headers)
+    assert "Too many" in problem(answer, 413)["received"]
+
+
+def test_a_form_may_have_as_many_files_with_long_names_as_the_limit_says(client: TestClient) -> None:
+    """No honest form reaches the bounds: 1,024 files with names of 150 bytes do not, nor does one of 255."""
+    head = f"{FILE.format('images').replace('a.png', 'n' * 150)}\r\nContent-Type: image/png"
+    answer = post(client, "/predict", multipart(*[(head, PNG)] * 1024), "multipart/form-data; boundary=x")
+    assert answer.status_code == 200
+    name = "%E5%AD%97" * 85  # 255 bytes
+    form = multipart((FILE.format("image").replace("a.png", name), PNG), (TEXT.format("request"), b"{}"))
+    answer = post(client, "/reconstruct", form, "multipart/form-data; boundary=x")
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
     ("path", "body", "detail", "received", "expected"),
     [
         ("/predict", {"image": "x"}, "body image: there is no such field", '"x"', "images"),
