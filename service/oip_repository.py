@@ -6,7 +6,6 @@ See docs/decisions/0016.
 from collections.abc import Awaitable
 from dataclasses import asdict
 from typing import TypeVar, cast
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
@@ -32,7 +31,8 @@ def _refuse_foreign_pages(request: Request) -> None:
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
     if {origin, "*"} & set(service_of(request).settings.cors_origins):
         return
-    here = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    host = request.headers.get("host")
+    here = origin in (None, f"http://{host}", f"https://{host}")
     if site not in ("same-origin", "none") if site else not here:
         raise RepositoryRefused(
             "A page of another origin may not change what is served.",
