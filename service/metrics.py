@@ -5,6 +5,7 @@ prometheus_client defines it, all processes that share the folder answer with th
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,10 @@ _QUEUE = ("model", "version", "queue")
 
 # The graphs that each queue's batches run through; what was encoded is decoded as well (decision 11).
 _GRAPHS = {"encoder": ("encoder", "decoder"), "decoder": ("decoder",)}
+
+
+# prometheus_client compares a version with numbers, whatever it is.
+_ODD_VERSION = re.compile(r"version=(?!\d{1,9}(\.\d{1,9})*\s*([;,]|$))")
 
 
 class Metrics:
@@ -156,8 +161,11 @@ class Metrics:
                 self._inference_seconds.remove(model, version, queue, graph)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """All figures in the form that an Accept header asks for, and its media type."""
-        encode, media_type = choose_encoder(accept)
+        """All figures in the form that an Accept header asks for, and its media type.
+
+        Plain text, if a version in it is none.
+        """
+        encode, media_type = choose_encoder("" if _ODD_VERSION.search(accept) else accept)
         registry = self._registry
         if self._multiprocess_folder is not None:
             registry = CollectorRegistry()

@@ -118,6 +118,19 @@ def test_openmetrics_is_offered(client: TestClient) -> None:
     assert answer.text.endswith("# EOF\n")
 
 
+@pytest.mark.parametrize("version", ["x", "1.x", "2.x", "", ".", "1..0", "\u00b2", "1" * 5000, '"1.0.0"'])
+@pytest.mark.parametrize("media_type", ["application/openmetrics-text", "text/plain"])
+def test_a_version_that_is_none_is_answered_in_plain_text(
+    client: TestClient, media_type: str, version: str
+) -> None:
+    """Whatever a scraper accepts, it gets figures."""
+    accept = f"{media_type}; version={version}".encode()
+    answer = client.get("/metrics", headers=[(b"accept", accept)])
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert "capsnet_build_info" in answer.text
+
+
 def test_two_applications_count_apart(serve: Serve) -> None:
     """Each application has figures of its own."""
     first, second = serve(), serve()
