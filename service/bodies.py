@@ -5,9 +5,9 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from functools import cache
-from typing import TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -32,6 +32,8 @@ MULTIPART = "multipart/form-data"
 NPY = "application/x-npy"
 NPZ = "application/x-npz"
 PNG = "image/png"
+
+_SMALL_BODY = 32 * 1024  # bytes; parsing more would hold up the event loop
 
 # A JSON text has at most one more value than commas in each container, and each container an opening
 # bracket: all these marks together bound what parsing takes. Commas alone bound no nesting. The largest
@@ -60,6 +62,8 @@ Parts = dict[str, list[Part]]
 
 AnyPart = TypeVar("AnyPart", bound=Part)
 Form = TypeVar("Form", bound=BaseModel)
+Result = TypeVar("Result")
+P = ParamSpec("P")
 
 
 def media_type(request: Request, taken: Sequence[str]) -> str:
@@ -220,6 +224,13 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
     return content
 
 
+async def aside(size: int, parse: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+    """Parse a body of `size` bytes: a small one at once, another on a thread."""
+    if size <= _SMALL_BODY:
+        return parse(*args, **kwargs)
+    return await asyncio.to_thread(parse, *args, **kwargs)
+
+
 def parse_json(
     form: type[Form], text: bytes | str, *, where: str = "body", max_marks: int = _MAX_MARKS
 ) -> Form:
@@ -328,7 +339,7 @@ class _Parser(MultiPartParser):
         self.ended = True
 
 
-async def parse_multipart(request: Request, body: bytes, names: Sequence[str], max_files: int) -> Parts:
+def parse_multipart(request: Request, body: bytes, names: Sequence[str], max_files: int) -> Parts:
     """The parts of a multipart body by name, in order; files stay in memory.
 
     Args:
@@ -354,7 +365,7 @@ async def parse_multipart(request: Request, body: bytes, names: Sequence[str], m
         boundary = parse_options_header(kind)[1].get(b"boundary", b"")
         if body.count(b"\r\n--" + boundary) > 2 * max_files + 1:  # files, texts and the end
             raise MultiPartException("Too many boundaries.")
-        form = await parser.parse()
+        form = _result(parser.parse())
     except MultiPartException as error:
         fault = TooLarge if error.message.startswith("Too many") else MalformedBody
         raise fault(
@@ -377,6 +388,15 @@ async def parse_multipart(request: Request, body: bytes, names: Sequence[str], m
             expected=" and ".join(names),
         )
     return parts
+
+
+def _result(work: Coroutine[None, None, Result]) -> Result:
+    """What comes of asynchronous work that never waits, as parsing in memory does."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        return cast("Result", end.value)
+    raise RuntimeError("it waited")
 
 
 def file_parts(parts: Parts, name: str) -> list[bytes]:

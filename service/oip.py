@@ -12,7 +12,7 @@ import orjson
 from fastapi import Request, Response
 
 from service import openapi, protocol
-from service.bodies import JSON, parse_json, read_body
+from service.bodies import JSON, aside, parse_json, read_body
 from service.errors import InvalidInput, MalformedBody
 from service.handling import Router, answer_in_time, service_of
 from service.oip_schemas import (
@@ -40,9 +40,7 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 # millisecond as bytes.
 _MAX_MARKS = 3 << 17
 
-# Parsing and writing more JSON than this would hold up the event loop.
-_SMALL_TEXT = 32 * 1024  # bytes
-_SMALL_ANSWER = 4096  # values
+_SMALL_ANSWER = 4096  # values; writing more as JSON would hold up the event loop
 
 
 # Server ----------------------------------------------------------------------------------------------
@@ -171,9 +169,7 @@ async def _infer(request: Request, name: str, version: str | None) -> Response:
 
         async def work() -> Response:
             text, raw = _split(body, request)
-            arguments = graph, text, raw, service.settings.max_images
-            small = len(text) <= _SMALL_TEXT
-            asked = _parse(*arguments) if small else await asyncio.to_thread(_parse, *arguments)
+            asked = await aside(len(text), _parse, graph, text, raw, service.settings.max_images)
             outputs = await protocol.infer(graph, asked.inputs)
             values = sum(outputs[wanted].size for wanted, binary in asked.binary.items() if not binary)
             if values <= _SMALL_ANSWER:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
 from service import openapi
-from service.bodies import parse_json, read_body
+from service.bodies import aside, parse_json, read_body
 from service.errors import RepositoryRefused
 from service.handling import answer_in_time, service_of
 from service.oip_schemas import ChangeRequest, IndexEntry, IndexRequest
@@ -101,7 +101,7 @@ async def _form(form: type[Form], request: Request) -> Form:
     service = service_of(request)
     with Share(service.body_room) as share:
         body = await read_body(request, service.settings, share, may_be_empty=True)
-        return parse_json(form, body) if body else form()
+        return await aside(len(body), parse_json, form, body) if body else form()
 
 
 async def _done(request: Request, change: Awaitable[None]) -> Response:

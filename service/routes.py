@@ -19,6 +19,7 @@ from service.bodies import (
     NPZ,
     PNG,
     accepted,
+    aside,
     file_parts,
     list_header,
     media_type,
@@ -104,7 +105,9 @@ async def predict(request: Request) -> Response:
             if kind == NPY:
                 images = read_npy(body, model.manifest.image_shape, service.settings.max_images)
             else:
-                encoded = await _predict_images(request, kind, body, service.settings)
+                encoded = [body]
+                if kind in (JSON, MULTIPART):
+                    encoded = await aside(len(body), _predict_images, request, kind, body, service.settings)
                 images = await service.decoder.decode(encoded, model.manifest.image, query.preprocess)
             predictions = await model.predict(images)
             return await _encode(len(images), _predict_answer, answer, model, query, images, predictions)
@@ -112,13 +115,11 @@ async def predict(request: Request) -> Response:
         return _of(model, await answer_in_time(request, work()))
 
 
-async def _predict_images(request: Request, kind: str, body: bytes, settings: Settings) -> list[bytes]:
+def _predict_images(request: Request, kind: str, body: bytes, settings: Settings) -> list[bytes]:
     if kind == JSON:
         return _decoded(parse_json(PredictRequest, body).images)
-    if kind == MULTIPART:
-        parts = await parse_multipart(request, body, ["images"], settings.max_images)
-        return file_parts(parts, "images")
-    return [body]
+    parts = parse_multipart(request, body, ["images"], settings.max_images)
+    return file_parts(parts, "images")
 
 
 def _decoded(texts: list[str]) -> list[bytes]:
@@ -205,7 +206,9 @@ async def reconstruct(request: Request) -> Response:
         body = await read_body(request, service.settings, share)
 
         async def work() -> Response:
-            choice, image = await _source(request, kind, body, ReconstructRequest, ReconstructChoice)
+            choice, image = await aside(
+                len(body), _source, request, kind, body, ReconstructRequest, ReconstructChoice
+            )
             tweaks = [tweak.tweak() for tweak in choice.tweaks]
             index = _class_index(model, choice.label)
             _check_count("tweaks", len(tweaks), service.settings.max_tweaks)
@@ -263,7 +266,7 @@ async def sweep(request: Request) -> Response:
         body = await read_body(request, service.settings, share)
 
         async def work() -> Response:
-            choice, image = await _source(request, kind, body, SweepRequest, SweepChoice)
+            choice, image = await aside(len(body), _source, request, kind, body, SweepRequest, SweepChoice)
             shape = model.manifest.capsules
             tweaks = [tweak.tweak() for tweak in choice.tweaks]
             dimensions = choice.dimensions or list(range(shape.digit_dimensions))
@@ -337,7 +340,7 @@ Whole = TypeVar("Whole", ReconstructRequest, SweepRequest)
 Choice = TypeVar("Choice", ReconstructChoice, SweepChoice)
 
 
-async def _source(
+def _source(
     request: Request, kind: str, body: bytes, whole: type[Whole], choice: type[Choice]
 ) -> tuple[Whole | Choice, _Given]:
     """What is asked for, and what of: from one JSON text, or from the parts `image` and `request`."""
@@ -346,7 +349,7 @@ async def _source(
         if parsed.image:
             return parsed, _Given(decode_base64(parsed.image), None)
         return parsed, _Given(None, _array(parsed.capsules))
-    parts = await parse_multipart(request, body, ["image", "request"], max_files=2)
+    parts = parse_multipart(request, body, ["image", "request"], max_files=2)
     image = only_part(file_parts(parts, "image"), "image")
     given = _Given(image, None)
     texts = parts.get("request")

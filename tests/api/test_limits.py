@@ -13,8 +13,10 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from service import routes
 from service.app import create_app
 from service.batching import Arrays, Batcher
+from service.errors import InvalidInput
 from service.handling import Service
 from service.settings import Settings
 from tests.api.conftest import problem
@@ -112,6 +114,30 @@ async def test_health_answers_while_the_device_is_busy(tiny_models: Path) -> Non
         await service.busy()
         assert (await service.client.get("/livez")).status_code == 200
         assert (await service.client.get("/readyz")).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/predict", "/reconstruct", "/reconstruct/sweep"])
+@pytest.mark.parametrize("kind", ["json", "multipart"])
+async def test_health_answers_while_a_large_body_is_parsed(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, path: str, kind: str
+) -> None:
+    """Only small bodies are parsed on the event loop."""
+    go_on, started = threading.Event(), threading.Event()
+
+    def wait(*_: object, **__: object) -> Any:
+        started.set()
+        assert go_on.wait(LIMIT / 2)
+        raise InvalidInput("Too long.", received="this", expected="that")
+
+    monkeypatch.setattr(routes, f"parse_{kind}", wait)
+    async with running(tiny_models) as service:
+        media_type = {"json": "application/json", "multipart": "multipart/form-data; boundary=x"}[kind]
+        post = service.client.post(path, content=bytes(40_000), headers={"content-type": media_type})
+        answer = asyncio.create_task(post)
+        assert await asyncio.to_thread(started.wait, LIMIT)
+        assert (await service.client.get("/livez")).status_code == 200
+        go_on.set()
+        problem(await answer, 422)
 
 
 async def test_overload_is_refused_before_anything_is_decoded(tiny_models: Path) -> None:
