@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile
 
-from service.errors import InvalidInput, TooLarge
+from service.containers import cut_down, orientation
+from service.errors import InvalidInput, RequestError, TooLarge
 from service.manifest import ImageSpec
 
 # Sizes are judged from the header by `open_image`, with a limit of our own and an answer for the caller;
@@ -43,6 +44,17 @@ _NEAR_GROUND = 1
 # Bits that cameras and instruments store in 16; which, no file says.
 _DEPTHS = (8, 10, 12, 14, 16)
 
+# What brings an image upright, by its Exif orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 # Median absolute deviation to standard deviation, for normally distributed noise.
 _MAD_TO_SIGMA = 1.4826
 
@@ -55,18 +67,30 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     """Read an image's header; its pixels are not decoded yet.
 
     Raises:
-        InvalidInput: not an image of a known format.
-        TooLarge: more than `max_pixels` pixels.
+        InvalidInput: not an image of a known format, or a BMP with run lengths.
+        TooLarge: more than `max_pixels` pixels, or more parts than an honest image has.
     """
-    image: Image.Image = _guard(
-        lambda: Image.open(io.BytesIO(data), formats=tuple(FORMATS.values())), _describe(data)
-    )
+    image = _guard(lambda: _open(data), _describe(data))
     if image.width * image.height > max_pixels:
         raise TooLarge(
             "The image has too many pixels.",
             received=f"{image.width}x{image.height} = {image.width * image.height} pixels",
             expected=f"at most {max_pixels} pixels",
         )
+    return image
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    bare, exif = cut_down(data)
+    image = Image.open(io.BytesIO(bare), formats=tuple(FORMATS.values()))
+    # Pillow decodes these in Python, for many seconds.
+    if any(tile.codec_name == "bmp_rle" for tile in image.tile):
+        raise InvalidInput(
+            "BMP images with run lengths are not taken.",
+            received="a BMP with RLE compression",
+            expected="a BMP without compression",
+        )
+    image.info["exif"] = exif or image.info.get("exif", b"")
     return image
 
 
@@ -104,6 +128,8 @@ def _guard(work: Callable[[], _T], received: str) -> _T:
     """Run Pillow on bytes that may be anything."""
     try:
         return work()
+    except RequestError:
+        raise
     # Damaged data makes Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError,
     # IndexError, zlib.error and more; whichever it is, the image is what is wrong.
     except Exception as error:
@@ -123,7 +149,9 @@ def _decode(image: Image.Image, spec: ImageSpec) -> Pixels:
     mode = "L" if spec.channels == 1 else "RGB"
     least = max(_WORKING_SIZE, spec.height, spec.width)
     image.draft(mode, (least, least))  # a large JPEG is decoded at a fraction of its size
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # it may change the mode
+    turn = _UPRIGHT.get(orientation(image.info.get("exif", b"")))
+    image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
         levels = np.asarray(image).astype(np.int64).clip(0, 65535)
         bits = next(bits for bits in _DEPTHS if levels.max() < 1 << bits)
