@@ -293,8 +293,9 @@ def read_npy(data: bytes, shape: tuple[int, ...], max_images: int) -> Pixels:
     file = io.BytesIO(data)
     try:
         found, fortran, dtype = _npy_header(file)
+        received = f"{dtype} {found}"[:200]
     # The header is a Python literal from anybody: a deep or odd one raises SyntaxError, RecursionError,
-    # MemoryError, TypeError, UnicodeDecodeError and more.
+    # MemoryError, TypeError, UnicodeDecodeError and more, and so does writing down a number of its shape.
     except Exception as error:
         raise InvalidInput(
             "The body is not an npy file.",
@@ -304,7 +305,7 @@ def read_npy(data: bytes, shape: tuple[int, ...], max_images: int) -> Pixels:
     if dtype != np.uint8 or found[1:] != shape or not found or found[0] < 1:
         raise InvalidInput(
             "The npy array is not a batch of images.",
-            received=f"{dtype} {found}",
+            received=received,
             expected=f"uint8 (N, {', '.join(map(str, shape))}) with N at least 1",
         )
     if found[0] > max_images:

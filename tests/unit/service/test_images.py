@@ -404,6 +404,8 @@ def test_an_npy_array_of_another_form_is_refused(data: bytes, received: str) -> 
         npy_with_header("__import__('os').abort()"),
         npy_with_header("{'descr': '|u1', 'fortran_order': False, 'shape': 'big'}"),
         npy_with_header("{'descr': 'nonsense', 'fortran_order': False, 'shape': (1, 28, 28)}"),
+        npy_with_header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': (0x{'f' * 9000}, 28, 28)}}"),
+        npy_with_header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': (1, 0x{'f' * 9000}, 28)}}"),
     ],
 )
 def test_what_is_no_npy_file_is_refused(data: bytes) -> None:
