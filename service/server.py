@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from socket import socket
 from types import FrameType
@@ -42,7 +44,7 @@ _FIRST_REQUEST = 1.0  # seconds
 # What stays of the drain limit's last moments to write out the answers of requests that ran into it.
 _LAST_ANSWERS = 1.0  # seconds
 
-# Time for those that uvicorn gives up after that; the bodies of some will never be whole.
+# Time for those that uvicorn gives up after that; the bodies of some will never be whole. And for threads.
 _LAST_WORDS = 0.25  # seconds
 
 
@@ -184,7 +186,30 @@ def run(settings: Settings, channel: socket | None = None) -> None:
         StartError, ManifestError: what the operator has to mend before it can start.
     """
     with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
+        # As asyncio's own, but known here.
+        threads = ThreadPoolExecutor(thread_name_prefix="asyncio")
+        runner.get_loop().set_default_executor(threads)
         runner.run(_serve(settings, channel))
+        threads.shutdown(wait=False, cancel_futures=True)
+        _leave_threads_behind()
+
+
+def _leave_threads_behind() -> None:
+    """End the process if threads still work for requests that are over: Python would wait for them.
+
+    Nothing can stop a thread that decodes an image, and what it decodes may be anybody's.
+    """
+    end = time.monotonic() + _LAST_WORDS
+    others = [
+        thread
+        for thread in threading.enumerate()
+        if not thread.daemon and thread is not threading.current_thread()
+    ]
+    for thread in others:
+        thread.join(max(0.0, end - time.monotonic()))
+    if any(thread.is_alive() for thread in others):
+        logging.shutdown()
+        os._exit(0)
 
 
 async def _serve(settings: Settings, channel: socket | None) -> None:

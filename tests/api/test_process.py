@@ -20,12 +20,14 @@ import pytest
 
 from tests.support.encoded import npy, png_bomb
 from tests.support.process import (
+    HANGING,
     IMAGE,
     LIMIT,
     PNG,
     START_LIMIT,
     connected,
     environment,
+    hang,
     served,
     until_closed,
 )
@@ -110,6 +112,19 @@ def test_a_second_interrupt_ends_a_request_that_never_ends(tiny_models: Path) ->
         answer = until_closed(connection)
         assert service.process.wait(LIMIT) == 0
     assert answer.startswith(b"HTTP/1.1 503")
+
+
+def test_a_decode_that_never_ends_does_not_hold_up_the_exit(tiny_models: Path) -> None:
+    """At the drain limit the request is refused and the process ends, whatever its threads still do."""
+    with (
+        served(tiny_models, program=("-c", HANGING), drain_timeout="0.2") as service,
+        connected(service) as connection,
+    ):
+        hang(service, connection)
+        service.process.send_signal(signal.SIGTERM)
+        assert until_closed(connection).startswith(b"HTTP/1.1 503")
+        assert service.process.wait(LIMIT) == 0
+    assert service.log[-1].endswith(" stopped\n")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.process import (
+    HANGING,
     IMAGE,
     LIMIT,
     PNG,
@@ -24,6 +25,7 @@ from tests.support.process import (
     Served,
     connected,
     environment,
+    hang,
     served,
     until_closed,
 )
@@ -176,6 +178,21 @@ def test_a_worker_that_is_told_to_stop_loses_nothing(tiny_models: Path) -> None:
             caller.join(LIMIT)
         assert staying in workers_of(service)
     assert set(outcomes) == {"HTTP/1.1 200"}, outcomes
+
+
+def test_a_worker_whose_decode_never_ends_stops_when_it_is_told(tiny_models: Path) -> None:
+    """Told alone, so that nobody will kill it, a worker ends at the drain limit and is replaced."""
+    with (
+        served(tiny_models, program=("-c", HANGING), workers="2", drain_timeout="0.2") as service,
+        connected(service) as connection,
+    ):
+        hang(service, connection)
+        told = workers_of(service)
+        for worker in told:
+            os.kill(worker, signal.SIGTERM)
+        assert until_closed(connection).startswith(b"HTTP/1.1 503")
+        until(lambda: not any(map(is_running, told)))
+        until(lambda: sum("ended with exit code 0" in line for line in service.log) == 2)
 
 
 def test_workers_do_not_outlive_the_process_that_keeps_them(tiny_models: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx2
 
-from tests.support.encoded import encode
+from tests.support.encoded import encode, png_bomb
 from tests.support.status import status_of
 from tests.support.tiny_model import image_of
 
@@ -21,6 +21,20 @@ PNG = encode(image_of(3))
 IMAGE = {"content-type": "image/png"}
 LIMIT = 10.0  # seconds: a container's runtime kills what takes longer to stop
 START_LIMIT = 60.0  # seconds, on a machine that has much else to do
+
+# A service in which decoding a large image takes half a minute.
+HANGING = """
+import sys, time
+from service import decoding
+from service.main import main
+
+def prepare(*arguments):
+    print("decoding", file=sys.stderr, flush=True)
+    time.sleep(30)
+
+decoding.prepare = prepare
+sys.exit(main())
+"""
 
 
 class Served:
@@ -121,3 +135,14 @@ def connected(service: Served) -> Iterator[socket.socket]:
 def until_closed(connection: socket.socket) -> bytes:
     """The rest of what comes until the other side closes."""
     return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def hang(service: Served, connection: socket.socket) -> None:
+    """Have a service with `HANGING` for its program decode an image."""
+    large = png_bomb(300, 300)
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(large)}"
+    connection.sendall(head.encode() + b"\r\n\r\n" + large)
+    deadline = time.monotonic() + LIMIT
+    while "decoding\n" not in service.log:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
