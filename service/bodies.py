@@ -51,7 +51,7 @@ _CHARSET = re.compile(r"charset\s*=", re.IGNORECASE)
 # apart in Python, a microsecond each. Browsers take 150 and the file's name, which may have 255, or three
 # times that with percent signs.
 _FRAME = 8192
-_PART_FRAME = 384
+_PART_FRAME = 1024
 
 # Pydantic's names of errors in a name, and our words for them.
 _NAME_ERRORS = {"extra_forbidden": "there is no such field", "missing": "it is missing"}

@@ -67,16 +67,17 @@ def orientation(exif: bytes) -> int:
 
 
 def _cut_png(data: bytes) -> tuple[bytes, bytes]:
-    kept, exif, position = [data[:8]], b"", 8
+    whole = memoryview(data)
+    kept, exif, position = [whole[:8]], b"", 8
     most = 500 + len(data) // 256  # libpng writes 8,192 bytes in each
     for _ in range(most):
         length, kind = int.from_bytes(data[position : position + 4]), data[position + 4 : position + 8]
         end = position + 12 + length
         if kind in _PNG_CHUNKS:
-            kept.append(data[position:end])
+            kept.append(whole[position:end])
         elif kind == b"eXIf":
             exif = data[position + 8 : end - 4]
-        if kind == b"IEND" or end >= len(data):
+        if kind in (b"IEND", b"fdAT") or end >= len(data):  # of an animation all after the first is left out
             return b"".join(kept), exif
         position = end
     raise _too_many(f"{most} chunks")
@@ -106,7 +107,7 @@ def _cut_jpeg(data: bytes) -> tuple[bytes, bytes]:
             tables += end - start
             if frames > 1 or tables > _MOST_TABLES:
                 raise _too_many(f"one frame and {_MOST_TABLES} bytes of tables")
-    return b"".join((data[:2], *colours.values(), *kept, data[first_scan:])), exif
+    return b"".join((data[:2], *colours.values(), *kept, memoryview(data)[first_scan:])), exif
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:

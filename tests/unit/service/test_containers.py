@@ -86,6 +86,7 @@ def text() -> PngImagePlugin.PngInfo:
 
 RGB = Image.fromarray(PIXELS)
 LATER = Image.fromarray(255 - PIXELS)
+FADE = [Image.new("RGB", (32, 32), (level % 256, 0, 0)) for level in range(600)]
 THUMBNAIL = b"Exif\0\0II*\0\x08\0\0\0\0\0" + bytes(4) + encode(PIXELS[:16, :16], "JPEG")
 IN_PARTS = [PNG[41:-16][start : start + 8] for start in range(0, len(PNG) - 57, 8)]
 HONEST = {
@@ -98,6 +99,7 @@ HONEST = {
     "APNG with an image of its own": saved(
         RGB, "PNG", save_all=True, append_images=[LATER] * 2, default_image=True
     ),
+    "APNG of many small images": saved(FADE[0], "PNG", save_all=True, append_images=FADE[1:]),
     "PNG with something after it": PNG + bytes(99_999),
     "JPEG": JPEG,
     "JPEG of a camera": in_jpeg(segment(0xE1, THUMBNAIL) + b"\xff" * 7 + segment(0xE2, b"FPXR\0")),
