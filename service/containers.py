@@ -13,9 +13,11 @@ from service.errors import InvalidInput, TooLarge
 # Chunks of a PNG (W3C, third edition) that its pixels need; an animation's first image is in them, too.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 
-# A JPEG's next marker (ITU-T T.81, B.1.1.2) past fill bytes, stuffed zeros, restarts and TEM.
-_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
+# A JPEG's next marker (ITU-T T.81, B.1.1.2) past fill bytes, stuffed zeros, restarts, and what is reserved:
+# libjpeg skips that as well, and not what follows it.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_NEEDED = {*_FRAMES, 0xC4, 0xCC, 0xDB, 0xDC, 0xDD}  # and DHT, DAC, DQT, DNL, DRI
 _EOI, _SOS, _JFIF, _EXIF, _ADOBE = 0xD9, 0xDA, 0xE0, 0xE1, 0xEE
 
 # A body of 16 MiB in the longest segments has 257; each scan of a progressive JPEG may visit every pixel, and
@@ -101,7 +103,7 @@ def _cut_jpeg(data: bytes) -> tuple[bytes, bytes]:
             exif = data[start + 4 : end]
         elif marker in (_JFIF, _ADOBE) and data.startswith((b"JFIF\0", b"Adobe"), start + 4):
             colours[marker] = data[start:end]
-        elif marker < _JFIF:
+        elif marker in _NEEDED:
             kept.append(data[start:end])
             frames += marker in _FRAMES
             tables += end - start

@@ -70,6 +70,8 @@ class Decoder:
         shape = (spec.height, spec.width) if spec.channels == 1 else (spec.height, spec.width, spec.channels)
         opened: list[Image.Image] = []
         for position, data in enumerate(images):
+            if abandoned.is_set():  # the caller left or ran out of time: nobody reads the result
+                return np.empty((0, *shape), np.uint8)
             with naming(position, len(images)):
                 opened.append(open_image(data, self._settings.max_pixels))
         pixels = sum(image.width * image.height for image in opened)
@@ -80,12 +82,13 @@ class Decoder:
                 expected=f"at most {self._settings.max_request_pixels} pixels in one request",
             )
         prepared = np.empty((len(images), *shape), np.uint8)
-        for position, image in enumerate(opened):
+        opened.reverse()
+        for position in range(len(images)):
             if abandoned.is_set():
-                break  # the caller left or ran out of time: nobody reads the result
+                break
             with naming(position, len(images)):
-                prepared[position] = prepare(image, spec, preprocess)
-            image.close()
+                # Held by nobody afterwards: it may have its pixels even when closed.
+                prepared[position] = prepare(opened.pop(), spec, preprocess)
         return prepared
 
     def close(self) -> None:

@@ -31,6 +31,9 @@ FORMATS = {
 }
 """Media types that are taken, and Pillow's names for them."""
 
+# The most that JPEG and GIF can have. A PNG may have millions of rows, which cost more than their pixels.
+_MAX_SIDE = 65_535
+
 # Photographs are laid out at this size: many times the network's input, and cheap whatever was sent.
 _WORKING_SIZE = 256
 
@@ -68,9 +71,15 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
 
     Raises:
         InvalidInput: not an image of a known format, or a BMP with run lengths.
-        TooLarge: more than `max_pixels` pixels, or more parts than an honest image has.
+        TooLarge: more than `max_pixels` pixels, too long a side, or more parts than an honest image has.
     """
     image = _guard(lambda: _open(data), _describe(data))
+    if max(image.size) > _MAX_SIDE:
+        raise TooLarge(
+            "The image is too long.",
+            received=f"{image.width}x{image.height}",
+            expected=f"at most {_MAX_SIDE} pixels on either side",
+        )
     if image.width * image.height > max_pixels:
         raise TooLarge(
             "The image has too many pixels.",

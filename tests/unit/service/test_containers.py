@@ -169,6 +169,9 @@ PACKED = zlib.compress(bytes(1 << 20))
         (in_jpeg(segment(0xE2, b"MPF\0" + bytes(60_000)) * 200), JPEG),
         (in_jpeg(segment(0xE0, b"JFIF\0" + bytes(9)) * 900), JPEG),
         (in_jpeg(b"\xff" * (1 << 22)), JPEG),
+        # Pillow skips neither of these two by its length, and would take what is in it for segments.
+        (in_jpeg(segment(0xC8, segment(0xE1, bytes(4000)))), JPEG),
+        (in_jpeg(segment(0xD8, segment(0xE1, bytes(4000)))), JPEG),
         (in_gif(b"!\xfe" + b"\x02ab" * 1000 + b"\x00"), GIF),
         (in_gif(b"!\xff\x0bNETSCAPE2.0\x00" + b"!\x01\x00" * 100), GIF),
     ],
@@ -182,6 +185,8 @@ PACKED = zlib.compress(bytes(1 << 20))
         "MPF",
         "JFIF",
         "fill bytes",
+        "JPG",
+        "SOI",
         "comment",
         "extensions",
     ],
@@ -204,6 +209,8 @@ def test_pillow_sees_nothing_but_what_pixels_need(data: bytes, plain: bytes) -> 
         (scans(33), TooLarge, "32 scans"),
         # A segment between two scans hides none of those that follow it.
         (scans(1)[:-2] + segment(0xFE, b"\xff\xd9") + scans(40)[2:], TooLarge, "32 scans"),
+        # Nor does a reserved marker, which libjpeg skips without what follows it.
+        (scans(1)[:-2] + b"\xff\x02\xff\xff" + scans(40)[2:], TooLarge, "32 scans"),
         (in_gif(b"!\xfe" + b"\x01a" * 50_000 + b"\x00"), TooLarge, "blocks"),
         (in_gif(b"!\x01\x00" * 50_000), TooLarge, "blocks"),
         (in_gif(b"\x00" * 50_000), InvalidInput, "an image"),
@@ -217,6 +224,7 @@ def test_pillow_sees_nothing_but_what_pixels_need(data: bytes, plain: bytes) -> 
         "SOF",
         "scans",
         "EOI in a comment",
+        "reserved marker",
         "comment",
         "extensions",
         "junk",

@@ -2,14 +2,16 @@
 
 import asyncio
 import threading
+import weakref
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from service import decoding
 from service.decoding import Decoder
 from service.errors import InvalidInput, Overloaded, TooLarge
-from service.images import prepare
+from service.images import Pixels, Preprocess, prepare
 from service.manifest import ImageSpec
 from service.settings import Settings
 from tests.support.encoded import encode
@@ -85,18 +87,20 @@ async def test_waiting_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     assert (await limited.decode([LARGE], SPEC, "auto")).shape == (1, 28, 28)
 
 
-async def test_decoding_stops_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the caller has gone no further image of its request is decoded."""
+@pytest.mark.parametrize("step", ["open_image", "prepare"])
+async def test_decoding_stops_when_nobody_waits(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """After the caller has gone no further image of its request is opened, nor decoded."""
     begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
-    decoded = []
+    work = getattr(decoding, step)
+    worked = []
 
     def wait(*arguments: object) -> object:
         begun.set()
         assert go_on.wait(10)
-        decoded.append(1)
-        return prepare(*arguments)  # type: ignore[arg-type] # passed on as they came
+        worked.append(1)
+        return work(*arguments)
 
-    monkeypatch.setattr(decoding, "prepare", wait)
+    monkeypatch.setattr(decoding, step, wait)
     here = decoder()
     task = asyncio.create_task(here.decode([SMALL] * 50, SPEC, "auto"))
     await asyncio.to_thread(begun.wait, 10)
@@ -106,4 +110,17 @@ async def test_decoding_stops_when_nobody_waits(monkeypatch: pytest.MonkeyPatch)
     here._threads.submit(done.set)
     here._threads.shutdown(wait=True)
     assert done.is_set()
-    assert len(decoded) == 1
+    assert len(worked) == 1
+
+
+async def test_an_image_is_let_go_once_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many images of a request no two are held decoded: WebP's decoder keeps its pixels when closed."""
+    held: list[weakref.ref[Image.Image]] = []
+
+    def spy(image: Image.Image, spec: ImageSpec, preprocess: Preprocess) -> Pixels:
+        assert not any(one() for one in held)
+        held.append(weakref.ref(image))
+        return prepare(image, spec, preprocess)
+
+    monkeypatch.setattr(decoding, "prepare", spy)
+    assert (await decoder().decode([encode(image_of(1), "WEBP")] * 4, SPEC, "auto")).shape == (4, 28, 28)

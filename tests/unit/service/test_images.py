@@ -311,6 +311,13 @@ def test_damage_anywhere_is_refused_or_harmless() -> None:
                 continue
 
 
+def test_a_side_that_is_too_long_is_refused() -> None:
+    """A PNG of a million rows costs far more than its pixels; of 65,535 it is read."""
+    with pytest.raises(TooLarge, match="too long"):
+        open_image(encode(np.zeros((65_536, 1), np.uint8)), MAX_PIXELS)
+    assert open_image(encode(np.zeros((65_535, 1), np.uint8)), MAX_PIXELS).size == (1, 65_535)
+
+
 def test_a_bomb_is_refused_by_its_header() -> None:
     """20,000 x 20,000 pixels in 400 KB are refused without a pixel being decoded."""
     bomb = png_bomb(20_000, 20_000)
