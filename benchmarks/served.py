@@ -139,7 +139,7 @@ def _round(
             f"spread_{callers}": load.percentile(0.99) / load.percentile(0.5),
             f"refused_{callers}": load.statuses.get(503, 0) / load.seconds,
         }
-    time.sleep(2)  # connections that were refused rest a second, and on a slow machine requests are still read
+    time.sleep(2)  # connections that were refused rest a second, and on a slow machine some are still read
     figures |= _processor_ms(service, raw, images, bodies["png"], seconds)
     figures["added_ms"] = figures["p50_1"] - figures["raw_alone_ms"]
     figures["goodput"] = figures["rate_512"] / figures["rate_32"]
