@@ -29,6 +29,12 @@ Arrays = tuple[NDArray[Any], ...]
 """Arrays that share their first axis: one row for each image or capsule set."""
 
 
+# A graph gains little from more rows than these.
+_FEW = 8
+_PATIENCE = 0.5  # of the last run's time
+_IN_VAIN = 3  # waits in a row that were too long, after which it is not tried for a while
+_IN_TURNS = 255  # batches
+
 # One or two may be a passing lack of memory.
 _MOST_FAILURES = 2  # runs in a row
 
@@ -79,11 +85,16 @@ class Batcher:
         self._max_batch = max_batch
         self._queue_length = queue_length
         self._loop = asyncio.get_running_loop()
-        self._changed = threading.Condition()  # guards the four fields below
+        self._changed = threading.Condition()  # guards the fields below, down to `_in_turns`
         self._waiting: deque[_Item] = deque()
         self._depth = 0
         self._running: list[_Slice] = []
         self._closing = False
+        self._together = False  # whether the next batch waits for the callers of the one that has ended
+        self._expected = 0  # of these, those who are not back
+        self._deadline = 0.0  # when waiting for them has cost more than it saves
+        self._in_vain = 0  # waits in a row that cost more than they saved
+        self._in_turns = 0  # batches that will not wait
         self._began: float | None = None  # when the run that is under way did; set by the thread alone
         self._failures = 0  # runs that failed since one succeeded; set by the thread alone
         self._seconds_per_row = 0.0  # moving average, for Retry-After
@@ -121,7 +132,12 @@ class Batcher:
             self._waiting.append(item)
             self._depth += self._weight(item)
             self._metrics.depth.set(self._depth)
-            self._changed.notify()
+            if self._expected:
+                self._expected -= 1
+                if not self._expected:
+                    self._learn(paid=item.submitted <= self._deadline)
+            if not self._expected:
+                self._changed.notify()
         try:
             return await item.answer
         finally:
@@ -190,22 +206,35 @@ class Batcher:
                 self._metrics.failures.inc()
                 outputs = None
             self._began = None
-            self._call_loop(self._deliver, batch, outputs, stages, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._expect_callers_of(batch, seconds)
+            self._call_loop(self._deliver, batch, outputs, stages, seconds)
         self._call_loop(self._stopped.set)
+
+    def _expect_callers_of(self, ended: list[_Slice], seconds: float) -> None:
+        """Make the next batch wait for the callers of this one, if it would be a small one without them."""
+        with self._changed:
+            self._together = not self._in_turns and self._depth + _rows(ended) <= _FEW
+            self._in_turns = max(0, self._in_turns - 1)
+            answered = sum(part.stop == part.item.rows for part in ended)
+            if self._together and self._depth + answered > 1:  # whoever comes first goes first
+                self._expected = answered
+                self._deadline = time.perf_counter() + _PATIENCE * seconds
 
     def _take(self) -> list[_Slice]:
         """The next batch, as soon as there is one; empty when the batcher is closed and drained.
 
-        Callers who are answered come back. So of the rows that wait and those of the batch that has just
-        ended, it takes about half: while the device runs these, the event loop answers and reads the others.
+        Callers who are answered come back. Few of them run together, all that wait in one batch. Of many,
+        counting the rows that wait and those of the batch that has just ended, it takes about half: while
+        the device runs these, the event loop answers and reads the others.
         """
         batch: list[_Slice] = []
         with self._changed:
-            while not self._waiting and not self._closing:
+            while (self._expected or not self._waiting) and not self._closing:
                 self._changed.wait()
             ended = _rows(self._running)
             room = self._max_batch
-            spare = max(0, room - math.ceil((self._depth + ended) / 2))
+            spare = 0 if self._together else max(0, room - math.ceil((self._depth + ended) / 2))
             now = time.perf_counter()
             while self._waiting and room > spare:
                 item = self._waiting.popleft()
@@ -248,7 +277,23 @@ class Batcher:
             item.parts.append(tuple(output[first:offset] for output in outputs))
             if stop == item.rows:
                 item.answer.set_result(_join(item.parts))
+        if self._expected:
+            self._loop.call_later(_PATIENCE * seconds, self._give_up, batch)
         self._loop.call_soon(self._observe, batch, stages)  # behind those who have their answers now
+
+    def _give_up(self, ended: list[_Slice]) -> None:
+        """Let the next batch leave without those of the callers of `ended` who are not back."""
+        with self._changed:
+            if self._expected and self._running is ended:
+                self._expected = 0
+                self._together = False
+                self._learn(paid=False)
+                self._changed.notify()
+
+    def _learn(self, *, paid: bool) -> None:
+        self._in_vain = 0 if paid else self._in_vain + 1
+        if self._in_vain >= _IN_VAIN:
+            self._in_turns = _IN_TURNS
 
     def _observe(self, batch: list[_Slice], stages: list[Stage]) -> None:
         for item, start, _ in batch:

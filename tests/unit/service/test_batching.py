@@ -103,6 +103,17 @@ async def busy(made: Batcher, device: Device) -> asyncio.Task[Arrays]:
     return task
 
 
+async def go_on_after(
+    seconds: float, made: Batcher, device: Device, clock: Clock, *waiting: NDArray[Any]
+) -> None:
+    """A lone item 0 takes so many seconds of the clock and is answered, while `waiting` have come."""
+    first = await busy(made, device)
+    await submitted(made, *waiting)
+    clock.now += seconds
+    device.go_on()
+    await first
+
+
 async def test_a_lone_item_does_not_wait() -> None:
     """With an idle device an item runs at once, alone, and gets both outputs."""
     device = Device()
@@ -127,18 +138,150 @@ async def test_what_waits_becomes_one_batch() -> None:
     assert answers == [[[0]], [[2]], [[4], [6]]]
 
 
-async def test_half_of_the_callers_run_while_the_others_are_with_the_loop() -> None:
+async def test_half_of_the_callers_run_while_the_others_are_with_the_loop(clock: Clock) -> None:
     """Of the rows that wait and those that have just been answered, a batch takes half, in whole items."""
     device = Device()
     async with batcher(device, max_batch=16, queue_length=16) as made:
-        await busy(made, device)
-        await submitted(made, *(rows(number) for number in range(1, 8)))
-        device.go_on()  # one was answered, seven wait
-        await device.started()
-        (large,) = await submitted(made, rows(8, 9, 10))
-        device.go_on(3)  # four were answered, six rows wait
+        await go_on_after(60, made, device, clock, *(rows(number) for number in range(1, 10)))
+        await device.started()  # one was answered, nine waited
+        (large,) = await submitted(made, rows(10, 11, 12))
+        device.go_on(3)  # five were answered, seven rows wait
         await large
-    assert device.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8, 9, 10]]
+    assert device.batches == [[0], [1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11, 12]]
+
+
+async def test_few_callers_run_together(clock: Clock) -> None:
+    """Where all would make a small batch, it waits for those who have just been answered."""
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        await go_on_after(60, made, device, clock, rows(1), rows(2))
+        await submitted(made, rows(3))
+        await device.started()
+    assert device.batches == [[0], [1, 2, 3]]
+
+
+async def test_few_callers_are_not_waited_for_longer_than_half_a_run(clock: Clock) -> None:
+    """A caller who does not come back holds up the others for half of what his run took, and no longer."""
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        await go_on_after(0.1, made, device, clock, *(rows(number) for number in range(1, 5)))
+        await device.started()
+    assert device.batches[:2] == [[0], [1, 2, 3]]  # half of five
+
+
+async def test_a_lone_caller_is_not_held_up(clock: Clock) -> None:
+    """After a lone item the next runs at once, however long the run took; whether it comes teaches nothing."""
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        for number in (1, 2, 3):
+            (task,) = await submitted(made, rows(number))
+            await device.started()
+            clock.now += 0.02 * number
+            device.go_on()
+            await task
+            await asyncio.sleep(0.05)  # half a run
+        await go_on_after(60, made, device, clock, rows(4))
+        await submitted(made, rows(5))
+        await device.started()
+    assert device.batches == [[1], [2], [3], [0], [4, 5]]
+
+
+async def test_few_callers_are_waited_for_again_after_one_wait_in_vain(clock: Clock) -> None:
+    """Waits in vain that are not in a row are no reason to stop waiting."""
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        running = [await busy(made, device)]
+        for late in (True, True, False, True):
+            waiting = await submitted(made, rows(1))
+            clock.now += 60
+            device.go_on()
+            await asyncio.gather(*running)
+            clock.now += 31 if late else 0
+            running = waiting + await submitted(made, *(rows(9) for _ in running))
+            await device.started()
+        await submitted(made, rows(1))
+        clock.now += 60
+        device.go_on()
+        await asyncio.gather(*running)
+        await submitted(made, *(rows(9) for _ in running))
+        await device.started()
+    assert device.batches[-1] == [1, 9, 9, 9, 9, 9]
+
+
+async def test_a_wait_that_is_over_does_not_end_the_next(clock: Clock) -> None:
+    """Half of a run's time passes for that run's callers alone, though a shorter run has ended since."""
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        await go_on_after(0.2, made, device, clock, rows(1))
+        running = await submitted(made, rows(2))
+        await device.started()
+        await submitted(made, rows(3))
+        clock.now += 60
+        device.go_on()
+        await asyncio.gather(*running)
+        await asyncio.sleep(0.2)  # longer than half of the first run
+        await submitted(made, rows(4), rows(5))
+        await device.started()
+    assert device.batches == [[0], [1, 2], [3, 4, 5]]
+
+
+async def test_few_callers_run_in_turns_where_waiting_is_in_vain(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After three waits for callers who did not come, batches do not wait, until it is tried again."""
+    monkeypatch.setattr("service.batching._IN_TURNS", 1)
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        await busy(made, device)
+        for number in range(1, 4):
+            await submitted(made, rows(number))
+            device.go_on()
+            await device.started()
+        (fourth,) = await submitted(made, rows(4))
+        clock.now += 60  # whoever waited now would wait for half of it
+        device.go_on()
+        await device.started()
+        assert device.batches == [[0], [1], [2], [3], [4]]
+        await submitted(made, rows(5))
+        clock.now += 60
+        device.go_on()
+        await fourth
+        await submitted(made, rows(6))
+        await device.started()
+    assert device.batches[5:] == [[5, 6]]
+
+
+async def test_few_callers_run_in_turns_where_they_come_back_late(clock: Clock) -> None:
+    """A wait is in vain, too, if it took longer than half a run until the last of them was back."""
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        running = [await busy(made, device)]
+        for number in range(1, 4):
+            waiting = await submitted(made, rows(number))
+            clock.now += 60
+            device.go_on()
+            await asyncio.gather(*running)
+            clock.now += 31
+            running = waiting + await submitted(made, *(rows(9) for _ in running))
+            await device.started()
+        await submitted(made, rows(4))
+        clock.now += 60
+        device.go_on()
+        await device.started()
+    assert device.batches == [[0], [1, 9], [2, 9, 9], [3, 9, 9, 9], [4]]
+
+
+async def test_closing_does_not_wait_for_callers(clock: Clock) -> None:
+    """What waits for those who were answered runs at once when the batcher is closed."""
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        first = await busy(made, device)
+        (second,) = await submitted(made, rows(1))
+        clock.now += 60
+        device.go_on(2)
+        await first
+        await made.close(LIMIT)
+        assert (await second)[0].tolist() == [[2]]
 
 
 async def test_a_full_batch_leaves_without_the_rest() -> None:

@@ -79,7 +79,10 @@ def test_few_images(mnist_style_folder: Path, tmp_path: Path) -> None:
 
 
 def test_dimensions_of_a_model_that_names_none(
-    mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mnist_style_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The command brings an older model's manifest and card to where an export would have left them."""
     source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder)]
@@ -99,6 +102,12 @@ def test_dimensions_of_a_model_that_names_none(
         assert (folder / "MODEL_CARD.md").read_text() == card
     assert Path(figures, "effects.png").is_file()
     assert "the dimensions are named in" in capsys.readouterr().out
+    # Nor is anything written where none of them is recognised.
+    with monkeypatch.context() as patch:
+        patch.setattr("training.dimensions._recognised", lambda *_: [])
+        assert main(["dimensions", str(folder), *source, "--output", figures]) == 1
+        assert "no image from which a dimension's meaning could be measured" in capsys.readouterr().err
+        assert read_manifest(folder) == manifest
     # Other images tell nothing of this model, and must not rename its dimensions.
     refusals = {17: "not the images that shapes/1 was trained on", 19: "images of shape (19, 19)"}
     for size, message in refusals.items():
