@@ -170,7 +170,7 @@ async def test_few_callers_are_not_waited_for_longer_than_half_a_run(clock: Cloc
 
 
 async def test_a_lone_caller_is_not_held_up(clock: Clock) -> None:
-    """After a lone item the next runs at once, however long the run took; whether it comes teaches nothing."""
+    """After a lone item the next runs at once, however long the run took; no wait is counted."""
     device = Device()
     async with batcher(device, max_batch=16) as made:
         for number in (1, 2, 3):
