@@ -1,8 +1,8 @@
-"""Dynamic batching: a batch is whatever is waiting when the device has room.
+"""Dynamic batching: a batch is of what waits when the device has room.
 
 The event loop admits items and receives answers; one thread per batcher forms batches and runs them.
-The thread takes its next batch itself the moment the last one ends, so that the device never waits for
-the event loop. See docs/decisions/0010.
+The thread takes its next batch itself once the last one has ended: at once where there are many callers,
+and when those are back who were answered where there are few. See docs/decisions/0010.
 """
 
 import asyncio
@@ -31,7 +31,9 @@ Arrays = tuple[NDArray[Any], ...]
 
 # A graph gains little from more rows than these.
 _FEW = 8
-_PATIENCE = 0.5  # of the last run's time
+_QUIET = 1 / 8  # of the last run's time: if nobody comes for so long, nobody else is waited for
+_LONGEST_QUIET = 0.05  # seconds, after a run that was held up
+_PATIENCE = 1 / 2  # of the last run's time: a longer wait costs more than it saves
 _IN_VAIN = 3  # waits in a row that were too long, after which it is not tried for a while
 _IN_TURNS = 255  # batches
 
@@ -136,6 +138,8 @@ class Batcher:
                 self._expected -= 1
                 if not self._expected:
                     self._learn(paid=item.submitted <= self._deadline)
+                elif self._depth >= self._max_batch:
+                    self._expected = 0
             if not self._expected:
                 self._changed.notify()
         try:
@@ -207,16 +211,18 @@ class Batcher:
                 outputs = None
             self._began = None
             seconds = time.perf_counter() - started
-            self._expect_callers_of(batch, seconds)
+            if outputs is not None:
+                self._expect_callers_of(batch, seconds)
             self._call_loop(self._deliver, batch, outputs, stages, seconds)
         self._call_loop(self._stopped.set)
 
     def _expect_callers_of(self, ended: list[_Slice], seconds: float) -> None:
         """Make the next batch wait for the callers of this one, if it would be a small one without them."""
         with self._changed:
-            self._together = not self._in_turns and self._depth + _rows(ended) <= _FEW
+            small = self._depth + _rows(ended) <= min(_FEW, self._max_batch)
+            self._together = small and not self._in_turns
             self._in_turns = max(0, self._in_turns - 1)
-            answered = sum(part.stop == part.item.rows for part in ended)
+            answered = sum(not part.item.answer.done() for part in ended)
             if self._together and self._depth + answered > 1:  # whoever comes first goes first
                 self._expected = answered
                 self._deadline = time.perf_counter() + _PATIENCE * seconds
@@ -277,25 +283,29 @@ class Batcher:
             item.parts.append(tuple(output[first:offset] for output in outputs))
             if stop == item.rows:
                 item.answer.set_result(_join(item.parts))
-        if self._expected:
-            self._loop.call_later(_PATIENCE * seconds, self._give_up, batch)
-        self._loop.call_soon(self._observe, batch, stages)  # behind those who have their answers now
+        self._loop.call_soon(self._observe, batch, stages, seconds)  # behind those who have their answers now
 
-    def _give_up(self, ended: list[_Slice]) -> None:
-        """Let the next batch leave without those of the callers of `ended` who are not back."""
+    def _look_out(self, ended: list[_Slice], quiet: float, missing: int | None = None) -> None:
+        """Let the next batch leave without the callers of `ended` who are missing, once nobody else comes."""
         with self._changed:
-            if self._expected and self._running is ended:
-                self._expected = 0
-                self._together = False
+            if not self._expected or self._running is not ended:
+                return
+            if self._expected != missing and time.perf_counter() < self._deadline:
+                self._loop.call_later(quiet, self._look_out, ended, quiet, self._expected)
+                return
+            self._expected = 0
+            self._together = False
+            if self._waiting:  # else nobody was held up
                 self._learn(paid=False)
-                self._changed.notify()
+            self._changed.notify()
 
     def _learn(self, *, paid: bool) -> None:
         self._in_vain = 0 if paid else self._in_vain + 1
         if self._in_vain >= _IN_VAIN:
             self._in_turns = _IN_TURNS
 
-    def _observe(self, batch: list[_Slice], stages: list[Stage]) -> None:
+    def _observe(self, batch: list[_Slice], stages: list[Stage], seconds: float) -> None:
+        self._look_out(batch, min(_QUIET * seconds, _LONGEST_QUIET))
         for item, start, _ in batch:
             if start == 0:
                 self._metrics.seconds.observe(item.started - item.submitted)

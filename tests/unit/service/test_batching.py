@@ -61,6 +61,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr("service.batching.time", made)
+    monkeypatch.setattr("service.batching._LONGEST_QUIET", float("inf"))  # timers are the event loop's own
     return made
 
 
@@ -142,7 +143,7 @@ async def test_half_of_the_callers_run_while_the_others_are_with_the_loop(clock:
     """Of the rows that wait and those that have just been answered, a batch takes half, in whole items."""
     device = Device()
     async with batcher(device, max_batch=16, queue_length=16) as made:
-        await go_on_after(60, made, device, clock, *(rows(number) for number in range(1, 10)))
+        await go_on_after(600, made, device, clock, *(rows(number) for number in range(1, 10)))
         await device.started()  # one was answered, nine waited
         (large,) = await submitted(made, rows(10, 11, 12))
         device.go_on(3)  # five were answered, seven rows wait
@@ -154,19 +155,91 @@ async def test_few_callers_run_together(clock: Clock) -> None:
     """Where all would make a small batch, it waits for those who have just been answered."""
     device = Device()
     async with batcher(device, max_batch=16) as made:
-        await go_on_after(60, made, device, clock, rows(1), rows(2))
+        await go_on_after(600, made, device, clock, rows(1), rows(2))
         await submitted(made, rows(3))
         await device.started()
     assert device.batches == [[0], [1, 2, 3]]
 
 
-async def test_few_callers_are_not_waited_for_longer_than_half_a_run(clock: Clock) -> None:
-    """A caller who does not come back holds up the others for half of what his run took, and no longer."""
+async def test_few_callers_are_waited_for_while_they_keep_coming(clock: Clock) -> None:
+    """Who is back holds the batch for the next one, each for an eighth of what the last run took."""
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        running = [await busy(made, device)]
+        running += await submitted(made, rows(1), rows(2))
+        clock.now += 600
+        device.go_on()
+        await running[0]
+        running += await submitted(made, rows(3))
+        await device.started()
+        clock.now += 4
+        device.go_on()
+        await asyncio.gather(*running)
+        for number in range(4, 7):
+            await asyncio.sleep(0.3)  # of 0.5
+            await submitted(made, rows(number))
+        await device.started()
+    assert device.batches == [[0], [1, 2, 3], [4, 5, 6]]
+
+
+async def test_few_callers_are_not_waited_for_when_nobody_comes(clock: Clock) -> None:
+    """A caller who does not come back holds up the others no longer than an eighth of his run."""
     device = Device()
     async with batcher(device, max_batch=16) as made:
         await go_on_after(0.1, made, device, clock, *(rows(number) for number in range(1, 5)))
         await device.started()
     assert device.batches[:2] == [[0], [1, 2, 3]]  # half of five
+
+
+async def test_few_callers_are_not_waited_for_when_the_run_was_held_up(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the last run took, nobody is held up for longer than a moment where nobody comes."""
+    monkeypatch.setattr("service.batching._LONGEST_QUIET", 0.05)
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        await go_on_after(600, made, device, clock, rows(1))
+        await device.started()
+    assert device.batches == [[0], [1]]
+
+
+async def test_a_full_batch_waits_for_nobody(clock: Clock) -> None:
+    """Where as many rows wait as a batch may hold, or come to wait, it leaves without those answered."""
+    device = Device()
+    async with batcher(device, max_batch=4) as made:
+        await go_on_after(600, made, device, clock, *(rows(number) for number in range(1, 5)))
+        await device.started()
+    assert device.batches[:2] == [[0], [1, 2, 3]]  # half of five
+    device = Device()
+    async with batcher(device, max_batch=4) as made:
+        await go_on_after(600, made, device, clock, rows(1), rows(2))
+        (third,) = await submitted(made, rows(3))
+        await device.started()
+        clock.now += 600
+        device.go_on()
+        await third
+        await submitted(made, rows(4, 5, 6, 7))
+        await device.started()
+    assert device.batches == [[0], [1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("failing", [True, False])
+async def test_callers_who_have_no_answer_are_not_waited_for(failing: bool, clock: Clock) -> None:
+    """Who left during a run, or was told that it failed, is not expected back."""
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        first = await busy(made, device)
+        await submitted(made, rows(1))
+        clock.now += 600
+        device.broken = failing
+        if not failing:
+            first.cancel()
+        device.go_on()
+        with pytest.raises(InferenceFailed if failing else asyncio.CancelledError):
+            await first
+        await device.started()
+        device.broken = False
+    assert device.batches == [[0], [1]]
 
 
 async def test_a_lone_caller_is_not_held_up(clock: Clock) -> None:
@@ -179,8 +252,8 @@ async def test_a_lone_caller_is_not_held_up(clock: Clock) -> None:
             clock.now += 0.02 * number
             device.go_on()
             await task
-            await asyncio.sleep(0.05)  # half a run
-        await go_on_after(60, made, device, clock, rows(4))
+            clock.now += 0.05  # longer than half a run
+        await go_on_after(600, made, device, clock, rows(4))
         await submitted(made, rows(5))
         await device.started()
     assert device.batches == [[1], [2], [3], [0], [4, 5]]
@@ -193,14 +266,14 @@ async def test_few_callers_are_waited_for_again_after_one_wait_in_vain(clock: Cl
         running = [await busy(made, device)]
         for late in (True, True, False, True):
             waiting = await submitted(made, rows(1))
-            clock.now += 60
+            clock.now += 600
             device.go_on()
             await asyncio.gather(*running)
-            clock.now += 31 if late else 0
+            clock.now += 301 if late else 0
             running = waiting + await submitted(made, *(rows(9) for _ in running))
             await device.started()
         await submitted(made, rows(1))
-        clock.now += 60
+        clock.now += 600
         device.go_on()
         await asyncio.gather(*running)
         await submitted(made, *(rows(9) for _ in running))
@@ -209,17 +282,17 @@ async def test_few_callers_are_waited_for_again_after_one_wait_in_vain(clock: Cl
 
 
 async def test_a_wait_that_is_over_does_not_end_the_next(clock: Clock) -> None:
-    """Half of a run's time passes for that run's callers alone, though a shorter run has ended since."""
+    """A run's callers are looked out for after that run alone, though another has ended since."""
     device = Device()
     async with batcher(device, max_batch=16) as made:
         await go_on_after(0.2, made, device, clock, rows(1))
         running = await submitted(made, rows(2))
         await device.started()
         await submitted(made, rows(3))
-        clock.now += 60
+        clock.now += 600
         device.go_on()
         await asyncio.gather(*running)
-        await asyncio.sleep(0.2)  # longer than half of the first run
+        await asyncio.sleep(0.2)  # longer than an eighth of the first run
         await submitted(made, rows(4), rows(5))
         await device.started()
     assert device.batches == [[0], [1, 2], [3, 4, 5]]
@@ -238,17 +311,37 @@ async def test_few_callers_run_in_turns_where_waiting_is_in_vain(
             device.go_on()
             await device.started()
         (fourth,) = await submitted(made, rows(4))
-        clock.now += 60  # whoever waited now would wait for half of it
+        clock.now += 600  # whoever waited now would wait for an eighth of it
         device.go_on()
         await device.started()
         assert device.batches == [[0], [1], [2], [3], [4]]
         await submitted(made, rows(5))
-        clock.now += 60
+        clock.now += 600
         device.go_on()
         await fourth
         await submitted(made, rows(6))
         await device.started()
     assert device.batches[5:] == [[5, 6]]
+
+
+async def test_a_wait_that_held_up_nobody_is_not_in_vain(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Callers who do not come back are no reason to stop waiting for others, if nobody waited for them."""
+    monkeypatch.setattr("service.batching._IN_VAIN", 2)
+    device = Device()
+    async with batcher(device, max_batch=16) as made:
+        await busy(made, device)
+        running = await submitted(made, rows(1), rows(2))
+        device.go_on()  # these two wait in vain for the first
+        await device.started()
+        device.go_on()
+        await asyncio.gather(*running)
+        await asyncio.sleep(0.05)  # nobody waits for these two
+        await go_on_after(600, made, device, clock, rows(3))
+        await submitted(made, rows(4))
+        await device.started()
+    assert device.batches == [[0], [1, 2], [0], [3, 4]]
 
 
 async def test_few_callers_run_in_turns_where_they_come_back_late(clock: Clock) -> None:
@@ -258,14 +351,14 @@ async def test_few_callers_run_in_turns_where_they_come_back_late(clock: Clock) 
         running = [await busy(made, device)]
         for number in range(1, 4):
             waiting = await submitted(made, rows(number))
-            clock.now += 60
+            clock.now += 600
             device.go_on()
             await asyncio.gather(*running)
-            clock.now += 31
+            clock.now += 301
             running = waiting + await submitted(made, *(rows(9) for _ in running))
             await device.started()
         await submitted(made, rows(4))
-        clock.now += 60
+        clock.now += 600
         device.go_on()
         await device.started()
     assert device.batches == [[0], [1, 9], [2, 9, 9], [3, 9, 9, 9], [4]]
@@ -277,7 +370,7 @@ async def test_closing_does_not_wait_for_callers(clock: Clock) -> None:
     async with batcher(device, max_batch=16) as made:
         first = await busy(made, device)
         (second,) = await submitted(made, rows(1))
-        clock.now += 60
+        clock.now += 600
         device.go_on(2)
         await first
         await made.close(LIMIT)
