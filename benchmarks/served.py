@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,10 +189,10 @@ def _processor_ms(
 
 def _thread_seconds(pid: int) -> tuple[float, float]:
     """Processor time of a process's main thread, and of all its other threads (Linux)."""
-    spent = {
-        task.name: int((task / "schedstat").read_text().split()[0]) / 1e9
-        for task in Path(f"/proc/{pid}/task").iterdir()
-    }
+    spent = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+            spent[task.name] = int((task / "schedstat").read_text().split()[0]) / 1e9
     main = spent.pop(str(pid))
     return main, sum(spent.values())
 
