@@ -172,11 +172,11 @@ async def test_few_callers_are_waited_for_while_they_keep_coming(clock: Clock) -
         await running[0]
         running += await submitted(made, rows(3))
         await device.started()
-        clock.now += 4
+        clock.now += 8
         device.go_on()
         await asyncio.gather(*running)
         for number in range(4, 7):
-            await asyncio.sleep(0.3)  # of 0.5
+            await asyncio.sleep(0.6)  # of 1
             await submitted(made, rows(number))
         await device.started()
     assert device.batches == [[0], [1, 2, 3], [4, 5, 6]]
