@@ -283,7 +283,9 @@ class Batcher:
             item.parts.append(tuple(output[first:offset] for output in outputs))
             if stop == item.rows:
                 item.answer.set_result(_join(item.parts))
-        self._loop.call_soon(self._observe, batch, stages, seconds)  # behind those who have their answers now
+        # Behind those who have their answers now.
+        self._loop.call_soon(self._look_out, batch, min(_QUIET * seconds, _LONGEST_QUIET))
+        self._loop.call_soon(self._observe, batch, stages)
 
     def _look_out(self, ended: list[_Slice], quiet: float, missing: int | None = None) -> None:
         """Let the next batch leave without the callers of `ended` who are missing, once nobody else comes."""
@@ -304,8 +306,7 @@ class Batcher:
         if self._in_vain >= _IN_VAIN:
             self._in_turns = _IN_TURNS
 
-    def _observe(self, batch: list[_Slice], stages: list[Stage], seconds: float) -> None:
-        self._look_out(batch, min(_QUIET * seconds, _LONGEST_QUIET))
+    def _observe(self, batch: list[_Slice], stages: list[Stage]) -> None:
         for item, start, _ in batch:
             if start == 0:
                 self._metrics.seconds.observe(item.started - item.submitted)

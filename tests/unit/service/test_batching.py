@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -61,7 +62,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr("service.batching.time", made)
-    monkeypatch.setattr("service.batching._LONGEST_QUIET", float("inf"))  # timers are the event loop's own
+    monkeypatch.setattr("service.batching._LONGEST_QUIET", math.inf)  # timers are the event loop's own
     return made
 
 
@@ -113,6 +114,26 @@ async def go_on_after(
     clock.now += seconds
     device.go_on()
     await first
+
+
+async def came_back(
+    made: Batcher,
+    device: Device,
+    clock: Clock,
+    running: list[asyncio.Task[Arrays]],
+    number: int,
+    after: float,
+) -> list[asyncio.Task[Arrays]]:
+    """One more item comes during a run of 600 s; who is answered by that is back as an item 9."""
+    waiting = await submitted(made, rows(number))
+    clock.now += 600
+    device.go_on()
+    await asyncio.gather(*running)
+    clock.now += after
+    waiting += await submitted(made, *(rows(9) for _ in running))
+    await device.started()
+    assert len(device.batches[-1]) == len(waiting)  # they run together
+    return waiting
 
 
 async def test_a_lone_item_does_not_wait() -> None:
@@ -182,36 +203,27 @@ async def test_few_callers_are_waited_for_while_they_keep_coming(clock: Clock) -
     assert device.batches == [[0], [1, 2, 3], [4, 5, 6]]
 
 
-async def test_few_callers_are_not_waited_for_when_nobody_comes(clock: Clock) -> None:
-    """A caller who does not come back holds up the others no longer than an eighth of his run."""
-    device = Device()
-    async with batcher(device, max_batch=16) as made:
-        await go_on_after(0.1, made, device, clock, *(rows(number) for number in range(1, 5)))
-        await device.started()
-    assert device.batches[:2] == [[0], [1, 2, 3]]  # half of five
-
-
-async def test_few_callers_are_not_waited_for_when_the_run_was_held_up(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("seconds", "longest", "max_batch"),
+    [(0.1, math.inf, 16), (600, 0.05, 16), (600, math.inf, 4)],
+    ids=["nobody comes", "the run was held up", "a full batch waits"],
+)
+async def test_few_callers_are_not_waited_for_in_vain(
+    seconds: float, longest: float, max_batch: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long the last run took, nobody is held up for longer than a moment where nobody comes."""
-    monkeypatch.setattr("service.batching._LONGEST_QUIET", 0.05)
+    """A batch leaves once nobody came for an eighth of the run, at most for a moment; a full one at once."""
+    monkeypatch.setattr("service.batching._LONGEST_QUIET", longest)
     device = Device()
-    async with batcher(device, max_batch=16) as made:
-        await go_on_after(600, made, device, clock, rows(1))
-        await device.started()
-    assert device.batches == [[0], [1]]
-
-
-async def test_a_full_batch_waits_for_nobody(clock: Clock) -> None:
-    """Where as many rows wait as a batch may hold, or come to wait, it leaves without those answered."""
-    device = Device()
-    async with batcher(device, max_batch=4) as made:
-        await go_on_after(600, made, device, clock, *(rows(number) for number in range(1, 5)))
+    async with batcher(device, max_batch) as made:
+        await go_on_after(seconds, made, device, clock, *(rows(number) for number in range(1, 5)))
         await device.started()
     assert device.batches[:2] == [[0], [1, 2, 3]]  # half of five
+
+
+async def test_a_batch_that_is_full_while_it_waits_leaves(clock: Clock) -> None:
+    """Once as many rows have come as a batch may hold, the other callers are not waited for."""
     device = Device()
-    async with batcher(device, max_batch=4) as made:
+    async with batcher(device) as made:
         await go_on_after(600, made, device, clock, rows(1), rows(2))
         (third,) = await submitted(made, rows(3))
         await device.started()
@@ -264,20 +276,8 @@ async def test_few_callers_are_waited_for_again_after_one_wait_in_vain(clock: Cl
     device = Device()
     async with batcher(device, max_batch=16) as made:
         running = [await busy(made, device)]
-        for late in (True, True, False, True):
-            waiting = await submitted(made, rows(1))
-            clock.now += 600
-            device.go_on()
-            await asyncio.gather(*running)
-            clock.now += 301 if late else 0
-            running = waiting + await submitted(made, *(rows(9) for _ in running))
-            await device.started()
-        await submitted(made, rows(1))
-        clock.now += 600
-        device.go_on()
-        await asyncio.gather(*running)
-        await submitted(made, *(rows(9) for _ in running))
-        await device.started()
+        for after in (301, 301, 0, 301, 0):
+            running = await came_back(made, device, clock, running, 1, after)
     assert device.batches[-1] == [1, 9, 9, 9, 9, 9]
 
 
@@ -350,13 +350,7 @@ async def test_few_callers_run_in_turns_where_they_come_back_late(clock: Clock) 
     async with batcher(device, max_batch=16) as made:
         running = [await busy(made, device)]
         for number in range(1, 4):
-            waiting = await submitted(made, rows(number))
-            clock.now += 600
-            device.go_on()
-            await asyncio.gather(*running)
-            clock.now += 301
-            running = waiting + await submitted(made, *(rows(9) for _ in running))
-            await device.started()
+            running = await came_back(made, device, clock, running, number, 301)
         await submitted(made, rows(4))
         clock.now += 600
         device.go_on()
