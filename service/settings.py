@@ -99,13 +99,25 @@ class Settings(BaseSettings):
         int, Field(ge=1, le=4096, description="Images in one encoder batch; on a GPU each is padded to it.")
     ] = 32
     queue_length: Annotated[
-        int, Field(ge=1, le=1_000_000, description="Images that may wait for the encoder; beyond: 503.")
+        int,
+        Field(
+            ge=1,
+            le=1_000_000,
+            description="Images that may wait for the encoder; beyond: 503. Those of one request count as a "
+            "batch at most.",
+        ),
     ] = 256
     max_decoder_batch: Annotated[
         int, Field(ge=1, le=65536, description="Capsule sets in one decoder batch.")
     ] = 256
     decoder_queue_length: Annotated[
-        int, Field(ge=1, le=1_000_000, description="Capsule sets that may wait for the decoder; beyond: 503.")
+        int,
+        Field(
+            ge=1,
+            le=1_000_000,
+            description="Capsule sets that may wait for the decoder; beyond: 503. Those of one request count "
+            "as a batch at most.",
+        ),
     ] = 4096
 
     max_body: Annotated[

@@ -26,9 +26,10 @@ def settings_table() -> str:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    variable, option = f"CAPSNET_{name.upper()}", f"--{name.replace('_', '-')}"
+    option = name.replace("_", "-")
+    options = f"`--{option}`, `--no-{option}`" if field.annotation is bool else f"`--{option}`"
     meaning = str(field.description).replace("<", "&lt;")  # Markdown takes it for HTML
-    cells = (f"`{variable}`", f"`{option}`", _default(field.default), _values(field), meaning)
+    cells = (f"`CAPSNET_{name.upper()}`", options, _default(field.default), _values(field), meaning)
     return f"| {' | '.join(cells)} |\n"
 
 

@@ -178,7 +178,9 @@ def meaning(manifest: Manifest) -> str:
     words = (
         f"Each was moved from {low:+g} to {high:+g} for up to {IMAGES} training images of the class, and is\n"
         "named after what accounts for the largest share of the change; by more than one thing where others\n"
-        "of the class begin alike. Most change several at once: `manifest.json` has the figures."
+        "of the class would have the same name. If they still have, those whose first thing becomes less as\n"
+        "the dimension rises are “reversed”; some names remain the same. Most change several at once:\n"
+        "`manifest.json` has the figures."
     )
     rows = [
         (label, _Markup(", ".join(f"**{d}** {name}" for d, name in enumerate(names))))
