@@ -326,6 +326,15 @@ def test_undo_brings_back_what_was_replaced(page: Page) -> None:
     expect(verdict).to_have_text("Draw something.")
 
 
+def test_undo_ends_where_its_memory_does(page: Page) -> None:
+    """Only so many steps are kept, and beyond them nothing is taken away."""
+    press_often = "(button, times) => { while (times--) button.click(); }"
+    page.get_by_role("button", name="Example 7").evaluate(press_often, 60)
+    page.get_by_role("button", name="Undo").evaluate(press_often, 60)
+    expect(page.locator("#output")).to_have_attribute("aria-busy", "false")
+    expect(page.locator("#verdict")).to_contain_text("This is")
+
+
 def test_a_cancelled_stroke_ends(page: Page) -> None:
     """Where the system takes the pointer away, what it does afterwards is no ink."""
     page.get_by_role("button", name="Clear").click()
@@ -511,6 +520,32 @@ def test_a_stroke_does_not_dim_what_it_changes(page: Page) -> None:
     page.mouse.up()
     expect(page.locator("#verdict")).to_have_text("Reading…")
     gate.open()
+
+
+def test_the_pad_rests_under_a_stroke(page: Page) -> None:
+    """Complaints come and go before and after it, or its line would have a step."""
+    page.locator("#file").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b""})
+    alert = page.get_by_role("alert")
+    expect(alert).to_be_visible()
+    pad = page.locator("#pad")
+    before = pad.bounding_box()
+    pad.hover()
+    page.mouse.down()
+    drag(page)
+    page.wait_for_timeout(300)
+    assert pad.bounding_box() == before
+    page.mouse.up()
+    expect(alert).to_be_hidden()
+    refuse = "**/predict?*"
+    page.route(refuse, lambda route: route.fulfill(status=500, json={"detail": "Broken."}))
+    before = pad.bounding_box()
+    pad.hover()
+    page.mouse.down()
+    drag(page)
+    page.wait_for_timeout(300)
+    assert pad.bounding_box() == before
+    page.mouse.up()
+    expect(alert).to_have_text("Broken.")
 
 
 def test_a_refusal_leaves_nothing_of_the_picture_before(page: Page) -> None:
@@ -699,6 +734,24 @@ def test_a_stroke_that_adds_nothing_leaves_the_choice(page: Page) -> None:
     expect(page.get_by_role("radio", name=re.compile("^8 "))).to_be_checked()
 
 
+def test_an_example_begins_anew(page: Page) -> None:
+    """Who bent it, or chose another class, has it as it was at another press."""
+    example = page.get_by_role("button", name="Example 7")
+    give(page, 3)
+    example.click()
+    caption = page.locator("#tweaked-caption")
+    expect(page.locator("#verdict")).not_to_have_text("This is “3”.")
+    expect(page.locator("#output")).to_have_attribute("aria-busy", "false")
+    expect(caption).to_contain_text("as it is: read again")
+    found = caption.text_content() or ""
+    page.locator("#classes input:not(:checked)").first.check()
+    move(page, 0, 0.25)
+    expect(caption).to_contain_text("bent: read again")
+    example.click()
+    expect(caption).to_have_text(found)
+    expect(page.locator("#dimension-0")).to_have_value("0")
+
+
 def test_a_large_photograph_is_made_smaller(page: Page, service: str) -> None:
     """A telephone's picture is sent as a fraction of a megabyte, and looks the same to the network."""
     paper = np.random.default_rng(0).normal(200, 8, (3000, 4000))
@@ -836,6 +889,8 @@ def test_a_class_may_have_any_name(opened: Opened, tmp_path: Path) -> None:
         expect(page.locator("#tweaked-caption")).to_contain_text("0.40")
         expect(page.locator("#model-facts")).to_contain_text("0.75 % test error")
         repeat(page, tmp_path)
+        heights = page.locator("#classes .length").evaluate_all("all => all.map((each) => each.offsetHeight)")
+        assert len(set(heights)) == 1, "a number is on one line"
         page.set_viewport_size({"width": 320, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= 320
 
@@ -1034,6 +1089,16 @@ def test_no_screen_scrolls_sideways(opened: Opened, service: str, width: int) ->
     page = opened(service, viewport={"width": width, "height": 800})
     give(page, 3)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_model_may_have_a_long_name(opened: Opened, tmp_path: Path) -> None:
+    """It makes no telephone scroll sideways, where it is one of several."""
+    for name in ("tiny", "letters-of-some-alphabet-as-they-are-printed"):
+        write_tiny_model(tmp_path / "models", name)
+    with served(tmp_path / "models", default_model="tiny") as process:
+        page = opened(f"http://127.0.0.1:{process.port}", viewport={"width": 320, "height": 800})
+        give(page, 3)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
 
 
 def test_swagger_ui_shows_every_route(opened: Opened, service: str) -> None:

@@ -57,7 +57,7 @@ export class Pad {
   /** Bring back what was shown before the last stroke, picture or clearing. */
   undo() {
     this.#opening = null;
-    this.#shown = this.#past.pop() ?? BLANK;
+    this.#shown = this.#past.pop() ?? this.#shown;
     this.#draw();
   }
 

@@ -14,6 +14,7 @@ const state = {
   picture: null, // Blob: the image to look at
   settled: true, // false while a stroke is being drawn
   answered: null, // the picture that was read, or refused, last
+  passing: false, // whether a stroke of it was still being drawn
   slow: false, // whether that is not yet this one, for longer than a blink
   found: null, // the prediction for it
   label: "", // the class whose capsule is drawn from
@@ -37,7 +38,7 @@ const dimensions = new Dimensions(byId("dimensions"), bend);
 // Each of these asks for what the state says at its beginning, and forgets an answer that comes too late.
 
 const look = asked(async (superseded) => {
-  const { model, picture } = state;
+  const { model, picture, settled, passing } = state;
   if (!model || !picture) return;
   // While a stroke is drawn each picture is old before it is read, but shows where things go.
   const late = () =>
@@ -45,10 +46,10 @@ const look = asked(async (superseded) => {
   try {
     const found = await api.predict(model, picture, superseded);
     if (late()) return;
-    state.answered = picture;
-    if (JSON.stringify(found.capsules) === JSON.stringify(state.found?.capsules)) {
+    Object.assign(state, { answered: picture, passing: !settled });
+    if (passing && JSON.stringify(found.capsules) === JSON.stringify(state.found?.capsules)) {
       render();
-      sweep(); // the end of a stroke that added nothing: what was chosen since stays
+      sweep(); // a stroke that added nothing since: what was chosen stays
       return;
     }
     state.found = found;
@@ -346,6 +347,7 @@ function exampleButton(label) {
 /** @param {api.Problem | null} problem null when the visitor goes on to something else */
 function showProblem(problem) {
   if (problem && !(problem instanceof api.Problem)) throw problem; // a fault of this page's: for the console
+  if (!state.settled) return; // or the pad would move under the stroke, whose end is read in any case
   const { message, received, expected, status } = problem ?? {};
   const lines = [message, received && `Received: ${received}`, expected && `Expected: ${expected}`];
   const paragraphs = lines.filter(Boolean).map((textContent) => Object.assign(document.createElement("p"), { textContent }));
