@@ -356,13 +356,27 @@ def sample(dataset: Dataset, count: int | None) -> Dataset:
 
 
 def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off `count` random images: (the rest, the held-out ones). The same seed gives the same split."""
+    """Split off `count` random images, of each class its share: (the rest, the held-out ones).
+
+    No class loses its last image before all others have. The same seed gives the same split.
+
+    Raises:
+        DataError: there are not so many images, or none would be left.
+    """
     if not 0 <= count < len(dataset):
         raise DataError(
             f"{count} validation images are to be held out of the {len(dataset)} of {dataset.name}, "
             f"expected 0 to {len(dataset) - 1}; see --validation-images"
         )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator)
+    of_class = dataset.labels.unique(dim=0, return_inverse=True)[1]  # pairs of digits are classes, too
+    order = order[of_class[order].argsort(stable=True)]  # class by class
+    sizes = of_class.bincount()
+    size = sizes.repeat_interleave(sizes)  # (M,): of each image's class
+    place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # in its class
+    share = (place + torch.rand(len(order), generator=generator)) / size
+    order = order[(share + (place == size - 1)).argsort(stable=True)]
     return take(dataset, order[count:].sort().values), take(dataset, order[:count].sort().values)
 
 

@@ -340,6 +340,19 @@ def test_digits_are_taken_with_their_images() -> None:
     assert taken.digits.flatten().tolist() == taken.images.flatten().tolist() == [3, 1]
 
 
+def test_each_class_gives_its_share() -> None:
+    """Of the images held out as many are of a class as of all, and no class gives its last one."""
+    labels = torch.arange(200) % 10
+    labels[:2] = torch.tensor([10, 11])  # once each, as 0 and 1 are in the rest
+    dataset = Dataset("numbers", tuple("0123456789ab"), torch.zeros(200, 1, 1, dtype=torch.uint8), labels, {})
+    for seed in range(20):
+        rest, held = hold_out(dataset, 50, seed)
+        counts = held.labels.bincount(minlength=12)
+        assert 4 <= counts[:10].min() <= counts[:10].max() <= 6
+        assert rest.labels.bincount(minlength=12).min() == 1
+        assert len(hold_out(dataset, 199, seed)[0]) == 1
+
+
 def test_hold_out() -> None:
     """The held-out images and the rest are disjoint, complete, and the same for the same seed."""
     labels = torch.arange(50)
