@@ -89,7 +89,7 @@ def run(
     forms: dict[str, Any] = {}
     opened: dict[str, Graphs] = {}
     for name, form in FORMS.items():
-        if manifest.encoder_in(form.precision) is None:
+        if form.precision not in manifest.encoders:
             continue
         memory = {"before": _used_mib()}
         graphs = _open(model, manifest, form, max_batch, device, threads)
@@ -139,8 +139,8 @@ def _alone(
     for batch in batches:
         encoders: dict[str, BoundSession] = {}
         for name, form in FORMS.items():
-            graph = manifest.encoder_in(form.precision)
-            if graph is not None:
+            if form.precision in manifest.encoders:
+                graph = manifest.encoders[form.precision]
                 session = _session(model, graph, form, form.precision, device, threads)
                 encoders[name] = BoundSession(session, graph, [batch])
         tasks = {name: partial(_encode, encoder, images[:batch]) for name, encoder in encoders.items()}
@@ -275,7 +275,7 @@ def _open(
 ) -> Graphs:
     """As the engine opens it, with the form's options of the provider."""
 
-    graph = manifest.encoder_in(form.precision) or manifest.encoder
+    graph = manifest.encoders[form.precision]
     encoder = _session(model, graph, form, form.precision, device, threads)
     decoder = _session(model, manifest.decoder, form, "fp32", device, threads)
     devices = BOUND | {device} if bound else frozenset[UsedDevice]()
@@ -304,7 +304,7 @@ def _nodes(
         options = ort.SessionOptions()
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        encoder = manifest.encoder_in(form.precision) or manifest.encoder
+        encoder = manifest.encoders[form.precision]
         session = ort.InferenceSession(model / encoder.file, options, providers=providers)
         session.run(None, {encoder.inputs[0].name: image})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

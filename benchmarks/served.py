@@ -73,7 +73,7 @@ def run(model: Path, images: Images, seconds: float, threads: int, rounds: int) 
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         bodies = _write_bodies(images, folder)
-        precisions = [precision for precision in PRECISIONS if manifest.encoder_in(precision)]
+        precisions = [precision for precision in PRECISIONS if precision in manifest.encoders]
         found = {
             precision: _of_precision(model, manifest, precision, images, bodies, seconds, threads, rounds)
             for precision in precisions
@@ -109,10 +109,7 @@ def _of_precision(
     threads: int,
     rounds: int,
 ) -> dict[str, Any]:
-    graph = manifest.encoder_in(precision)
-    if graph is None:
-        raise ValueError(f"{model} has no {precision} encoder")
-    raw = open_session(model / graph.file, threads)
+    raw = open_session(model / manifest.encoders[precision].file, threads)
     rows: list[dict[str, float]] = []
     with _serving(model, precision) as service:
         for _ in range(rounds):

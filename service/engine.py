@@ -135,7 +135,7 @@ def load_graphs(folder: Path, settings: Settings) -> Graphs:
 
     decoder = opened(manifest.decoder, "fp32")
     precision = choose_precision(folder, manifest, settings.precision, decoder.device)
-    chosen = manifest.encoder_in(precision) or manifest.encoder
+    chosen = manifest.encoders[precision]
     encoder = opened(chosen, precision)
     try:
         rows = settings.max_batch, settings.max_decoder_batch
@@ -170,7 +170,7 @@ def bring_together(
     graphs = Graphs(manifest, precision, encoder.device, encoder.threads, encoder, decoder, decoder)
     if not {encoder.device, decoder.device} <= bound:
         return graphs
-    chosen = manifest.encoder_in(precision) or manifest.encoder
+    chosen = manifest.encoders[precision]
     most, most_decoded = max_batches
     upstream = BoundSession(encoder, chosen, [most])  # it has convolutions
     return replace(

@@ -252,11 +252,10 @@ class Manifest(_Record):
         """The model and its version, as requests name them."""
         return f"{self.name}/{self.version}"
 
-    def encoder_in(self, precision: Precision) -> Graph | None:
-        """The encoder's graph in `precision`, if there is one."""
-        graphs: dict[Precision, Graph] = {"fp32": self.encoder}
-        graphs.update({variant.precision: variant.encoder for variant in self.variants})
-        return graphs.get(precision)
+    @property
+    def encoders(self) -> dict[Precision, Graph]:
+        """The encoder's graph in each precision that there is, fp32 first."""
+        return {"fp32": self.encoder, **{variant.precision: variant.encoder for variant in self.variants}}
 
     def as_good(self, variant: Variant) -> bool:
         """Whether nobody would tell the variant from fp32: what may be chosen without being asked for."""

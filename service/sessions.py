@@ -99,11 +99,10 @@ def choose_precision(
         if wanted != "fp32":
             logger.info("%s is served in fp32, not in %s: it has nothing else", manifest.reference, wanted)
         return "fp32"
-    if manifest.encoder_in(wanted) is None:
-        has = ", ".join(["fp32", *(variant.precision for variant in manifest.variants)])
+    if wanted not in manifest.encoders:
         raise ManifestError(
-            f"{folder / MANIFEST_FILE}: CAPSNET_PRECISION is {wanted!r}, but this model has {has}; "
-            "set CAPSNET_PRECISION=auto, or export the model again"
+            f"{folder / MANIFEST_FILE}: CAPSNET_PRECISION is {wanted!r}, but this model has "
+            f"{', '.join(manifest.encoders)}; set CAPSNET_PRECISION=auto, or export the model again"
         )
     if wanted == "int8" and device == "cuda":
         raise DeviceError(

@@ -108,10 +108,7 @@ def run(
         FrameworkError: what a framework did not do, with the end of its log.
     """
     require_h2load()
-    graph = read_manifest(model).encoder_in("fp32")
-    if graph is None:
-        raise ValueError(f"{model} has no fp32 encoder")
-    encoder = (model / graph.file).resolve()
+    encoder = (model / read_manifest(model).encoder.file).resolve()
     session = open_session(encoder, threads)
     image = np.asarray(Image.open(DIGIT).convert("L"))[None]
     expected = session.run(["capsule_lengths"], {"images": image})[0][0]

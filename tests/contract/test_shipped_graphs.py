@@ -63,8 +63,7 @@ def test_bound_buffers_change_no_answer(folder: Path, precision: Precision, mnis
     """In every batch size, padded or not, an image is answered as by a plain run of its own batch."""
     most = 9
     manifest = read_manifest(folder)
-    encoder, decoder = (manifest.encoder_in(precision), manifest.decoder)
-    assert encoder is not None
+    encoder, decoder = manifest.encoders[precision], manifest.decoder
     plain, draws = (
         open_session(folder / graph.file, graph, device="cpu", threads=1) for graph in (encoder, decoder)
     )
