@@ -206,14 +206,14 @@ async def reconstruct(request: Request) -> Response:
         body = await read_body(request, service.settings, share)
 
         async def work() -> Response:
-            choice, image = await aside(
+            choice, given = await aside(
                 len(body), _source, request, kind, body, ReconstructRequest, ReconstructChoice
             )
             tweaks = [tweak.tweak() for tweak in choice.tweaks]
             index = _class_index(model, choice.label)
             _check_count("tweaks", len(tweaks), service.settings.max_tweaks)
             _check_dimensions(model, [tweak.dimension for tweak in tweaks])
-            capsules, index = await _capsules(service, model, query, image, index)
+            capsules, index = await _capsules(service, model, query, given, index)
             capsules = apply_tweaks(capsules, index, tweaks)
             drawn = await model.reconstruct(capsules[np.newaxis], np.array([index]))
             if answer == PNG:
@@ -266,7 +266,7 @@ async def sweep(request: Request) -> Response:
         body = await read_body(request, service.settings, share)
 
         async def work() -> Response:
-            choice, image = await aside(len(body), _source, request, kind, body, SweepRequest, SweepChoice)
+            choice, given = await aside(len(body), _source, request, kind, body, SweepRequest, SweepChoice)
             shape = model.manifest.capsules
             tweaks = [tweak.tweak() for tweak in choice.tweaks]
             dimensions = choice.dimensions or list(range(shape.digit_dimensions))
@@ -275,7 +275,7 @@ async def sweep(request: Request) -> Response:
             _check_count("tweaks", len(tweaks), service.settings.max_tweaks)
             _check_count("deltas", len(choice.deltas), service.settings.max_deltas)
             _check_dimensions(model, [*dimensions, *(tweak.dimension for tweak in tweaks)])
-            capsules, index = await _capsules(service, model, query, image, index)
+            capsules, index = await _capsules(service, model, query, given, index)
             capsules = apply_tweaks(capsules, index, tweaks)
             drawn = await model.sweep(capsules, index, dimensions, deltas)
             swept = _Sweep(index, capsules[index], dimensions, deltas, drawn)
@@ -328,13 +328,8 @@ def _sweep_answer(answer: str, model: Model, swept: _Sweep) -> Response:
 # What a reconstruction starts from -----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Given:
-    """An encoded image, or capsules (classes, dimensions)."""
-
-    image: bytes | None
-    capsules: Float | None
-
+_Given = bytes | Float
+"""An encoded image, or capsules (classes, dimensions)."""
 
 Whole = TypeVar("Whole", ReconstructRequest, SweepRequest)
 Choice = TypeVar("Choice", ReconstructChoice, SweepChoice)
@@ -347,15 +342,14 @@ def _source(
     if kind == JSON:
         parsed = parse_json(whole, body)
         if parsed.image:
-            return parsed, _Given(decode_base64(parsed.image), None)
-        return parsed, _Given(None, _array(parsed.capsules))
+            return parsed, decode_base64(parsed.image)
+        return parsed, _array(parsed.capsules)
     parts = parse_multipart(request, body, ["image", "request"], max_files=2)
     image = only_part(file_parts(parts, "image"), "image")
-    given = _Given(image, None)
     texts = parts.get("request")
     if not texts:
-        return choice(), given
-    return parse_json(choice, only_part(texts, "request"), where="part request"), given
+        return choice(), image
+    return parse_json(choice, only_part(texts, "request"), where="part request"), image
 
 
 def _array(vectors: list[list[float]]) -> Float:
@@ -373,17 +367,17 @@ async def _capsules(
     service: Service, model: Model, query: ReconstructQuery | SweepQuery, given: _Given, index: int | None
 ) -> tuple[Float, int]:
     """Capsules (classes, dimensions), and the class asked for or else the one with the longest capsule."""
-    if given.capsules is not None:
-        if given.capsules.shape != model.manifest.capsule_shape:
+    if not isinstance(given, bytes):
+        if given.shape != model.manifest.capsule_shape:
             raise InvalidInput(
                 "The capsules are not those of this model.",
-                received=" x ".join(map(str, given.capsules.shape)),
+                received=" x ".join(map(str, given.shape)),
                 expected="{} classes x {} dimensions".format(*model.manifest.capsule_shape),
             )
-        lengths = np.linalg.norm(given.capsules, axis=1)
-        return given.capsules, int(lengths.argmax()) if index is None else index
+        lengths = np.linalg.norm(given, axis=1)
+        return given, int(lengths.argmax()) if index is None else index
     model.require_room()
-    images = await service.decoder.decode([given.image or b""], model.manifest.image, query.preprocess)
+    images = await service.decoder.decode([given], model.manifest.image, query.preprocess)
     found = await model.predict(images)
     return found.capsules[0], int(found.index[0]) if index is None else index
 
