@@ -38,6 +38,7 @@ from service.images import FORMATS, Pixels, data_url, decode_base64, encode_png,
 from service.room import Share
 from service.schemas import (
     LiveAnswer,
+    ModelQuery,
     ModelsAnswer,
     PredictAnswer,
     PredictQuery,
@@ -51,7 +52,6 @@ from service.schemas import (
     ServedModel,
     SweepAnswer,
     SweepChoice,
-    SweepQuery,
     SweepRequest,
 )
 from service.settings import Settings
@@ -240,7 +240,7 @@ SWEEP_ANSWERS = (JSON, NPZ, PNG)
     summary="Move each dimension of a capsule through its range",
     response_model=SweepAnswer,
     **openapi.operation(
-        SweepQuery,
+        ModelQuery,
         bodies={
             JSON: openapi.body(openapi.reference(SweepRequest)),
             MULTIPART: openapi.form(
@@ -259,7 +259,7 @@ async def sweep(request: Request) -> Response:
     float32 (dimensions, deltas, H, W[, 3]), `dimensions`, `deltas`, `capsule` and its class's `index`.
     """
     service = service_of(request)
-    query = parse_query(SweepQuery, request)
+    query = parse_query(ModelQuery, request)
     answer = accepted(request, SWEEP_ANSWERS)
     kind = media_type(request, RECONSTRUCT_BODIES)
     with service.engine.choose(query.model).in_use() as model, Share(service.body_room) as share:
@@ -364,7 +364,7 @@ def _array(vectors: list[list[float]]) -> Float:
 
 
 async def _capsules(
-    service: Service, model: Model, query: ReconstructQuery | SweepQuery, given: _Given, index: int | None
+    service: Service, model: Model, query: ModelQuery, given: _Given, index: int | None
 ) -> tuple[Float, int]:
     """Capsules (classes, dimensions), and the class asked for or else the one with the longest capsule."""
     if not isinstance(given, bytes):

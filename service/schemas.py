@@ -61,7 +61,7 @@ class _Request(BaseModel):
 # Queries -------------------------------------------------------------------------------------------
 
 
-class _ModelQuery(_Request):
+class ModelQuery(_Request):
     model: ModelReference = ""
     preprocess: Annotated[
         Preprocess,
@@ -73,7 +73,7 @@ class _ModelQuery(_Request):
     ] = "auto"
 
 
-class PredictQuery(_ModelQuery):
+class PredictQuery(ModelQuery):
     capsules: Annotated[Flag, Field(description="Add the capsule vectors")] = False
     reconstruction: Annotated[Flag, Field(description="Add the reconstruction from the longest capsule")] = (
         False
@@ -86,12 +86,8 @@ class PredictQuery(_ModelQuery):
     ] = 3
 
 
-class ReconstructQuery(_ModelQuery):
+class ReconstructQuery(ModelQuery):
     pixels: Annotated[Flag, Field(description="Add the reconstruction as numbers in [0, 1]")] = False
-
-
-class SweepQuery(_ModelQuery):
-    pass
 
 
 # Bodies --------------------------------------------------------------------------------------------
@@ -132,8 +128,6 @@ class TweakRequest(_Request):
 class _Choice(_Request):
     """What every request for reconstructions holds beside its image."""
 
-    model_config = ConfigDict(populate_by_name=False)
-
     label: Annotated[
         str, Field(alias="class", min_length=1, description="Label; the predicted one if absent")
     ] = ""
@@ -142,8 +136,6 @@ class _Choice(_Request):
 
 class _Source(_Request):
     """An image, or capsules as /predict returned them."""
-
-    model_config = ConfigDict(json_schema_extra=_exactly_one("image", "capsules"))
 
     image: Base64 = ""
     capsules: Annotated[
