@@ -1,7 +1,6 @@
 """The parts of the OpenAPI document that FastAPI cannot see: bodies, queries and errors of plain requests."""
 
 from collections.abc import Collection, Iterator
-from copy import deepcopy
 from typing import Any
 
 from fastapi import FastAPI
@@ -113,13 +112,11 @@ def body(schema: Schema) -> Schema:
 
 def problems(*statuses: int) -> dict[int | str, Schema]:
     """Answers with a problem document, in FastAPI's form."""
-    return {
-        status: {
-            "description": " or ".join(_titles().get(status, ["Problem"])),
-            "content": {PROBLEM_MEDIA_TYPE: {"schema": reference(Problem)}},
-        }
-        for status in statuses
-    }
+    return {status: _problem(" or ".join(_titles()[status])) for status in statuses}
+
+
+def _problem(description: str) -> Schema:
+    return {"description": description, "content": {PROBLEM_MEDIA_TYPE: {"schema": reference(Problem)}}}
 
 
 def operation(
@@ -160,13 +157,11 @@ def operation(
 
 def protocol_errors(*statuses: int) -> dict[int | str, Schema]:
     """Answers with the Open Inference Protocol's error object, in FastAPI's form."""
-    return {
-        status: {
-            "description": " or ".join(_titles()[status]),
-            "content": {"application/json": {"schema": reference(ProtocolError)}},
-        }
-        for status in statuses
-    }
+    return {status: _protocol_error(" or ".join(_titles()[status])) for status in statuses}
+
+
+def _protocol_error(description: str) -> Schema:
+    return {"description": description, "content": {"application/json": {"schema": reference(ProtocolError)}}}
 
 
 def protocol_operation(
@@ -314,16 +309,11 @@ def _require_key(schema: Schema, open_paths: Collection[str]) -> None:
         "bearer": {"type": "http", "scheme": "bearer"},
         "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     }
-    refusal = {
-        "description": Unauthorized.title,
-        "content": {PROBLEM_MEDIA_TYPE: {"schema": reference(Problem)}},
-    }
-    protocol_refusal = {**refusal, "content": {"application/json": {"schema": reference(ProtocolError)}}}
     for path, operation in _operations(schema):
         if path not in open_paths:
             operation["security"] = [{"bearer": []}, {"header": []}]
-            answer = protocol_refusal if speaks_protocol(path) else refusal
-            operation["responses"]["401"] = deepcopy(answer)
+            refusal = _protocol_error if speaks_protocol(path) else _problem
+            operation["responses"]["401"] = refusal(Unauthorized.title)
 
 
 def _titles() -> dict[int, list[str]]:
