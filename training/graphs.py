@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,8 +27,6 @@ from training.config import ModelConfig
 from training.model import EPSILON, CapsNet, as_channels
 
 OPSET = 20
-Arithmetic = Literal["fp32", "int8"]
-"""Of the convolutions; capsules and routing are always computed in single precision."""
 FEW = 4
 """Images up to which storing u_hat is faster on a CPU; measured, see docs/decisions/0020."""
 WEIGHT_STEPS = 64
@@ -65,18 +63,15 @@ def measure_ranges(network: CapsNet, images: Tensor) -> Ranges:
     return Ranges(max(largest, tiny), by_channel.clamp_min(tiny).numpy())
 
 
-def encoder_graph(
-    network: CapsNet, ranges: Ranges | None = None, arithmetic: Arithmetic = "fp32"
-) -> onnx.ModelProto:
+def encoder_graph(network: CapsNet, ranges: Ranges | None = None) -> onnx.ModelProto:
     """The graph `images` -> `digit_capsules`, `capsule_lengths`.
 
     Args:
-        ranges: for int8, what its eight bits have to span.
+        ranges: what the eight bits of int8 convolutions have to span; without, they are in fp32, as all
+            else is in any case.
     """
     graph = EncoderGraph(network)
-    if arithmetic == "int8":
-        if ranges is None:
-            raise ValueError("int8 takes the ranges that the convolutions' values have")
+    if ranges is not None:
         u = graph.primary_capsules(graph.int8_convolutions(ranges))
         # CUDA, which fp32 is for as well, cannot capture a branch.
         v = graph.route(u) if network.config.shared_weights else graph.route_by_size(u)

@@ -32,7 +32,7 @@ def write_variants(network: CapsNet, images: Tensor, encoder: Path) -> dict[str,
     files = {precision: encoder.with_name(f"encoder.{precision}.onnx") for precision in ("fp16", "int8")}
     # Its weights are those that `encoder` holds in half precision already.
     save_sharing(gpu_encoder_graph(network), files["fp16"], encoder)
-    save_sharing(encoder_graph(network, measure_ranges(network, images), "int8"), files["int8"], encoder)
+    save_sharing(encoder_graph(network, measure_ranges(network, images)), files["int8"], encoder)
     for file in files.values():
         onnx.checker.check_model(file, full_check=True)
     return files

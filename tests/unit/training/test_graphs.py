@@ -35,7 +35,7 @@ def written(network: CapsNet, images: torch.Tensor, precision: str) -> onnx.Mode
     if precision == "fp16":
         return gpu_encoder_graph(network)
     if precision == "int8":
-        return encoder_graph(network, measure_ranges(network, images), "int8")
+        return encoder_graph(network, measure_ranges(network, images))
     return encoder_graph(network)
 
 
@@ -111,14 +111,14 @@ def test_each_branch_runs_on_its_side(model_config: ModelConfig) -> None:
     """The 8-bit graph stores u_hat for few images only, and where matrices are shared never."""
     network = CapsNet(model_config)
     ranges = measure_ranges(network, torch.zeros(1, *model_config.image_shape, dtype=torch.uint8))
-    (branch,) = (n for n in encoder_graph(network, ranges, "int8").graph.node if n.op_type == "If")
+    (branch,) = (n for n in encoder_graph(network, ranges).graph.node if n.op_type == "If")
     branches = {attribute.name: attribute.g for attribute in branch.attribute}
     assert {name: graph.name for name, graph in branches.items()} == {
         "then_branch": "few",
         "else_branch": "many",
     }
     shared = CapsNet(replace(model_config, shared_weights=True))
-    assert "If" not in {node.op_type for node in encoder_graph(shared, ranges, "int8").graph.node}
+    assert "If" not in {node.op_type for node in encoder_graph(shared, ranges).graph.node}
     for model in (encoder_graph(network), gpu_encoder_graph(network)):
         graph = model.graph
         assert "If" not in {node.op_type for node in graph.node}, "CUDA cannot capture a branch"
@@ -201,7 +201,7 @@ def test_variants_are_close(
 def test_no_pair_of_8_bit_products_overflows(model_config: ModelConfig, images: torch.Tensor) -> None:
     """Any two products of a byte and a weight sum up within 16 bits, as some processors sum them."""
     network = CapsNet(model_config)
-    graph = encoder_graph(network, measure_ranges(network, images), "int8").graph
+    graph = encoder_graph(network, measure_ranges(network, images)).graph
     convolutions = {node.input[3] for node in graph.node if node.op_type == "QLinearConv"}
     weights = [numpy_helper.to_array(each) for each in graph.initializer if each.name in convolutions]
     assert len(weights) == 2
@@ -231,12 +231,6 @@ def test_ranges_by_hand(model_config: ModelConfig, scaled: bool) -> None:
         np.testing.assert_allclose(ranges.primary[:3], expected)
         assert (ranges.primary[3:] == np.float32(1e-6)).all()
     assert measure_ranges(network, images.zero_()).features == 1e-6
-
-
-def test_int8_needs_ranges(model_config: ModelConfig) -> None:
-    """An 8-bit graph without measured ranges is refused."""
-    with pytest.raises(ValueError, match="ranges"):
-        encoder_graph(CapsNet(model_config), arithmetic="int8")
 
 
 def test_weights_are_read_from_the_other_file(
