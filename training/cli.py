@@ -153,8 +153,8 @@ def _add_dataset(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _loader(options: argparse.Namespace, split: data.Split) -> Callable[[], Dataset]:
-    return partial(compose.load, options.dataset or DATASET, split, options.data_dir)
+def _load(options: argparse.Namespace, split: data.Split) -> Dataset:
+    return compose.load(options.dataset or DATASET, split, options.data_dir)
 
 
 def _require_own(options: argparse.Namespace, network: Path, trained_on: str, *, always: bool = True) -> None:
@@ -304,7 +304,7 @@ def _train(options: argparse.Namespace) -> None:
         raise ValueError(
             "--final-learning-rate goes with --schedule exponential; authors takes 4 % off every 2000 steps"
         )
-    dataset = _loader(options, "train")()
+    dataset = _load(options, "train")
     height, width, channels = compose.frame(dataset)
     model_config = ModelConfig(
         classes=dataset.classes,
@@ -346,7 +346,7 @@ def _train(options: argparse.Namespace) -> None:
             precision=options.precision,
         ),
         options.output or Path("runs", dataset.name),
-        load_test=_loader(options, "test"),
+        load_test=partial(_load, options, "test"),
         start=read_start(options.start) if options.start else None,
         resume=options.resume,
     )
@@ -368,7 +368,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 def _evaluate(options: argparse.Namespace) -> None:
     trained = open_trained(options.network, options.device)
     _require_own(options, options.network, trained.training["dataset"], always=False)
-    result = evaluate(trained.predictor, _loader(options, "test")())
+    result = evaluate(trained.predictor, _load(options, "test"))
     print(f"test error {result.error:.2f} % ({result.mistakes} of {result.images})")
     if len(result.reconstruction_errors):  # a CNN draws nothing
         print(
@@ -393,12 +393,8 @@ def _export(options: argparse.Namespace) -> None:
     if not checkpoint.finished:
         print(f"note: this run has finished {checkpoint.epoch} of {checkpoint.train_config['epochs']} epochs")
     place = Name(options.models, options.name or checkpoint.dataset, options.version)
-    manifest = export(checkpoint, place, partial(_load_split, options))
+    manifest = export(checkpoint, place, partial(_load, options))
     print(f"{place.folder}: test error {manifest.measured.test_error:.2f} %")
-
-
-def _load_split(options: argparse.Namespace, split: data.Split) -> Dataset:
-    return _loader(options, split)()
 
 
 def _add_dimensions(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -418,7 +414,7 @@ def _dimensions(options: argparse.Namespace) -> None:
     predictor = OnnxPredictor(options.model)
     manifest = predictor.manifest
     _require_own(options, options.model, manifest.provenance.dataset)
-    dataset = _loader(options, "train")()
+    dataset = _load(options, "train")
     require_fit(predictor, compose.as_seen(data.take(dataset, torch.tensor([0]))))
     if not dataset.checksums.items() <= manifest.provenance.dataset_checksums.items():
         raise DataError(
@@ -455,7 +451,7 @@ def _add_visualize(commands: "argparse._SubParsersAction[argparse.ArgumentParser
 def _visualize(options: argparse.Namespace) -> None:
     trained = open_trained(options.network)
     _require_own(options, options.network, trained.training["dataset"], always=False)
-    predictor, dataset = trained.predictor, _loader(options, "test")()
+    predictor, dataset = trained.predictor, _load(options, "test")
     require_fit(predictor, dataset)
     options.output.mkdir(parents=True, exist_ok=True)
     if dataset.digits is not None:  # a capsule's dimensions say nothing of an image of two digits
@@ -553,7 +549,7 @@ def _robustness(options: argparse.Namespace) -> None:
     networks = [open_trained(path) for path in options.networks]
     for path, trained in zip(options.networks, networks, strict=True):
         _require_own(options, path, trained.training["dataset"], always=False)
-    dataset = data.sample(_loader(options, "test")(), options.images)
+    dataset = data.sample(_load(options, "test"), options.images)
     record = robustness.measure(networks, dataset, seed=options.seed)
     _write(record, robustness.draw, options.output, "robustness")
 
@@ -582,12 +578,12 @@ def _detect(options: argparse.Namespace) -> None:
     if isinstance(network, BaselineCNN):
         raise DataError(f"{options.network}: a CNN without capsules draws nothing that could be compared")
     _require_own(options, options.network, trained.training["dataset"], always=False)
-    dataset = data.sample(_loader(options, "test")(), options.images)
+    dataset = data.sample(_load(options, "test"), options.images)
     if isinstance(trained.predictor, OnnxPredictor):
         calibration = trained.predictor.manifest.calibration
     else:
         run = checkpoints.read(options.network)
-        calibration = calibrate(trained.predictor, *calibration_set(_loader(options, "train")(), run))
+        calibration = calibrate(trained.predictor, *calibration_set(_load(options, "train"), run))
     others, missing = detection.strangers(dataset, options.data_dir)
     found = detection.measure(
         network,
