@@ -84,9 +84,7 @@ def _anywhere(images: Tensor, generator: torch.Generator) -> Tensor:
 
     def cut(inked: Tensor) -> Tensor:
         """First row or column to keep, (B,), of `inked` (B, S)."""
-        positions = torch.arange(side, device=images.device)
-        first = torch.where(inked, positions, side).amin(dim=1)
-        last = torch.where(inked, positions, -1).amax(dim=1)
+        first, last = _ends(inked)
         # The window [start, start + 40) has to hold both ends; without any ink every window does.
         least = (last - CANVAS + 1).clamp(0, side - CANVAS)
         most = first.clamp(0, side - CANVAS).maximum(least)
@@ -98,6 +96,13 @@ def _anywhere(images: Tensor, generator: torch.Generator) -> Tensor:
     window = torch.arange(CANVAS, device=images.device)
     batch = torch.arange(len(images), device=images.device)[:, None, None]
     return images[batch, (rows[:, None] + window)[:, :, None], (columns[:, None] + window)[:, None, :]]
+
+
+def _ends(inked: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last inked place of (B, S), (B,) each; S and -1 without any ink."""
+    side = inked.shape[1]
+    positions = torch.arange(side, device=inked.device)
+    return torch.where(inked, positions, side).amin(dim=1), torch.where(inked, positions, -1).amax(dim=1)
 
 
 def strongly(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -129,9 +134,6 @@ def strongly(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def _free(inked: Tensor, share: Tensor) -> Tensor:
     """A share (B,) in [-1, 1] of the margin before, or after, the ink of (B, S), in whole pixels."""
-    side = inked.shape[1]
-    positions = torch.arange(side, device=inked.device)
-    before = torch.where(inked, positions, side).amin(dim=1).clamp(max=side)
-    after = side - 1 - torch.where(inked, positions, -1).amax(dim=1)
-    margin = torch.where(share < 0, before, after) * inked.any(dim=1)
+    before, last = _ends(inked)
+    margin = torch.where(share < 0, before, inked.shape[1] - 1 - last) * inked.any(dim=1)
     return (share * margin).trunc()
