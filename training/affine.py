@@ -122,7 +122,7 @@ def strongly(images: Tensor, generator: torch.Generator) -> Tensor:
     linear = rotation(torch.where(turned, 30 * usual(), 0))
     squeeze = torch.ones(count, 2, device=images.device)
     squeeze[:, 0] = 1 - usual().abs() / 4
-    ink = images.flatten(3).any(dim=3) if images.ndim == 4 else images > 0
+    ink = (images > 0).reshape(count, height, width, -1).any(dim=3)
     shift = torch.stack([_free(ink.any(dim=1), usual()), _free(ink.any(dim=2), usual())], dim=-1)
     moved = warp(images, torch.diag_embed(squeeze) @ linear, shift)
     top = torch.randint(0, height - 3, (count,), generator=generator, device=images.device)[:, None]

@@ -193,6 +193,13 @@ def test_strong_augmentation_turns_half_and_squeezes_the_width(
     assert (squeezed.any(dim=1).sum(dim=1) - 15).abs().max() <= 1
 
 
+def test_strong_augmentation_in_colour(digits: Dataset) -> None:
+    """A digit in three equal channels is augmented as it is in one."""
+    some = digits.images[:20]
+    made = affine.strongly(some.unsqueeze(-1).repeat(1, 1, 1, 3), generator())
+    assert torch.equal(made, affine.strongly(some, generator()).unsqueeze(-1).expand_as(made))
+
+
 def test_strong_augmentation_on_light_ground(digits: Dataset) -> None:
     """Dark ink on light ground is treated as light ink on dark: nothing black comes in."""
     plain = replace(digits, layout="plain")
