@@ -77,7 +77,8 @@ def measure_dimensions(
     found = {}
     for k, label in enumerate(predictor.classes):
         if recognised := _recognised(predictor, dataset, k, images):
-            found[label] = describe([look(sweep(predictor, one, k, light_on_dark)) for one in recognised])
+            swept = (sweep(predictor, one, k, DELTAS) for one in recognised)
+            found[label] = describe([look(as_light(drawings, light_on_dark)) for drawings in swept])
         else:
             say(f"class {label}: dimensions {NOT_MEASURED}")
     return found
@@ -92,17 +93,21 @@ def _recognised(predictor: Predictor, dataset: Dataset, target: int, most: int) 
     return list(capsules[lengths.argmax(axis=1) == target][:most])
 
 
-def sweep(predictor: Predictor, capsules: Floats, target: int, light_on_dark: bool) -> Floats:
-    """Move each dimension of one image's capsules (K, D) by `DELTAS`: light drawings, (D, deltas, H, W)."""
+def sweep(predictor: Predictor, capsules: Floats, target: int, deltas: Floats) -> Floats:
+    """Move each dimension of one image's capsules (K, D) by `deltas`: drawings, (D, deltas, H, W[, 3])."""
     dimensions = capsules.shape[1]
-    changed = np.tile(capsules, (dimensions, len(DELTAS), 1, 1))
+    changed = np.tile(capsules, (dimensions, len(deltas), 1, 1))
     for dimension in range(dimensions):
-        changed[dimension, :, target, dimension] += DELTAS
+        changed[dimension, :, target, dimension] += deltas
     rows = changed.reshape(-1, *capsules.shape)
     drawn = predictor.decode(rows, np.full(len(rows), target))
-    grey = drawn if drawn.ndim == 3 else drawn.mean(axis=-1)
-    light = grey if light_on_dark else 1 - grey
-    return light.reshape(dimensions, len(DELTAS), *light.shape[1:])
+    return drawn.reshape(dimensions, len(deltas), *drawn.shape[1:])
+
+
+def as_light(drawings: Floats, light_on_dark: bool) -> Floats:
+    """Drawings (D, deltas, H, W[, 3]) in grey, their ink light: (D, deltas, H, W)."""
+    grey: Floats = drawings if drawings.ndim == 4 else drawings.mean(axis=-1)
+    return grey if light_on_dark else 1 - grey
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from service.manifest import Dimensions
 from training.config import TWEAK_RANGE, TWEAK_STEP
 from training.data import DataError, Dataset
-from training.dimensions import AGREEMENT, NOUNS
+from training.dimensions import AGREEMENT, NOUNS, sweep
 from training.morphology import UNITS
 from training.predictor import Predictor
 
@@ -142,18 +142,15 @@ def draw_dimensions(
     low, high = TWEAK_RANGE
     steps = round((high - low) / TWEAK_STEP)
     deltas = np.linspace(low, high, steps + 1, dtype=np.float32).round(6) + 0.0  # + 0.0: no minus before zero
-    dimensions = capsules.shape[-1]
-    changed = np.repeat(capsules, dimensions * len(deltas), axis=0)
-    for row in range(dimensions):
-        changed[row * len(deltas) : (row + 1) * len(deltas), target, row] += deltas
-    reconstructions = predictor.decode(changed, np.full(len(changed), target))
+    drawn = sweep(predictor, capsules[0], target, deltas)
+    dimensions = len(drawn)
     beside = 0.085 * max(map(len, names), default=0)  # inches
     figure = Figure(figsize=(len(deltas) * 0.75 + beside, dimensions * 0.75), layout="constrained")
     axes = figure.subplots(dimensions, len(deltas))
     for row in range(dimensions):
         for column in range(len(deltas)):
             axis = axes[row, column]
-            _show(axis, reconstructions[row * len(deltas) + column])
+            _show(axis, drawn[row, column])
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():
