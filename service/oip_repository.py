@@ -4,7 +4,6 @@ See docs/decisions/0016.
 """
 
 from collections.abc import Awaitable
-from dataclasses import asdict
 from typing import TypeVar, cast
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -14,8 +13,8 @@ from service import openapi
 from service.bodies import aside, parse_json, read_body
 from service.errors import RepositoryRefused
 from service.handling import answer_in_time, service_of
-from service.oip_schemas import ChangeRequest, IndexEntry, IndexRequest
-from service.repository import Repository
+from service.oip_schemas import ChangeRequest, IndexRequest
+from service.repository import IndexEntry, Repository
 from service.room import Share
 
 
@@ -57,8 +56,7 @@ Form = TypeVar("Form", bound=BaseModel)
 )
 async def index(request: Request) -> list[IndexEntry]:
     asked = await _form(IndexRequest, request)
-    entries = await _repository(request).index(ready=asked.ready)
-    return [IndexEntry.model_validate(asdict(entry)) for entry in entries]
+    return await _repository(request).index(ready=asked.ready)
 
 
 @router.post(

@@ -1,6 +1,6 @@
 """The JSON objects of the Open Inference Protocol, for parsing and for the OpenAPI document."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
@@ -119,13 +119,6 @@ class ChangeRequest(_Received):
     parameters: Annotated[
         dict[str, Any], Field(description="`version` names the one that is meant; without it all are")
     ] = {}
-
-
-class IndexEntry(BaseModel):
-    name: str
-    version: str
-    state: Literal["READY", "UNAVAILABLE"]
-    reason: Annotated[str, Field(description="Why it is not served; empty if it is")]
 
 
 class ProtocolError(BaseModel):

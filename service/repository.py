@@ -12,7 +12,9 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from service.engine import Engine, Graphs, Model, load_graphs
 from service.errors import DeviceError, InvalidInput, RepositoryRefused, ShuttingDown, UnknownModel
@@ -33,14 +35,13 @@ _ABSOLUTE_PATH = re.compile(r"(?<![\w.])/[^\s:,'\"]*/")
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexEntry:
     """One version of a protocol model, served or only there."""
 
     name: str
     version: str
     state: Literal["READY", "UNAVAILABLE"]
-    reason: str
-    """Why it is not served; empty if it is."""
+    reason: Annotated[str, Field(description="Why it is not served; empty if it is")]
 
 
 class Repository:
@@ -55,7 +56,7 @@ class Repository:
         self._reasons: dict[tuple[str, str], str] = {}
         """What happened last to versions that are not served."""
 
-    async def index(self, *, ready: bool = False) -> list[Entry]:
+    async def index(self, *, ready: bool = False) -> list[IndexEntry]:
         """Every version in the models folder or served, newest first; with `ready` only those served."""
         found = {} if ready else await self._folders()
         served = self._served()
@@ -67,7 +68,7 @@ class Repository:
                     is_served = version in served.get(name, ())
                     reason = "" if is_served else self._reasons.get((name, version), "not loaded")
                     state: Literal["READY", "UNAVAILABLE"] = "READY" if is_served else "UNAVAILABLE"
-                    entries.append(Entry(f"{name}-{role}", version, state, reason))
+                    entries.append(IndexEntry(f"{name}-{role}", version, state, reason))
         return entries
 
     async def load(self, graph: str, parameters: Mapping[str, object]) -> None:
