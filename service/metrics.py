@@ -7,6 +7,7 @@ prometheus_client defines it, all processes that share the folder answer with th
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -175,29 +176,22 @@ class Metrics:
         return encode(registry), media_type
 
 
+@dataclass(frozen=True, slots=True)
 class QueueMetrics:
     """The metrics of one batcher, looked up once: a look-up costs as much as an observation."""
 
-    def __init__(
-        self,
-        seconds: Histogram,
-        depth: Gauge,
-        rows: Histogram,
-        failures: Counter,
-        graphs: dict[str, Histogram],
-    ) -> None:
-        self.seconds = seconds
-        self.depth = depth
-        self.failures = failures
-        self._rows = rows
-        self._graphs = graphs
+    seconds: Histogram
+    depth: Gauge
+    rows: Histogram
+    failures: Counter
+    graphs: dict[str, Histogram]
 
     def batch(self, rows: int, stages: Iterable[Stage]) -> None:
         """A batch of `rows` rows left for the device and went through these stages."""
-        self._rows.observe(rows)
+        self.rows.observe(rows)
         for stage in stages:
-            if stage.name in self._graphs:
-                self._graphs[stage.name].observe(stage.seconds)
+            if stage.name in self.graphs:
+                self.graphs[stage.name].observe(stage.seconds)
 
 
 class _Workers(Collector):
