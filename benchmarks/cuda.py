@@ -81,7 +81,7 @@ def run(
         DeviceError: CUDA is not in use.
     """
     manifest = read_manifest(model)
-    images = sevens(max_batch, manifest.image_shape)
+    images = sevens(max_batch, manifest.image.shape)
     drawn = np.ones(max_batch, np.bool_)
     expected = _open(model, manifest, FORMS["fp32"], max_batch, "cpu", threads, bound=False).predict(
         (images, drawn)
@@ -133,7 +133,7 @@ def _alone(
     threads: int,
 ) -> dict[str, Any]:
     """The encoder by itself: images a second, bytes in and capsules out, and its kernels."""
-    images = sevens(max(batches), manifest.image_shape)
+    images = sevens(max(batches), manifest.image.shape)
     rows = []
     kernels: dict[str, dict[str, float]] = {}
     for batch in batches:

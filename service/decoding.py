@@ -67,11 +67,10 @@ class Decoder:
     def _decode(
         self, images: Sequence[bytes], spec: ImageSpec, preprocess: Preprocess, abandoned: threading.Event
     ) -> Pixels:
-        shape = (spec.height, spec.width) if spec.channels == 1 else (spec.height, spec.width, spec.channels)
         opened: list[Image.Image] = []
         for position, data in enumerate(images):
             if abandoned.is_set():  # the caller left or ran out of time: nobody reads the result
-                return np.empty((0, *shape), np.uint8)
+                return np.empty((0, *spec.shape), np.uint8)
             with naming(position, len(images)):
                 opened.append(open_image(data, self._settings.max_pixels))
         pixels = sum(image.width * image.height for image in opened)
@@ -81,7 +80,7 @@ class Decoder:
                 received=f"{pixels} pixels",
                 expected=f"at most {self._settings.max_request_pixels} pixels in one request",
             )
-        prepared = np.empty((len(images), *shape), np.uint8)
+        prepared = np.empty((len(images), *spec.shape), np.uint8)
         opened.reverse()
         for position in range(len(images)):
             if abandoned.is_set():

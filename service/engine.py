@@ -238,7 +238,7 @@ class Model:
         return False
 
     async def _try(self) -> None:
-        blank = np.zeros((1, *self.manifest.image_shape), np.uint8)
+        blank = np.zeros((1, *self.manifest.image.shape), np.uint8)
         with suppress(UnableToAnswer):
             found = await self.predict(blank)
             await self.reconstruct(found.capsules, found.index)
@@ -253,12 +253,12 @@ class Model:
 
     async def predict(self, images: NDArray[np.uint8]) -> Predictions:
         """Classify images (N, H, W[, 3]) and reconstruct each from its longest capsule."""
-        _require(images, np.uint8, self.manifest.image_shape)
+        _require(images, np.uint8, self.manifest.image.shape)
         return Predictions(*await self._encoder.submit(images, np.ones(len(images), np.bool_)))
 
     async def encode(self, images: NDArray[np.uint8]) -> tuple[Float, Float]:
         """Capsules (N, classes, dimensions) of images (N, H, W[, 3]), and their lengths (N, classes)."""
-        _require(images, np.uint8, self.manifest.image_shape)
+        _require(images, np.uint8, self.manifest.image.shape)
         capsules, lengths, *_ = await self._encoder.submit(images, np.zeros(len(images), np.bool_))
         return capsules, lengths
 

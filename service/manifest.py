@@ -77,6 +77,12 @@ class ImageSpec(_Record):
     centring: Literal["centre_of_mass", "none"]
     box: Annotated[int, Field(ge=1)] | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W) for grey, (H, W, 3) for colour."""
+        size = (self.height, self.width)
+        return size if self.channels == 1 else (*size, self.channels)
+
     @model_validator(mode="after")
     def _box_where_centred(self) -> "ImageSpec":
         if self.centring == "none":
@@ -271,12 +277,6 @@ class Manifest(_Record):
         return tuple(dimension.name for dimension in self.dimensions.get(label, ()))
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
-        """(H, W) for grey, (H, W, 3) for colour."""
-        size = (self.image.height, self.image.width)
-        return size if self.image.channels == 1 else (*size, self.image.channels)
-
-    @property
     def capsule_shape(self) -> tuple[int, int]:
         """(classes, dimensions) of one image's digit capsules."""
         return len(self.classes), self.capsules.digit_dimensions
@@ -285,7 +285,7 @@ class Manifest(_Record):
         """The inputs and outputs that an encoder of this shape must have."""
         classes, dimensions = self.capsule_shape
         return (
-            (TensorSpec(name="images", datatype="UINT8", shape=(-1, *self.image_shape)),),
+            (TensorSpec(name="images", datatype="UINT8", shape=(-1, *self.image.shape)),),
             (
                 TensorSpec(name="digit_capsules", datatype="FP32", shape=(-1, classes, dimensions)),
                 TensorSpec(name="capsule_lengths", datatype="FP32", shape=(-1, classes)),
@@ -299,7 +299,7 @@ class Manifest(_Record):
                 TensorSpec(name="digit_capsules", datatype="FP32", shape=(-1, *self.capsule_shape)),
                 TensorSpec(name="target", datatype="INT64", shape=(-1,)),
             ),
-            (TensorSpec(name="reconstructions", datatype="FP32", shape=(-1, *self.image_shape)),),
+            (TensorSpec(name="reconstructions", datatype="FP32", shape=(-1, *self.image.shape)),),
         )
 
 

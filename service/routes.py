@@ -103,7 +103,7 @@ async def predict(request: Request) -> Response:
 
         async def work() -> Response:
             if kind == NPY:
-                images = read_npy(body, model.manifest.image_shape, service.settings.max_images)
+                images = read_npy(body, model.manifest.image.shape, service.settings.max_images)
             else:
                 encoded = [body]
                 if kind in (JSON, MULTIPART):

@@ -116,7 +116,7 @@ class OnnxPredictor:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        return self.manifest.image_shape
+        return self.manifest.image.shape
 
     @property
     def draws(self) -> bool:

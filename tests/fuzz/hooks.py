@@ -26,11 +26,11 @@ MODEL_FOLDER = "CAPSNET_FUZZED_MODEL"
 
 manifest = read_manifest(Path(os.environ[MODEL_FOLDER]))
 classes, dimensions = manifest.capsule_shape
-height, width = manifest.image_shape[:2]
+height, width = manifest.image.shape[:2]
 
 
 # Images of the model's own size, so that no way of preprocessing refuses them.
-_noise = np.random.default_rng(0).integers(0, 256, (4, *manifest.image_shape), np.uint8)
+_noise = np.random.default_rng(0).integers(0, 256, (4, *manifest.image.shape), np.uint8)
 bodies = {media: [encode(image, name) for image in _noise] for media, name in FORMATS.items()}
 texts = [data_url(image) for image in bodies["image/png"]]
 

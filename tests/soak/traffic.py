@@ -49,7 +49,7 @@ Hostile = Callable[[int], Awaitable[int | None]]
 
 
 def noise(manifest: Manifest, count: int) -> NDArray[np.uint8]:
-    return np.random.default_rng(7).integers(0, 256, (count, *manifest.image_shape), np.uint8)
+    return np.random.default_rng(7).integers(0, 256, (count, *manifest.image.shape), np.uint8)
 
 
 async def honest(port: int, folder: Path) -> list[Honest]:

@@ -64,7 +64,7 @@ def test_export(exported: Name, load_split: Load) -> None:
         "manifest.json",
     ]
     assert manifest.classes == ("bar", "pole", "dot")
-    assert manifest.image_shape == (13, 12)
+    assert manifest.image.shape == (13, 12)
     assert manifest.capsule_shape == (3, 6)
     result = evaluate(OnnxPredictor(exported.folder), load_split("test"))
     assert (manifest.measured.test_images, manifest.measured.test_mistakes) == (66, result.mistakes)

@@ -284,7 +284,7 @@ def test_images_of_two(
     place = Name(tmp_path / "models", "pairs", "1")
     manifest = export(state, place, load)
     assert manifest.labels_per_image == 2
-    assert manifest.image_shape == (21, 20)
+    assert manifest.image.shape == (21, 20)
     found = evaluate(OnnxPredictor(place.folder), load("test"))
     assert found.predictions.shape == (66, 2)
     assert found.mistakes == manifest.measured.test_mistakes
