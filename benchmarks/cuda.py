@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.tables import table
 from benchmarks.timing import take_turns
 from service.binding import BoundSession, fetched
 from service.engine import BOUND, Graphs, bring_together
@@ -192,7 +193,7 @@ def failures(part: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def markdown(part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> str:
+def markdown(part: Mapping[str, Any]) -> str:
     forms = part["forms"]
 
     def speeds(rows: list[Any]) -> str:
@@ -228,12 +229,12 @@ def markdown(part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]
             "every batch size up to the largest; and the device's memory in MiB.",
             "",
             table(["form", "nodes", "difference", "allowed", *memory], checks),
-            *_slowest(part, table),
+            *_slowest(part),
         ]
     )
 
 
-def _slowest(part: Mapping[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> list[str]:
+def _slowest(part: Mapping[str, Any]) -> list[str]:
     """The twelve kernels that take the longest, of each form that was profiled."""
     lines = []
     for name, kernels in part["kernels"].items():

@@ -5,11 +5,11 @@ import re
 import signal
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.served import DIGIT, h2load, require_h2load
+from benchmarks.tables import table
 from tests.support.process import served
 
 PRECISION = "fp32"
@@ -81,7 +81,7 @@ def package(file: str) -> str:
     return "Python"
 
 
-def markdown(part: dict[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> str:
+def markdown(part: dict[str, Any]) -> str:
     packages = part["packages"]
     calls, spent = (sum(row[name] for row in packages.values()) for name in ("calls", "microseconds"))
     rows = [

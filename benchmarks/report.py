@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import cuda, loop, served, workers
 from benchmarks.frameworks import comparison
+from benchmarks.tables import table
 from benchmarks.through_openvino import ABSENT
 
 PLAIN, CONVOLUTIONS = "plain einsum", "the two convolutions alone"
@@ -34,11 +34,11 @@ def markdown(measured: dict[str, Any]) -> str:
         "offline": _offline,
         "profile": _profile,
         "training": _training,
-        "served": partial(served.markdown, table=_table),
-        "frameworks": partial(comparison.markdown, table=_table),
-        "loop": partial(loop.markdown, table=_table),
-        "cuda": partial(cuda.markdown, table=_table),
-        "cuda-served": partial(workers.markdown, table=_table),
+        "served": served.markdown,
+        "frameworks": comparison.markdown,
+        "loop": loop.markdown,
+        "cuda": cuda.markdown,
+        "cuda-served": workers.markdown,
         "cuda-training": _training,
     }
     texts = [make(measured[name]) for name, make in parts.items() if name in measured]
@@ -74,7 +74,7 @@ def _offline(part: dict[str, Any]) -> str:
             "product of two large matrices, which also tells how much of the machine a row had: where it is "
             "low, others were at work.",
             "",
-            _table(["batch", *names, "sgemm, GFLOP/s"], rows),
+            table(["batch", *names, "sgemm, GFLOP/s"], rows),
             "",
             f"Each at its best batch size, over the plain export at its: {ratios}. "
             f"OpenVINO: {part.get('openvino', ABSENT)}.",
@@ -95,7 +95,7 @@ def _profile(part: dict[str, Any]) -> str:
             for kind, least in kinds.items()
             if least >= 0.01 * whole
         ]
-        lines += ["", f"### {name}", "", _table(["operator", "µs an image", "share"], rows)]
+        lines += ["", f"### {name}", "", table(["operator", "µs an image", "share"], rows)]
     return "\n".join(lines)
 
 
@@ -112,7 +112,7 @@ def _training(part: dict[str, Any]) -> str:
             "Shifts, network, losses, gradients and Adam, beside forward and backward of the two "
             "convolutions alone.",
             "",
-            _table(
+            table(
                 ["arithmetic", "step, images/s", "convolutions alone, images/s", "ratio", "peak memory, MiB"],
                 rows,
             ),
@@ -124,10 +124,6 @@ def _where(part: dict[str, Any]) -> str:
     """The processor that trained, or the GPU."""
     device = part.get("device", "cpu")
     return f"{part['threads']} threads, {part['machine']}" if device == "cpu" else str(device)
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
 def plot(part: dict[str, Any], path: Path) -> None:

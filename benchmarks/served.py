@@ -20,6 +20,7 @@ import onnxruntime as ort
 from matplotlib.figure import Figure
 
 from benchmarks.offline import open_session
+from benchmarks.tables import table
 from benchmarks.timing import take_turns
 from service.manifest import Manifest, Precision, read_manifest
 from tests.support.process import Served, served
@@ -316,7 +317,7 @@ FASTER = 1.9
 """What 8-bit convolutions should bring served at 32 callers, over fp32."""
 
 
-def markdown(part: dict[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> str:
+def markdown(part: dict[str, Any]) -> str:
     found = part["precisions"]
     lines = [
         f"## Served over HTTP ({part['threads']} threads, {part['machine']})",

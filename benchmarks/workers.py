@@ -1,11 +1,12 @@
 """The service over HTTP on one GPU, by the number of its worker processes and of its callers."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.served import DIGIT, h2load, require_h2load
+from benchmarks.tables import table
 from service.cpus import cpu_limit
 from service.sessions import UsedDevice
 from tests.support.process import served
@@ -67,7 +68,7 @@ def run(
     }
 
 
-def markdown(part: dict[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> str:
+def markdown(part: dict[str, Any]) -> str:
     rows = [
         [
             row["workers"],

@@ -3,7 +3,7 @@
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from benchmarks.frameworks.contenders import FRAMEWORKS, Body, Framework, Settin
 from benchmarks.frameworks.processes import digit, installed, running
 from benchmarks.offline import open_session
 from benchmarks.served import DIGIT, h2load, require_h2load
+from benchmarks.tables import table
 from benchmarks.timing import take_turns
 from service.manifest import read_manifest
 from tests.support.process import served
@@ -155,7 +156,7 @@ def settings(threads: int, waits: bool) -> list[Setting]:
     return [Setting(*shape, wait) for shape in sorted(shapes) for wait in ((1, 10) if waits else (None,))]
 
 
-def markdown(part: dict[str, Any], table: Callable[[list[str], list[list[Any]]], str]) -> str:
+def markdown(part: dict[str, Any]) -> str:
     rows, chosen = part["rows"], part["chosen"]
     ours = rows[OURS]
     lines = []
