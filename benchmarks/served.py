@@ -9,8 +9,8 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,11 +267,8 @@ def _sweep_and_single(service: Served, png: bytes) -> tuple[float, float]:
     return statistics.median(times["sweep"]), statistics.median(times["single"])
 
 
-@contextmanager
-def _serving(model: Path, precision: Precision) -> Iterator[Served]:
-    name = model.parent.name
-    with served(model.parents[1], default_model=name, precision=precision) as service:
-        yield service
+def _serving(model: Path, precision: Precision) -> AbstractContextManager[Served]:
+    return served(model.parents[1], default_model=model.parent.name, precision=precision)
 
 
 def _start_seconds(model: Path, precision: Precision) -> float:
