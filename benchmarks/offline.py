@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from benchmarks import through_openvino
 from benchmarks.plain import write_plain_encoder
-from benchmarks.timing import take_turns
+from benchmarks.timing import CONVOLUTIONS, take_turns
 from benchmarks.winograd import winograd_encoder
 from training.export import RANGE_IMAGES, round_to_half, write_encoder
 from training.model import CapsNet
@@ -23,6 +23,8 @@ from training.trained import read_exported
 from training.variants import write_variants
 
 BATCHES = (1, 8, 32, 128, 256)
+PLAIN = "plain einsum"
+"""What each form is compared with."""
 GEMM = 2048
 """Side of the matrices whose product gives the peak."""
 
@@ -55,7 +57,7 @@ def _measure(
         }
         if openvino != through_openvino.ABSENT:
             tasks |= _openvino(paths, first, threads)
-        tasks["the two convolutions alone"] = _convolutions(network, first)
+        tasks[CONVOLUTIONS] = _convolutions(network, first)
         tasks["sgemm"] = _sgemm()
         medians = take_turns(tasks, seconds)
         flop = 2 * GEMM**3 / medians.pop("sgemm")
@@ -82,8 +84,8 @@ def _openvino(
 
 def write_graphs(network: CapsNet, images: np.ndarray[Any, Any], folder: Path) -> dict[str, Path]:
     """The encoder in every form, in `folder`; the first is what the others are compared with."""
-    paths = {"plain einsum": folder / "plain.onnx", "fp32": folder / "encoder.onnx"}
-    write_plain_encoder(network, paths["plain einsum"])
+    paths = {PLAIN: folder / "plain.onnx", "fp32": folder / "encoder.onnx"}
+    write_plain_encoder(network, paths[PLAIN])
     write_encoder(network, paths["fp32"])
     paths["fp32, Winograd"] = folder / "winograd.onnx"
     onnx.save(winograd_encoder(network), paths["fp32, Winograd"])

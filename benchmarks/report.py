@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 
 from benchmarks import cuda, loop, served, workers
 from benchmarks.frameworks import comparison
+from benchmarks.offline import PLAIN
 from benchmarks.tables import table
 from benchmarks.through_openvino import ABSENT
-
-PLAIN, CONVOLUTIONS = "plain einsum", "the two convolutions alone"
+from benchmarks.timing import CONVOLUTIONS
 
 
 def write(measured: dict[str, Any], folder: Path) -> None:

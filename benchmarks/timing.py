@@ -4,6 +4,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+CONVOLUTIONS = "the two convolutions alone"
+"""The task that bounds a network's speed, as tables name it."""
 TURN = 0.05
 """Seconds that a turn lasts at least: the next task finds the caches full of the last one's data."""
 

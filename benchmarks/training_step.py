@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch.nn import functional as F
 
-from benchmarks.timing import take_turns
+from benchmarks.timing import CONVOLUTIONS, take_turns
 from tests.support.status import status_of
 from training.captured import WARM_UP
 from training.compose import Batch
@@ -41,7 +41,7 @@ def run(
     tasks = {}
     for arithmetic in ARITHMETICS:
         tasks[f"step, {arithmetic}"] = _step(config, arithmetic, batch, device)
-        tasks[f"the two convolutions alone, {arithmetic}"] = _convolutions(config, arithmetic, batch, device)
+        tasks[f"{CONVOLUTIONS}, {arithmetic}"] = _convolutions(config, arithmetic, batch, device)
     at_once = 1 if device.type == "cpu" else AT_ONCE
     medians = take_turns({name: _repeated(task, at_once, device) for name, task in tasks.items()}, seconds)
     context = multiprocessing.get_context("spawn")  # a process of its own, or the peak would be this one's
