@@ -210,11 +210,7 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
             "The body cannot be decompressed.", received=str(error), expected=f"a {encoding} body"
         ) from error
     if len(content) > limit:
-        raise TooLarge(
-            "The body is too large.",
-            received=f"more than {limit} bytes after decompression",
-            expected=f"at most {limit} bytes",
-        )
+        raise _body_too_large(f"more than {limit} bytes after decompression", limit)
     if not inflater.eof or inflater.unused_data:
         raise MalformedBody(
             "The body cannot be decompressed.",
