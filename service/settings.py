@@ -256,6 +256,12 @@ class Settings(BaseSettings):
         return origins
 
     @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.grpc_port and self.grpc_port == self.port:
+            raise ValueError("grpc_port must be another than port, or be 0: each server needs its own")
+        return self
+
+    @model_validator(mode="after")
     def _workers_can_share(self) -> Self:
         if self.workers > 1 and self.grpc_port is not None:
             raise ValueError(

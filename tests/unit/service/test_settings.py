@@ -62,6 +62,13 @@ def test_what_kubernetes_sets_is_told_apart_from_a_port(name: str) -> None:
         Settings.model_validate({name: "tcp://10.96.12.1:8000"})
 
 
+def test_two_servers_do_not_share_a_port() -> None:
+    """HTTP and gRPC may each take any free port, but not the same one."""
+    assert Settings(port=0, grpc_port=0).grpc_port == 0
+    with pytest.raises(ValidationError, match="grpc_port must be another than port"):
+        Settings(port=9000, grpc_port=9000)
+
+
 def test_bodies_have_room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """All bodies together may be as large as the largest one, and no smaller."""
     assert Settings(max_body=5000, max_bodies=5000).max_bodies == 5000
