@@ -1,6 +1,7 @@
 """The sockets on which HTTP is awaited: the address is taken early, and answered once there is who serves."""
 
 import asyncio
+import errno
 import socket
 from collections.abc import Iterable
 
@@ -24,8 +25,11 @@ async def bind(settings: Settings) -> list[socket.socket]:
         server = await asyncio.get_running_loop().create_server(
             asyncio.Protocol, hosts, port, start_serving=False
         )
-    except OSError as error:
-        raise StartError(f"CAPSNET_PORT: {host}:{port} cannot be taken: {error}") from error
+    except (OSError, UnicodeError) as error:
+        # Of a name that is unknown or none, or of another machine's address, the port is innocent.
+        wrong_host = isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL
+        setting = "CAPSNET_HOST" if wrong_host else "CAPSNET_PORT"
+        raise StartError(f"{setting}: {host}:{port} cannot be taken: {error}") from error
     # Duplicates, because an event loop's own objects do nothing but tell of themselves.
     listeners = [socket.fromfd(bound.fileno(), bound.family, bound.type) for bound in server.sockets]
     server.close()

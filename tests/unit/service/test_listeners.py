@@ -1,6 +1,7 @@
 """Taking an address, and answering on it later."""
 
 import contextlib
+import re
 import socket
 from pathlib import Path
 
@@ -40,3 +41,10 @@ async def test_all_addresses_are_those_of_both_families(tmp_path: Path) -> None:
         listen(listeners)
         for address in ("::1", "127.0.0.1"):
             socket.create_connection((address, port)).close()
+
+
+@pytest.mark.parametrize("host", ["nope.invalid", "192.0.2.1", "two..dots"])
+async def test_a_wrong_host_is_not_blamed_on_the_port(tmp_path: Path, host: str) -> None:
+    """A name that nobody has, or an address of another machine, is the host's fault, and no traceback."""
+    with pytest.raises(StartError, match=rf"^CAPSNET_HOST: {re.escape(host)}:0 cannot be taken: "):
+        await bind(Settings(models=tmp_path, host=host, port=0))
