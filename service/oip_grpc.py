@@ -186,7 +186,7 @@ class _Inference:
             identity = secrets.token_hex(16)
             request_id.set(identity)
             stages = begin_record()
-            code, status = grpc.StatusCode.CANCELLED, "aborted"  # the caller left
+            code = grpc.StatusCode.CANCELLED  # unless it ends otherwise, the caller left
             self._metrics.in_flight.inc()
             ending = ExitStack()
             if self._tracing:
@@ -198,11 +198,9 @@ class _Inference:
                     self.check_key(route, context)
                     answer = await self._in_time(handler(_parse(message, data, self._settings.max_images)))
                     code = grpc.StatusCode.OK
-                    status = code.name
                     return answer
                 except Exception as error:
                     code, text, trailer = _explain(error)
-                    status = code.name
                 # What `abort` raises is kept, with this frame, until Python looks for cycles: neither the
                 # error, whose own frames hold the request, nor the message may be part of that.
                 del data
@@ -213,7 +211,7 @@ class _Inference:
                     self._tracing.end_rpc(code.value[0], failed=code in _OUR_FAULT)
                 ending.close()
                 self._metrics.in_flight.dec()
-                self._metrics.requests.labels(route, status).inc()
+                self._metrics.requests.labels(route, code.name).inc()
                 seconds = time.perf_counter() - started
                 self._metrics.request_seconds.labels(route).observe(seconds)
                 if self._settings.access_log:

@@ -24,6 +24,19 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from tests.support.process import LIMIT, Served, environment, served
 from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, band, capsules_of, image_of
 
+# A service whose runs do not end.
+HANGING = """
+import asyncio, sys
+from service import protocol
+from service.main import main
+
+async def infer(*_):
+    await asyncio.sleep(60)
+
+protocol.infer = infer
+sys.exit(main())
+"""
+
 
 @pytest.fixture(scope="module")
 def process(tiny_models: Path) -> Iterator[Served]:
@@ -330,6 +343,28 @@ def test_requests_are_counted_with_those_over_http(
     exposition = process.client.get("/metrics").text
     route = "/inference.GRPCInferenceService/ServerLive"
     assert re.search(rf'capsnet_requests_total{{route="{route}",status="OK"}} [1-9]', exposition)
+
+
+def test_a_call_that_its_caller_gives_up_counts_as_the_log_has_it(tiny_models: Path) -> None:
+    """Figures and access log have the same one of gRPC's statuses, and it is not ABORTED."""
+    with (
+        served(tiny_models, program=("-c", HANGING), grpc_port="0", access_log="true") as process,
+        sync.InferenceServerClient(process.grpc_address) as client,
+    ):
+
+        def until_told(figure: str) -> None:
+            deadline = time.monotonic() + LIMIT
+            while f"\n{figure}\n" not in process.client.get("/metrics").text:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+        images = tensor("images", image_of(3)[np.newaxis])
+        call = client.async_infer("tiny-encoder", [images], lambda **_: None)
+        until_told("capsnet_requests_in_flight 2.0")  # with the one that asks
+        call.cancel()
+        route = "/inference.GRPCInferenceService/ModelInfer"
+        until_told(f'capsnet_requests_total{{route="{route}",status="CANCELLED"}} 1.0')
+    assert any(f"gRPC {route} CANCELLED in " in line for line in process.log)
 
 
 @pytest.mark.anyio
