@@ -4,6 +4,7 @@ Both live in context variables, so that they follow a request through tasks, and
 problem documents without being passed along.
 """
 
+import re
 import time
 from collections.abc import Iterable
 from contextvars import ContextVar
@@ -34,7 +35,22 @@ trace_id: ContextVar[str] = ContextVar("trace_id", default="")
 REFUSED = "refused"
 """In the ASGI state of a request that was refused for overload."""
 
+# As long as any id in use, and nothing that could forge a log line or a header.
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
 _record: ContextVar[list[Stage] | None] = ContextVar("stages", default=None)
+
+
+def given_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The id that a request came with; empty if there is none, or one that is not sane.
+
+    Args:
+        headers: names, in lower case as in ASGI and in gRPC's metadata, and values.
+    """
+    for name, value in headers:
+        if name == b"x-request-id":
+            return value.decode() if _SANE_ID.fullmatch(value) else ""
+    return ""
 
 
 def begin_record() -> list[Stage]:

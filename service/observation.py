@@ -1,20 +1,15 @@
 """What is seen of every request from outside: its id, figures, `Server-Timing`, and a line in the log."""
 
-import re
 import time
-from collections.abc import Iterable
 from random import getrandbits
 from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import log_access
-from service.context import Stage, begin_record, request_id, totals
+from service.context import Stage, begin_record, given_id, request_id, totals
 from service.metrics import Metrics
 from service.tracing import Tracing
-
-# As long as any id in use, and nothing that could forge a log line or a header.
-_SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 # The route of every path that is not there, so that callers cannot make up labels.
 _NO_ROUTE = "none"
@@ -37,7 +32,7 @@ class Observation:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        identity = _given_id(scope["headers"]) or f"{getrandbits(128):032x}"
+        identity = given_id(scope["headers"]) or f"{getrandbits(128):032x}"
         request_id.set(identity)
         if self._tracing:
             self._tracing.begin(identity)
@@ -83,13 +78,6 @@ class Observation:
                 seconds=seconds,
                 stages=stages,
             )
-
-
-def _given_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    for name, value in headers:
-        if name == b"x-request-id":
-            return value.decode() if _SANE_ID.fullmatch(value) else ""
-    return ""
 
 
 def _server_timing(stages: list[Stage], total: float) -> str:

@@ -8,7 +8,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError, Message
 from service import grpc_health, protocol
 from service import oip_pb2 as pb
 from service.access import log_access
-from service.context import begin_record, request_id
+from service.context import begin_record, given_id, request_id
 from service.engine import Model
 from service.errors import (
     CallerError,
@@ -183,8 +183,11 @@ class _Inference:
 
         async def observed(data: bytes, context: grpc.aio.ServicerContext) -> Message:
             started = time.perf_counter()
-            identity = secrets.token_hex(16)
+            identity = given_id(_headers(context)) or secrets.token_hex(16)
             request_id.set(identity)
+            # Initial metadata would make of an error the answer, and end gRPC's own retries (gRFC A6).
+            trailer = (("x-request-id", identity),)
+            context.set_trailing_metadata(trailer)
             stages = begin_record()
             code = grpc.StatusCode.CANCELLED  # unless it ends otherwise, the caller left
             self._metrics.in_flight.inc()
@@ -200,11 +203,11 @@ class _Inference:
                     code = grpc.StatusCode.OK
                     return answer
                 except Exception as error:
-                    code, text, trailer = _explain(error)
+                    code, text, when_again = _explain(error)
                 # What `abort` raises is kept, with this frame, until Python looks for cycles: neither the
                 # error, whose own frames hold the request, nor the message may be part of that.
                 del data
-                await context.abort(code, text, trailer)
+                await context.abort(code, text, trailer + when_again)
                 raise AssertionError("not reached: abort raises")
             finally:
                 if self._tracing:
@@ -231,11 +234,7 @@ class _Inference:
         """Refuse callers without a valid key, where keys are required, as over HTTP."""
         if not self._keys or (route in _HEALTH and not self._settings.health_needs_key):
             return
-        metadata = context.invocation_metadata() or ()
-        pairs = (
-            (name.encode(), value.encode() if isinstance(value, str) else value) for name, value in metadata
-        )
-        if not self._keys.admits(pairs):
+        if not self._keys.admits(_headers(context)):
             raise Unauthorized(
                 "This needs an API key.",
                 received="no valid key",
@@ -360,6 +359,12 @@ def _parameters(request: Any) -> dict[str, object]:
         name: getattr(value, value.WhichOneof("parameter_choice") or "", None)
         for name, value in request.parameters.items()
     }
+
+
+def _headers(context: grpc.aio.ServicerContext) -> Iterator[tuple[bytes, bytes]]:
+    """A call's metadata, as HTTP's headers are given."""
+    for name, value in context.invocation_metadata() or ():
+        yield name.encode(), value.encode() if isinstance(value, str) else value
 
 
 def _address(peer: str) -> str:

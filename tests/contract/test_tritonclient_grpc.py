@@ -335,6 +335,25 @@ def test_keys_are_asked_for_as_over_http(tiny_models: Path) -> None:
             assert client.is_model_ready("tiny-encoder", headers=headers)
 
 
+@pytest.mark.parametrize(("given", "kept"), [("trace-7:a/b", True), ("a b", False), (None, False)])
+def test_a_call_has_an_id_as_a_request_has(
+    client: sync.InferenceServerClient, given: str | None, kept: bool
+) -> None:
+    """A sane id of the caller's comes back, otherwise a new one, with an answer and with an error."""
+    metadata = [("x-request-id", given)] if given else []
+    _, call = client._client_stub.ServerLive.with_call(service_pb2.ServerLiveRequest(), metadata=metadata)
+    with pytest.raises(grpc.RpcError) as caught:
+        client._client_stub.ModelReady(service_pb2.ModelReadyRequest(name="nobody"), metadata=metadata)
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    assert not caught.value.initial_metadata()  # after any, gRPC's own retries would take it for the answer
+    ids = [dict(ended.trailing_metadata())["x-request-id"] for ended in (call, caught.value)]
+    if kept:
+        assert ids == [given, given]
+    else:
+        assert all(re.fullmatch("[0-9a-f]{32}", identity) for identity in ids)
+        assert len(set(ids)) == 2
+
+
 def test_requests_are_counted_with_those_over_http(
     process: Served, client: sync.InferenceServerClient
 ) -> None:
@@ -437,7 +456,8 @@ def test_the_access_log_has_calls_too(tiny_models: Path) -> None:
     """Each call is a line with the fields of HTTP's, but its status is gRPC's, in a field of its own."""
     with served(tiny_models, grpc_port="0", access_log="true", log_format="json") as process:
         with sync.InferenceServerClient(process.grpc_address) as client:
-            client.infer("tiny-encoder", [tensor("images", image_of(3)[np.newaxis])])
+            images = tensor("images", image_of(3)[np.newaxis])
+            client.infer("tiny-encoder", [images], headers={"x-request-id": "seven"})
             with pytest.raises(InferenceServerException):
                 client.get_model_metadata("nobody")
         process.client.get("/livez")
@@ -454,5 +474,6 @@ def test_the_access_log_has_calls_too(tiny_models: Path) -> None:
     assert {entry["client"] for entry in entries} == {"127.0.0.1"}
     assert len({frozenset(entry) for entry in entries}) == 1
     infer = by_route["ModelInfer"]
+    assert infer["request_id"] == "seven"
     assert set(infer["stages"]) == {"queue", "encoder"}
     assert infer["message"].startswith(f"127.0.0.1 gRPC {infer['route']} OK in ")
