@@ -24,6 +24,7 @@ REST = 1.0  # seconds, the least that Retry-After says
 MAX_HEAD = 64 * 1024  # bytes
 
 _log_seldom = RefusalLog().log_seldom
+_log_malformed = RefusalLog().log_seldom
 
 
 class _Parser(httptools.HttpRequestParser):
@@ -65,6 +66,7 @@ class LimitedProtocol(HttpToolsProtocol):
         head_timeout: seconds for a request's head to arrive.
         answer_timeout: seconds for a client to take an answer.
         answer_room: what all connections together hold of answers that are not taken yet.
+        malformed: called for what is no request, which therefore reaches no application.
         closed: called at the connection's end.
     """
 
@@ -74,6 +76,7 @@ class LimitedProtocol(HttpToolsProtocol):
         head_timeout: float,
         answer_timeout: float,
         answer_room: Room,
+        malformed: Callable[[], None],
         closed: Callable[[], None] = lambda: None,
         **parts: Any,
     ) -> None:
@@ -82,6 +85,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_timeout = head_timeout
         self._answer_timeout = answer_timeout
         self._answer_room = answer_room
+        self._malformed = malformed
         self._closed = closed
         self._limit: TimerHandle | None = None
         self._unread = 0  # bytes since there was last anything for the application: a head, or of a body
@@ -100,9 +104,23 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.cycle is None or self.cycle.response_complete:
             self._await_head()
         self._unread += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        # Not uvicorn's own, which logs a line for each that is no request, and two for CONNECT.
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # the application refuses the method
+        except httptools.HttpParserError:
+            self._refuse()
         if self._unread > MAX_HEAD:
             self.transport.close()  # without a word: what still arrives would destroy it
+
+    def _refuse(self) -> None:
+        client = self.client[0] if self.client else "somebody"
+        _log_malformed(f"{client} sent what cannot be read as an HTTP request")
+        if self.cycle is None or self.cycle.response_complete:  # otherwise it counts as the request in hand
+            self._malformed()
+        self.send_400_response("Invalid HTTP request received.")
 
     def head_without_offer(self) -> bytes:
         """The head that was read last, without the header that offers another protocol."""

@@ -11,8 +11,8 @@ from service.context import Stage, begin_record, given_id, request_id, totals
 from service.metrics import Metrics
 from service.tracing import Tracing
 
-# The route of every path that is not there, so that callers cannot make up labels.
-_NO_ROUTE = "none"
+NO_ROUTE = "none"
+"""The route of every path that is not there, so that callers cannot make up labels."""
 
 
 class Observation:
@@ -61,7 +61,7 @@ class Observation:
                 self._tracing.add_stages(stages)
 
     def _observe(self, scope: Scope, status: int | None, stages: list[Stage], seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", _NO_ROUTE)
+        route = getattr(scope.get("route"), "path", NO_ROUTE)
         self._metrics.requests.labels(route, str(status or "aborted")).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
         for stage in stages:

@@ -27,6 +27,7 @@ from service.handover import OWN_FOLDER, Inbox, Notice
 from service.http_protocol import LimitedProtocol
 from service.listeners import bind, listen
 from service.logs import announce
+from service.observation import NO_ROUTE
 from service.room import Room
 from service.settings import Settings
 
@@ -215,6 +216,10 @@ def _leave_threads_behind() -> None:
 async def _serve(settings: Settings, channel: socket | None) -> None:
     listeners = await bind(settings) if channel is None else None
     app = create_app(settings)
+
+    def count_malformed() -> None:
+        app.state.service.metrics.requests.labels(NO_ROUTE, "400").inc()
+
     config = uvicorn.Config(
         app,
         http=partial(  # type: ignore[arg-type] # a factory does
@@ -222,6 +227,7 @@ async def _serve(settings: Settings, channel: socket | None) -> None:
             head_timeout=settings.head_timeout,
             answer_timeout=settings.answer_timeout,
             answer_room=Room(settings.max_bodies, "answers that are not taken yet"),
+            malformed=count_malformed,
         ),
         lifespan="off",  # entered below, so that a failed start is one line and not a stack
         log_config=None,

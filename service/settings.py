@@ -215,7 +215,11 @@ class Settings(BaseSettings):
         ),
     ] = "console"
     access_log: Annotated[
-        bool, Field(description="Log a line for every request but gRPC's own for health.")
+        bool,
+        Field(
+            description="Log a line for every request but what cannot be read as HTTP, what gRPC's library "
+            "refuses itself, and gRPC's own for health."
+        ),
     ] = False
 
     @field_validator("port", "grpc_port", mode="before")

@@ -91,6 +91,19 @@ def test_a_request_ends_with_its_answer(tiny_models: Path) -> None:
         assert 'capsnet_requests_total{route="/predict",status="413"} 1.0\n' in figures
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_is_no_request_counts_as_one(tiny_models: Path, workers: str) -> None:
+    """Where TLS is spoken to it, or an unknown method used, an operator sees 400s of no route."""
+    with served(tiny_models, workers=workers) as service:
+        for sent in (b"\x16\x03\x01\x02\x00", b"BREW /predict HTTP/1.1\r\nHost: x\r\n\r\n"):
+            with connected(service) as connection:
+                connection.sendall(sent)
+                assert b" 400 " in head_of(connection)
+        figures = service.client.get("/metrics").text
+    assert 'capsnet_requests_total{route="none",status="400"} 2.0\n' in figures
+    assert "127.0.0.1 sent what cannot be read as an HTTP request (0 more" in "".join(service.log)
+
+
 def test_half_heads_hold_up_nobody(tiny_models: Path) -> None:
     """A connection without a whole request head is closed in time, new or kept, however its bytes trickle."""
     with served(tiny_models, head_timeout="2") as service, contextlib.ExitStack() as stack:

@@ -50,13 +50,18 @@ class App:
 
 @asynccontextmanager
 async def served(
-    app: App, *, answer_timeout: float = LIMIT, answer_room: Room | None = None
+    app: App,
+    *,
+    answer_timeout: float = LIMIT,
+    answer_room: Room | None = None,
+    malformed: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[tuple[uvicorn.Server, asyncio.StreamReader, asyncio.StreamWriter]]:
     http = partial(
         LimitedProtocol,
         head_timeout=LIMIT,
         answer_timeout=answer_timeout,
         answer_room=answer_room or Room(2 * SIZE),
+        malformed=malformed,
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, http=http))  # type: ignore[arg-type] # a factory does
     running = asyncio.create_task(server.serve())
@@ -270,6 +275,7 @@ async def take(reader: asyncio.StreamReader) -> None:
 def log(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test before has logged silences no line."""
     monkeypatch.setattr(http_protocol, "_log_seldom", RefusalLog().log_seldom)
+    monkeypatch.setattr(http_protocol, "_log_malformed", RefusalLog().log_seldom)
 
 
 both_loops = pytest.mark.parametrize(
@@ -427,9 +433,58 @@ async def test_an_upgrade_may_be_offered_with_the_last_request(last: bytes) -> N
     assert app.requests == 1
 
 
-async def test_a_tunnel_is_refused() -> None:
-    """CONNECT, after which nothing would be HTTP any more, is no request for us."""
-    async with served(Echo()) as (_, reader, writer):
-        writer.write(b"CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n")
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n",  # after which nothing would be HTTP any more
+        b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+    ],
+    ids=["tunnel", "unknown method", "TLS"],
+)
+async def test_what_is_no_request_is_refused_and_counted(
+    sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A flood of it counts, and is one line a second with the address of a client."""
+    app = Echo()
+    counted: list[None] = []
+    async with served(app, malformed=lambda: counted.append(None)) as (server, _, _):
+        for number in range(1, 21):
+            reader, writer = await connected(server)
+            writer.write(sent)
+            assert (await reader.readline()).startswith(b"HTTP/1.1 400")
+            await reader.read()
+            assert len(counted) == number
+            writer.close()
+    assert app.requests == 0
+    assert "127.0.0.1 sent what cannot be read as an HTTP request" in caplog.messages[0]
+    assert len(caplog.messages) < 20
+
+
+async def test_a_request_that_breaks_off_counts_once() -> None:
+    """One whose body is wrong has reached the application, and counts there."""
+
+    class Reading(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            self.requests += 1
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+    app = Reading()
+    counted: list[None] = []
+    async with served(app, malformed=lambda: counted.append(None)) as (_, reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await until(lambda: app.requests == 1)
+        writer.write(b"no chunk\r\n")
         assert (await reader.readline()).startswith(b"HTTP/1.1 400")
         await reader.read()
+    assert counted == []
+
+
+async def test_a_method_for_tunnels_is_one_like_others(caplog: pytest.LogCaptureFixture) -> None:
+    """CONNECT with a path reaches the application, which has it in no route, and is no line of its own."""
+    app = Echo()
+    async with served(app) as (_, reader, writer):
+        writer.write(b"CONNECT / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await answer(reader) == b"00"
+    assert caplog.messages == []
