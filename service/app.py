@@ -8,7 +8,9 @@ from typing import Any
 
 import onnxruntime
 from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
 from fastapi.telemetry import TelemetryConfig
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from service import oip, oip_repository, openapi, pages, problems, routes, security
@@ -39,7 +41,9 @@ class _Application(FastAPI):
             inner = Direct(inner, routes.router)
         inner = problems.GivenUp(inner, stopping=self._is_stopping)
         # Around Starlette's own handling of unforeseen errors, so that their answers are observed as well.
-        inner = security.protect(inner, self._settings)
+        contexts = iter_route_contexts(self.routes)
+        known = [context.route for context in contexts if isinstance(context.route, Route)]
+        inner = security.protect(inner, self._settings, known)
         inner = Observation(inner, self._metrics, self._tracing, access_log=self._settings.access_log)
         # Outermost, because what follows an answer serves the connection and is no longer the request.
         return Connections(

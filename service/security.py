@@ -1,7 +1,10 @@
 """Who may call, from which pages, and what a browser may do with the answers."""
 
+from collections.abc import Sequence
+
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import problems
@@ -49,10 +52,10 @@ def open_paths(settings: Settings) -> frozenset[str]:
     return paths
 
 
-def protect(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """Put in front of `app` what the settings ask for."""
+def protect(app: ASGIApp, settings: Settings, routes: Sequence[Route]) -> ASGIApp:
+    """Put in front of `app`, which has these routes, what the settings ask for."""
     if keys := KeyRing(settings.api_keys):
-        app = _KeyCheck(app, keys, open_paths(settings))
+        app = _KeyCheck(app, keys, open_paths(settings), routes)
     if settings.cors_origins:  # in front of the keys: a preflight request carries none
         app = CORSMiddleware(
             app,
@@ -67,10 +70,13 @@ def protect(app: ASGIApp, settings: Settings) -> ASGIApp:
 class _KeyCheck:
     """ASGI middleware that refuses what comes without a valid key."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, open_paths: frozenset[str], routes: Sequence[Route]
+    ) -> None:
         self._app = app
         self._keys = keys
         self._open_paths = open_paths
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (
@@ -80,6 +86,9 @@ class _KeyCheck:
         ):
             await self._app(scope, receive, send)
             return
+        # Metrics and logs call the request by it.
+        path = scope["path"]
+        scope["route"] = next((route for route in self._routes if route.path_regex.fullmatch(path)), None)
         refusal = Unauthorized(
             "This needs an API key.",
             received="no valid key",

@@ -51,6 +51,20 @@ def test_the_refusal_is_a_problem_document(guarded: TestClient) -> None:
     assert "X-API-Key" in document["expected"]
 
 
+def test_a_refusal_counts_under_the_route_that_was_asked_for(guarded: TestClient) -> None:
+    """Callers that lack a key are told apart from a scan of paths, and can make up no route."""
+    for path in ("/v2/models/a", "/v2/models/b", "/nowhere", "/predict/"):
+        guarded.get(path)
+    guarded.post("/predict", content=PNG, headers=IMAGE)
+    lines = guarded.get("/metrics", headers=KEYED).text.splitlines()
+    counts = [line.partition("_total")[2] for line in lines if line.startswith("capsnet_requests_total")]
+    assert sorted(counts) == [
+        '{route="/predict",status="401"} 1.0',
+        '{route="/v2/models/{name}",status="401"} 2.0',
+        '{route="none",status="401"} 2.0',
+    ]
+
+
 def test_health_and_documentation_are_open(guarded: TestClient) -> None:
     """An orchestrator's probes and a newcomer's browser need no key."""
     for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/", "/docs", "/openapi.json"):
