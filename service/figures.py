@@ -51,10 +51,10 @@ def sweep_figure(
     for column, delta in enumerate(deltas):
         label = _label(f"{delta:+.4g}" if delta else "0")
         x = left + column * step_x + (width * zoom - label.shape[1]) // 2
-        _put(mosaic, label, _MARGIN - _GAP - label.shape[0], max(0, x))
+        _put(mosaic, label, _MARGIN - _GAP - label.shape[0], x)
     for row, label in enumerate(beside):
         y = _MARGIN + row * step_y + (height * zoom - label.shape[0]) // 2
-        _put(mosaic, label, max(0, y), left - 2 * _GAP - label.shape[1])
+        _put(mosaic, label, y, left - 2 * _GAP - label.shape[1])
     return mosaic
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from service.figures import sweep_figure
+from service.figures import _label, sweep_figure
 
 
 @pytest.mark.parametrize("colour", [(), (3,)])
@@ -16,6 +16,27 @@ def test_every_drawing_is_in_its_row_and_column(colour: tuple[int, ...]) -> None
     expected = np.rint(levels * 255)
     assert (tiles.min(axis=(1, 3)) == expected.reshape(2, 3, *[1] * len(colour))).all()
     assert (tiles.max(axis=(1, 3)) == expected.reshape(2, 3, *[1] * len(colour))).all()
+
+
+@pytest.mark.parametrize(("height", "width", "zoom"), [(10, 20, 2), (20, 10, 2), (80, 30, 1), (30, 80, 1)])
+def test_drawings_that_are_not_square(height: int, width: int, zoom: int) -> None:
+    """Their larger side is as near to 56 pixels as whole zooming brings it, or as it is where it is larger."""
+    levels = np.linspace(0.1, 0.9, 6, dtype=np.float32).reshape(2, 3)
+    drawn = np.broadcast_to(levels[..., None, None], (2, 3, height, width))
+    grid = sweep_figure(drawn, "", [4, 7], [-0.1, 0, 0.1])[48:, 48:]
+    down, across = height * zoom, width * zoom
+    tiles = grid.reshape(2, down + 2, 3, across + 2)
+    expected = np.broadcast_to(np.rint(levels * 255)[:, None, :, None], (2, down, 3, across))
+    np.testing.assert_array_equal(tiles[:, :down, :, :across], expected)
+    assert (tiles[:, down:] == 255).all()
+    assert (tiles[..., across:] == 255).all()
+
+
+def test_deltas_are_written_out() -> None:
+    """Deltas that differ in their third digit have different labels."""
+    drawn = np.ones((1, 1, 28, 28), np.float32)
+    one, two = (sweep_figure(drawn, "", [0], [delta]) for delta in (0.125, 0.12))
+    assert (one[:48] != two[:48]).any()
 
 
 def test_names_stand_before_the_numbers() -> None:
@@ -48,8 +69,6 @@ def test_the_labels_are_drawn() -> None:
 
 def test_no_label_is_cut() -> None:
     """The lowest letters end above the label's edge, where the next drawing may begin."""
-    drawn = np.ones((1, 1, 28, 28), np.float32)
-    figure = sweep_figure(drawn, "gjpqy", [0], [0])
-    ink = np.asarray((figure[:30] < 128).any(axis=1))
-    assert ink.any()
-    assert not ink[2 + 20 - 2 :].any()
+    label = _label("gjpqy")
+    assert (label < 128).any()
+    assert (label[-2:] == 255).all()
