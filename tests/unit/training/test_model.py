@@ -242,6 +242,16 @@ def test_bytes_are_scaled_inside(network: CapsNet, model_config: ModelConfig) ->
     torch.testing.assert_close(seen[0], (images.float() / 255).unsqueeze(1))
 
 
+def test_the_decoder_by_hand(network: CapsNet) -> None:
+    """Two layers of rectified units and one of sigmoids draw the target's capsule."""
+    capsules, target = torch.randn(4, 3, 6), torch.tensor([0, 1, 2, 1])
+    first, second, last = (layer for layer in network.decoder.layers if isinstance(layer, torch.nn.Linear))
+    hidden = second(first(mask(capsules, target).flatten(1)).clamp(min=0))
+    assert (hidden < 0).any()
+    expected = last(hidden.clamp(min=0)).sigmoid().reshape(4, 13, 12)
+    torch.testing.assert_close(network.decoder(capsules, target), expected)
+
+
 def test_training_step_at_zero_is_finite(model_config: ModelConfig) -> None:
     """A black image and its gradients are finite, even in a network whose biases are zero."""
     network = CapsNet(model_config)
