@@ -135,5 +135,5 @@ def strongly(images: Tensor, generator: torch.Generator) -> Tensor:
 def _free(inked: Tensor, share: Tensor) -> Tensor:
     """A share (B,) in [-1, 1] of the margin before, or after, the ink of (B, S), in whole pixels."""
     before, last = _ends(inked)
-    margin = torch.where(share < 0, before, inked.shape[1] - 1 - last) * inked.any(dim=1)
+    margin = torch.where(share < 0, before, inked.shape[1] - 1 - last)
     return (share * margin).trunc()

@@ -1,5 +1,6 @@
 """What is made of MNIST's digits, on digits made by hand."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -138,6 +139,24 @@ def test_like_affnist_shears_across(monkeypatch: pytest.MonkeyPatch) -> None:
     assert across[-1] - across[0] == pytest.approx(0.2 * 27, abs=0.1)
 
 
+def test_like_affnist_shears_then_stretches_then_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pole sheared by 0.2, then 1.2 wide and 0.8 high, leans 0.3; a bar that is stretched so is turned whole."""
+    pole, bar = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    pole[:, 4:24, 13:15] = bar[:, 13:15, 4:24] = 200
+    let_draw(monkeypatch, "rand", 0.5, 1, 1, 0, 0.5, 0.5, 1, 0.5, 1, 0, 0.5, 0.5)
+    assert slope(affine.like_affnist(pole, generator())[0]) == pytest.approx(0.2 * 1.2 / 0.8, abs=0.02)
+    turned = slope(affine.like_affnist(bar, generator())[0].T)
+    assert turned == pytest.approx(math.tan(math.radians(20)), abs=0.02)
+
+
+def slope(image: torch.Tensor) -> float:
+    """How far right its ink goes for each row downwards."""
+    y, x = image.nonzero().double().T
+    weight = image[image > 0].double()
+    x, y = x - (weight * x).sum() / weight.sum(), y - (weight * y).sum() / weight.sum()
+    return float((weight * x * y).sum() / (weight * y * y).sum())
+
+
 def test_like_affnist_loses_no_ink(digits: Dataset) -> None:
     """Each digit lies whole within 40x40, somewhere else each time, its area scaled by 0.64 to 1.44."""
     made = affine.like_affnist(digits.images.repeat(20, 1, 1), generator())
@@ -198,6 +217,29 @@ def test_strong_augmentation_in_colour(digits: Dataset) -> None:
     some = digits.images[:20]
     made = affine.strongly(some.unsqueeze(-1).repeat(1, 1, 1, 3), generator())
     assert torch.equal(made, affine.strongly(some, generator()).unsqueeze(-1).expand_as(made))
+
+
+def test_strong_augmentation_turns_then_squeezes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pole that is turned by 30 degrees comes nearer to the upright when it is squeezed."""
+    pole = torch.zeros(20, 28, 28, dtype=torch.uint8)
+    pole[:, 4:24, 13:15] = 200
+    monkeypatch.setattr(torch, "randint", lambda low, _, size, **__: torch.full(size, low))
+    let_draw(monkeypatch, "randn", 9, -9, 0, 0)
+    slopes = {round(slope(image), 2) for image in affine.strongly(pole, generator())}
+    assert sorted(slopes) == pytest.approx([-0.75 * math.tan(math.radians(30)), 0], abs=0.02)
+
+
+def test_the_erased_patch_reaches_each_corner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four by four pixels, at the first row and column or at the last."""
+    white = torch.full((1, 28, 30), 255, dtype=torch.uint8)
+    for corner, end in ((slice(0, 4), 0), (slice(-4, None), 1)):
+        monkeypatch.setattr(
+            torch, "randint", lambda low, high, size, *, end=end, **_: torch.full(size, (low, high - 1)[end])
+        )
+        let_draw(monkeypatch, "randn", 0, 0, 0, 0)
+        (erased,) = affine.strongly(white, generator()) == 0
+        assert erased[corner, corner].all()
+        assert erased.sum() == 16
 
 
 def test_strong_augmentation_on_light_ground(digits: Dataset) -> None:
