@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from training.losses import margin_loss, reconstruction_loss
+from training.losses import margin_loss, mistaken, named, reconstruction_loss
 
 
 def test_margin_loss_by_hand() -> None:
@@ -28,3 +28,12 @@ def test_reconstruction_loss_is_a_sum() -> None:
 def test_reconstruction_loss_of_colour_images() -> None:
     """All three channels count."""
     assert reconstruction_loss(torch.zeros(1, 4, 4, 3), torch.ones(1, 4, 4, 3)).tolist() == [48.0]
+
+
+def test_images_of_two_digits() -> None:
+    """The two longest capsules are named in ascending order; both must be right, in whatever order labelled."""
+    scores = torch.tensor([[0.1, 0.5, 0.2, 0.9]]).repeat(4, 1)
+    labels = torch.tensor([[1, 3], [3, 1], [3, 2], [0, 2]])
+    found = named(scores, labels)
+    assert found.tolist() == [[1, 3]] * 4
+    assert mistaken(found, labels).tolist() == [False, False, True, True]
