@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.attacks import ATTACKS, STEPS, ascend, excess, likeness, open_to_attack
+from training.attacks import ATTACKS, STEPS, _step, ascend, excess, likeness, open_to_attack
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split
 from training.losses import margin_loss
@@ -37,6 +37,11 @@ def test_small_steps_stop_at_the_bound() -> None:
     signs = WEIGHTS.sign()
     for steps, moved in ((2, 10), (10, 16)):
         assert torch.equal(ascend(grey, [linear], 16, 5, steps), (100 + moved * signs).byte()[None])
+
+
+def test_steps_go_twice_as_far_as_a_pixel_may() -> None:
+    """The steps together are twice the bound, or a little more, as they are of whole grey levels."""
+    assert [_step(most, 10) for most in (4, 16, 64)] == [1, 4, 13]
 
 
 def test_losses_take_turns() -> None:
