@@ -9,8 +9,9 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Receive, Send
 
+from service.context import Stage
 from service.metrics import Metrics
-from service.observation import Observation
+from service.observation import Observation, _server_timing
 from tests.api.conftest import Serve, problem
 from tests.support.encoded import base64_text, encode
 from tests.support.tiny_model import image_of
@@ -68,6 +69,37 @@ def test_server_timing_names_the_stages(client: TestClient) -> None:
     spent = stages(client.post("/reconstruct", json={"capsules": capsules}).headers["server-timing"])
     assert list(spent) == ["queue", "decoder", "total"]
     assert list(stages(client.get("/livez").headers["server-timing"])) == ["total"]
+
+
+def test_server_timing_is_in_milliseconds() -> None:
+    """As browsers read it; what came twice is added up."""
+    spent = [Stage("queue", 1, 1.25), Stage("encoder", 2, 2.001), Stage("queue", 3, 3.5)]
+    assert _server_timing(spent, 1.5) == "queue;dur=750.000, encoder;dur=1.000, total;dur=1500.000"
+
+
+@pytest.mark.anyio
+async def test_a_request_ends_with_its_answer(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the application does after the last part counts for nothing."""
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+
+    async def app(_: object, __: object, send: Send) -> None:
+        nonlocal now
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        now += 2
+        await send({"type": "http.response.body", "body": b"b"})
+        now += 10
+
+    async def send(_: object) -> None:
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/livez", "headers": []}
+    with caplog.at_level(logging.INFO, "service.access"):
+        await Observation(app, Metrics(), None, access_log=True)(scope, cast("Receive", None), send)
+    assert " in 2.0 s" in caplog.messages[0]
 
 
 def test_the_access_log_tells_no_content(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
