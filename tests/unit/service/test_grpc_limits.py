@@ -49,6 +49,11 @@ def test_fields_are_counted_at_every_depth(unit: bytes, places: tuple[int, ...])
     assert caught.value.received == f"more than {MAX_FIELDS}"
 
 
+def test_fields_of_fixed_size_are_one_each() -> None:
+    """As many as the limit are taken, of four and of eight bytes, whatever these hold."""
+    check_size(Request, (b"\x0d" + bytes(4) + b"\x09" + bytes(8)) * (MAX_FIELDS // 2), ROWS)
+
+
 def test_fields_are_counted_over_all_parts() -> None:
     """Many inputs with few fields each are too many, too."""
     request = Request(inputs=[{"name": "images", "datatype": "UINT8"}] * (MAX_FIELDS // 3))
@@ -93,6 +98,7 @@ def test_the_largest_honest_messages_pass() -> None:
     "data",
     [
         b"\xff" * 2000,  # a number without an end
+        b"\x78" + b"\x80" * 10 + bytes(2000),  # a number of eleven bytes
         b"\x32\x00" + b"\x3b" + b"\x32\x00" * 1000,  # a group
         within(5, content=b"\x0a\x7f" + bytes(2)) + bytes(2000),  # beyond the input that it is in
         b"\x3a\xff\xff\xff\xff\x0f" + bytes(2000),  # beyond the message
