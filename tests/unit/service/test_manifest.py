@@ -7,8 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from service.manifest import MANIFEST_FILE, Calibration, ManifestError, margins, read_manifest, write_manifest
+from service.manifest import (
+    MANIFEST_FILE,
+    Calibration,
+    ImageSpec,
+    ManifestError,
+    Variant,
+    margins,
+    read_manifest,
+    version_folders,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -58,6 +69,7 @@ def test_a_broken_manifest_is_named(folder: Path, text: str) -> None:
         (("version",), "2", "version is '2', expected '1'"),
         (("name",), "other", "name is 'other', expected 'tiny'"),
         (("version",), "latest", "version"),
+        (("version",), "01", "should match pattern"),
         (("classes",), ["0"] * 10, "class labels must differ"),
         (("classes",), ["a", "b"], "encoder.outputs"),
         (("image", "height"), 27, "encoder.inputs"),
@@ -106,6 +118,47 @@ def test_a_variant_is_checked_as_the_encoder_is(
     with pytest.raises(ManifestError) as refused:
         read_manifest(folder)
     assert named in str(refused.value)
+
+
+def test_each_precision_has_one_variant(folder: Path) -> None:
+    """Two encoders of one precision are refused."""
+    encoder = read_manifest(folder).encoder.model_dump()
+    variant = {"precision": "int8", "encoder": encoder, "test_mistakes": 0, "agreement": 100, "psnr": 50}
+    change(folder, "variants", value=[variant] * 2)
+    with pytest.raises(ManifestError, match="variants must differ in precision"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("mistakes", "agreement", "psnr", "good"),
+    [(31, 99.9, 40, True), (32, 99.9, 40, False), (31, 99.89, 40, False), (31, 99.9, 39.9, False)],
+)
+def test_what_is_as_good_as_fp32(
+    folder: Path, mistakes: int, agreement: float, psnr: float, good: bool
+) -> None:
+    """Of 10,000 images two more mistaken, 10 classed otherwise, and 40 dB are the most that passes."""
+    manifest = read_manifest(folder)
+    measured = manifest.measured.model_copy(update={"test_images": 10_000, "test_mistakes": 29})
+    variant = Variant(
+        precision="int8", encoder=manifest.encoder, test_mistakes=mistakes, agreement=agreement, psnr=psnr
+    )
+    assert manifest.model_copy(update={"measured": measured}).as_good(variant) is good
+
+
+@pytest.mark.parametrize("wrong", [{"box": 21}, {"channels": 3}])
+def test_only_what_can_be_centred_is(wrong: dict[str, int]) -> None:
+    """The box fits into the shorter side, and the image is grey."""
+    spec = {"height": 20, "width": 28, "channels": 1, "polarity": "light_on_dark", "box": 20}
+    ImageSpec.model_validate({**spec, "centring": "centre_of_mass"})
+    with pytest.raises(ValidationError, match="a grey image and a box that fits"):
+        ImageSpec.model_validate({**spec, "centring": "centre_of_mass", **wrong})
+
+
+def test_versions_are_numbers(tmp_path: Path) -> None:
+    """Folders beside them are none."""
+    for name in ("mnist/2", "mnist/latest", "mnist/10"):
+        (tmp_path / name).mkdir(parents=True)
+    assert version_folders(tmp_path) == [tmp_path / "mnist/10", tmp_path / "mnist/2"]
 
 
 def test_a_manifest_without_dimensions_has_no_names(folder: Path) -> None:
@@ -162,8 +215,8 @@ def test_an_altered_graph_is_named(folder: Path) -> None:
 
 def test_margins() -> None:
     """The margin is the longest length less the next, wherever the two stand, and 0 for a tie."""
-    lengths = np.array([[0.1, 0.9, 0.6], [0.8, 0.2, 0.1], [0.5, 0.5, 0.1]], np.float32)
-    np.testing.assert_allclose(margins(lengths), [0.3, 0.6, 0], atol=1e-6)
+    lengths = np.array([[0.1, 0.9, 0.6, 0.2], [0.9, 0.5, 0.2, 0.1], [0.5, 0.5, 0.1, 0.2]], np.float32)
+    np.testing.assert_allclose(margins(lengths), [0.3, 0.4, 0], atol=1e-6)
 
 
 def test_usual_is_within_both_bounds() -> None:
