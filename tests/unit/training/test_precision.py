@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training import precision
 from training.config import ModelConfig
 from training.model import CapsNet
 from training.precision import Bf16Convolution, as_product, convolutions_in, resolve_precision
@@ -60,14 +61,22 @@ def test_gradients_are_those_of_the_convolution(channels: int, stride: tuple[int
         assert torch.equal(one.grad, other.grad)
 
 
-def test_an_image_needs_no_gradient() -> None:
+def test_an_image_needs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first convolution's input gets no gradient, and its work is not done."""
     weight, bias = torch.ones(2, 1, 3, 3, requires_grad=True), torch.zeros(2, requires_grad=True)
     output = Bf16Convolution.apply(torch.ones(1, 1, 5, 5), weight, bias, (1, 1))  # type: ignore[no-untyped-call] # torch's
     assert output.grad_fn.next_functions[0] == (None, 0)
+    monkeypatch.setattr(precision, "conv2d_input", None)
     output.sum().backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.full_like(weight, 9))  # each weight meets nine ones
+
+
+def test_rows_and_columns_are_padded_apart() -> None:
+    """By as much as the convolution says of each."""
+    conv, x = nn.Conv2d(2, 4, 3, padding=(2, 1)), torch.rand(2, 2, 6, 6)
+    with convolutions_in(conv, "bf16"):
+        assert conv(x).shape == (2, 4, 8, 6)
 
 
 def test_a_convolution_may_have_no_bias() -> None:
@@ -82,7 +91,9 @@ def test_a_convolution_may_have_no_bias() -> None:
     torch.testing.assert_close(*gradients, atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("kind", [{"padding_mode": "reflect"}, {"dilation": 2}, {"padding": "same"}])
+@pytest.mark.parametrize(
+    "kind", [{"padding_mode": "reflect"}, {"dilation": 2}, {"padding": "same"}, {"groups": 2}]
+)
 def test_an_unusual_convolution_stays_as_it_is(kind: dict[str, Any]) -> None:
     """What the written forms do not know is computed by PyTorch in fp32, and not as something else."""
     conv, x = nn.Conv2d(2, 4, 3, **{"padding": 1, **kind}), torch.rand(2, 2, 6, 6)
@@ -98,11 +109,11 @@ def test_auto_precision() -> None:
     assert [resolve_precision("bf16", cpu), resolve_precision("fp32", cuda)] == ["bf16", "fp32"]
 
 
-@pytest.mark.parametrize("padding", [0, 2])
-def test_a_single_channel_as_a_product(padding: int) -> None:
+@pytest.mark.parametrize("padding", [0, (2, 1)])
+def test_a_single_channel_as_a_product(padding: int | tuple[int, int]) -> None:
     """The product that stands for a GPU's convolution of one channel gives it and its gradients, in bf16."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(1, 6, 5, stride=2, padding=padding)
+    conv = nn.Conv2d(1, 6, (5, 3), stride=(2, 1), padding=padding)
     x = torch.rand(3, 1, 14, 11)
     found = as_product(conv)(x)
     assert found.dtype == torch.bfloat16
