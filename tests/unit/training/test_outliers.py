@@ -1,7 +1,10 @@
+from typing import Any
+
 import numpy as np
 import pytest
+from PIL import ImageDraw
 
-from training.outliers import outliers
+from training.outliers import LETTERS, outliers
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (40, 36), (32, 32, 3)])
@@ -31,3 +34,39 @@ def test_light_ink_on_dark_ground() -> None:
         assert images.reshape(50, -1).max(axis=1).min() > 100
         assert images[:, 0].mean() < 10
         assert images.mean() < 128
+
+
+def test_blank_pages_are_of_every_shade() -> None:
+    """From nearly black to nearly white, each as even as a camera's, at the ends of the scale as well."""
+    pages = outliers((28, 28), 60)["blank pages"].astype(float)
+    shades = pages.mean(axis=(1, 2))
+    assert shades.min() < 20
+    assert shades.max() > 235
+    assert pages.std(axis=(1, 2)).max() < 4
+
+
+def test_letters_are_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All letters are drawn, lightly and in the middle of frames of any shape."""
+    drawn: list[tuple[str, int]] = []
+    draw = ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, place: tuple[float, float], letter: str, **options: Any) -> None:
+        drawn.append((letter, options["fill"]))
+        draw(self, place, letter, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    letters = outliers((28, 60), 200)["letters"]
+    assert {letter for letter, _ in drawn} == set(LETTERS)
+    assert min(fill for _, fill in drawn) >= 200
+    assert not letters[:, :, :12].any()
+    assert not letters[:, :, -12:].any()
+
+
+def test_garments_are_of_several_forms() -> None:
+    """Some fill half of their bounding box, some nearly all of it."""
+    filled = []
+    for image in outliers((28, 28), 50)["garments"]:
+        ink = image > 0
+        filled.append(ink.sum() / (ink.any(axis=0).sum() * ink.any(axis=1).sum()))
+    assert min(filled) < 0.6
+    assert max(filled) > 0.8
