@@ -17,13 +17,16 @@ from training.dimensions import (
     NO_ONE_EFFECT,
     NOUNS,
     PARTS,
+    Look,
     describe,
     distinguish,
     look,
     measure_dimensions,
+    tangents,
     thirds,
 )
 from training.model import CapsNet
+from training.morphology import MEASURES
 from training.predictor import Floats, Images, Labels, TorchPredictor
 
 SIDE = 36
@@ -111,6 +114,7 @@ def test_effects_are_in_pixels_and_degrees(found: dict[str, Dimension]) -> None:
     assert found["width"].effects["width"].change == pytest.approx(4, rel=0.1)
     assert found["height"].effects["height"].change == pytest.approx(4, rel=0.1)
     assert found["ink"].effects["ink"].change == pytest.approx(100 * 0.5 / 0.7, rel=0.1)
+    assert found["ink"].moved == pytest.approx((0.5 / 0.7) ** 2, abs=0.01)
     assert all(effect.agreement == 1 for effect in found["slant"].effects.values())
 
 
@@ -128,6 +132,25 @@ def test_shares_say_what_the_change_is_made_of(found: dict[str, Dimension]) -> N
     assert (found["nothing"].moved, found["nothing"].shares, found["nothing"].effects) == (0, {}, {})
 
 
+def test_what_is_too_little_to_tell() -> None:
+    """Two per cent of the light must change, and of that five; a share against the measure is none."""
+    changes, kinds, parts = np.zeros((4, 7)), np.zeros((4, 7)), np.zeros((4, 3, 3))
+    parts[:3, 0, 0] = (0.5, 0.06, 0.04)
+    slant = MEASURES.index("slant")
+    changes[3, slant], kinds[3, slant] = 5, -0.5
+    found = describe([Look(changes, np.array([0.019, 0.021, 0.021, 0.021]), kinds, parts)])
+    names = [dimension.name for dimension in found]
+    assert names == [LITTLE_EFFECT, "top left part", NO_ONE_EFFECT, NO_ONE_EFFECT]
+    assert found[1].shares == {"top left part": 0.06}
+
+
+def test_more_ink_is_not_a_thicker_stroke() -> None:
+    """The one is what is left of brightness without the other."""
+    drawing = frame(np.zeros(11, np.float32)).astype(np.float64)
+    thickness, ink = (tangents(drawing)[MEASURES.index(name)] for name in ("thickness", "ink"))
+    assert abs((thickness * ink).sum()) < 1e-9 * (drawing**2).sum()
+
+
 def test_only_images_that_are_recognised_count() -> None:
     """Of 6 images 4 are taken for the other class: the two that are left both lean the same way."""
     dataset = images_of_frames()
@@ -142,6 +165,29 @@ def test_more_images_are_looked_through_than_are_measured() -> None:
     dataset = images_of_frames(4)
     dataset.images[:2, 0, 0] = 1
     assert "frame" in measure_dimensions(Frames(), dataset, images=2)
+
+
+def test_no_more_images_are_measured_than_are_asked_for() -> None:
+    """Of four images the first two are, which both lean the same way."""
+    dataset = images_of_frames(4)
+    dataset.images[:, 0, 1] = torch.tensor([1, 1, 0, 0])
+    (dimensions,) = measure_dimensions(Frames(), dataset, images=2).values()
+    assert "slant" in dimensions[DIMENSIONS.index("either")].effects
+
+
+def test_images_are_seen_as_the_network_does() -> None:
+    """Digits that it learned on a larger canvas are laid on it."""
+    seen: list[tuple[int, ...]] = []
+
+    class Watching(Frames):
+        def encode(self, images: Images) -> tuple[Floats, Floats]:
+            seen.append(images.shape)
+            return super().encode(images)
+
+    digits = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    dataset = replace(images_of_frames(2), images=digits, layout="canvas")
+    measure_dimensions(Watching(), dataset, say=lambda _: None)
+    assert seen == [(2, 40, 40)]
 
 
 def test_a_class_without_recognised_images_is_left_out() -> None:
@@ -220,6 +266,10 @@ def test_names_are_set_apart_by_the_next_thing() -> None:
     nouns = [["a"], ["b", "a"], ["b", "c", "d"], ["b", "c", "e"], ["f", "g"], ["h"], ["h"]]
     names = ["a", "b and a", "b, c and d", "b, c and e", "f", "h", "h"]
     assert distinguish(nouns, [False] * 7) == names
+    assert distinguish([["a", "b", "c", "d"], ["a", "b", "c", "e"]], [False] * 2) == [
+        "a, b, c and d",
+        "a, b, c and e",
+    ]
     assert distinguish(nouns, [True] * 6 + [False]) == [*names[:5], "h, reversed", "h"]
 
 
