@@ -113,6 +113,13 @@ def test_attacks(name: str, trained: CapsNet, load_split: Load) -> None:
     assert all(parameter.grad is None for parameter in trained.parameters())
 
 
+def test_fgsm_is_one_step(trained: CapsNet, load_split: Load) -> None:
+    """It goes the whole way at once, and not again."""
+    images, labels = load_split("test").images, load_split("test").labels
+    once = ascend(images, [excess(trained, labels)], 30, 30, 1)
+    assert torch.equal(ATTACKS["FGSM"](trained, images, labels, 30, STEPS), once)
+
+
 def test_an_aware_attack_is_drawn_better(trained: CapsNet, load_split: Load) -> None:
     """What R-BIM makes is more like what the other class's capsule draws than what BIM makes."""
     dataset = load_split("test")
