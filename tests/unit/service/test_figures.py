@@ -20,7 +20,7 @@ def test_every_drawing_is_in_its_row_and_column(colour: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize(("height", "width", "zoom"), [(10, 20, 2), (20, 10, 2), (80, 30, 1), (30, 80, 1)])
 def test_drawings_that_are_not_square(height: int, width: int, zoom: int) -> None:
-    """Their larger side is as near to 56 pixels as whole zooming brings it, or as it is where it is larger."""
+    """Whole zooming brings their larger side up to 56 pixels; a larger one stays as it is."""
     levels = np.linspace(0.1, 0.9, 6, dtype=np.float32).reshape(2, 3)
     drawn = np.broadcast_to(levels[..., None, None], (2, 3, height, width))
     grid = sweep_figure(drawn, "", [4, 7], [-0.1, 0, 0.1])[48:, 48:]

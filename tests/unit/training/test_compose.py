@@ -140,7 +140,7 @@ def test_like_affnist_shears_across(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_like_affnist_shears_then_stretches_then_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pole sheared by 0.2, then 1.2 wide and 0.8 high, leans 0.3; a bar that is stretched so is turned whole."""
+    """A pole sheared by 0.2, then 1.2 wide and 0.8 high, leans 0.3; a bar stretched so is turned whole."""
     pole, bar = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     pole[:, 4:24, 13:15] = bar[:, 13:15, 4:24] = 200
     let_draw(monkeypatch, "rand", 0.5, 1, 1, 0, 0.5, 0.5, 1, 0.5, 1, 0, 0.5, 0.5)

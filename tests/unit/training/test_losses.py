@@ -31,7 +31,7 @@ def test_reconstruction_loss_of_colour_images() -> None:
 
 
 def test_images_of_two_digits() -> None:
-    """The two longest capsules are named in ascending order; both must be right, in whatever order labelled."""
+    """The two longest are named in ascending order; both must be right, in whatever order labelled."""
     scores = torch.tensor([[0.1, 0.5, 0.2, 0.9]]).repeat(4, 1)
     labels = torch.tensor([[1, 3], [3, 1], [3, 2], [0, 2]])
     found = named(scores, labels)
