@@ -146,7 +146,7 @@ def test_named_origins_may_call(serve: Serve) -> None:
     """A preflight needs no key; what follows does, and its refusal can be read by the page."""
     client = serve(api_keys=KEY, cors_origins="https://a.example,https://b.example")
     length = "Inference-Header-Content-Length"
-    asked = f"authorization,content-encoding,content-type,{length.lower()},x-api-key"
+    asked = f"authorization,content-encoding,content-type,{length.lower()},x-api-key,x-request-id"
     preflight = client.options("/predict", headers={**PREFLIGHT, "access-control-request-headers": asked})
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
@@ -168,7 +168,8 @@ def test_every_answer_keeps_browsers_careful(client: TestClient, path: str) -> N
     assert headers["referrer-policy"] == "no-referrer"
     policy = headers["content-security-policy"]
     rules = {"default-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"}
-    assert rules <= set(policy.split("; "))
+    rules |= {"img-src 'self' blob: data:", "style-src 'self' 'unsafe-inline'"}
+    assert rules == set(policy.split("; "))
     assert "script-src" not in policy, "scripts fall under default-src: no inline script, no eval"
 
 
