@@ -278,7 +278,17 @@ def test_test_images_are_read_at_the_start(image_folder: Path) -> None:
 def test_transparency_is_white(image_folder: Path) -> None:
     """Black ink on a transparent ground is black on white, not black on black."""
     write_image(image_folder / "train" / "ant" / "m.png", "LA", value=(0, 0))
-    assert load("folder", "train", image_folder).images[0].unique().tolist() == [255]
+    images = load("folder", "train", image_folder).images
+    assert images.ndim == 3, "grey as the others"
+    assert images[0].unique().tolist() == [255]
+
+
+def test_one_bit_is_grey(image_folder: Path) -> None:
+    """An image of black and white alone makes no colour images of the others."""
+    write_image(image_folder / "train" / "ant" / "m.png", "1", value=1)
+    images = load("folder", "train", image_folder).images
+    assert images.ndim == 3
+    assert images[0].unique().tolist() == [255]
 
 
 def test_deep_images_are_refused(image_folder: Path) -> None:
