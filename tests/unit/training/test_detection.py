@@ -18,8 +18,8 @@ from training import export as export_module
 from training.cli import main
 from training.config import ModelConfig, TrainConfig
 from training.data import DataError, Dataset, Split, sample
-from training.detection import FALSE_ALARMS, area, roc
-from training.evaluate import evaluate
+from training.detection import FALSE_ALARMS, area, roc, scores
+from training.evaluate import Evaluation, evaluate
 from training.export import Name, calibrate, calibration_set, export
 from training.model import CapsNet
 from training.predictor import TorchPredictor
@@ -49,6 +49,14 @@ def test_equal_scores() -> None:
 def test_area_counts_pairs() -> None:
     """The area is the share of pairs in the right order, equal ones by half: here 5.5 of 6."""
     assert area(np.array([1.0, 2.0, 3.0]), np.array([3.0, 9.0])) == pytest.approx(5.5 / 6)
+
+
+def test_doubtful_images_are_the_stranger() -> None:
+    """Of two, the one that is drawn worse by error, and the one with the smaller lead by margin."""
+    lengths = np.array([[0.9, 0.1], [0.5, 0.4]], np.float32)
+    found = scores(Evaluation(np.zeros(2, int), np.zeros(2, int), np.array([3, 8], np.float32), lengths))
+    for strangeness in found.values():
+        assert strangeness[0] < strangeness[1]
 
 
 def test_curves_are_read_off_without_promising_more() -> None:
