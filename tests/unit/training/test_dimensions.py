@@ -144,6 +144,16 @@ def test_what_is_too_little_to_tell() -> None:
     assert found[1].shares == {"top left part": 0.06}
 
 
+def test_parts_of_an_oblong_drawing() -> None:
+    """What fades at the middle of the height and the left of the width is the left part."""
+    drawings = np.zeros((1, len(DELTAS), 28, 20), np.float32)
+    drawings[..., 4:24, 8:14] = 1
+    for step in range(len(DELTAS)):
+        drawings[0, step, 13:15, 8:10] -= 0.2 * step
+    parts = look(drawings).parts[0]
+    assert PARTS[parts.argmax() // 3][parts.argmax() % 3] == "left part"
+
+
 def test_more_ink_is_not_a_thicker_stroke() -> None:
     """The one is what is left of brightness without the other."""
     drawing = frame(np.zeros(11, np.float32)).astype(np.float64)
