@@ -128,7 +128,8 @@ async def test_a_request_without_an_answer_has_no_status(caplog: pytest.LogCaptu
     async def app(*_: object) -> None:
         raise asyncio.CancelledError
 
-    observed = Observation(app, Metrics(), None, access_log=True)
+    metrics = Metrics()
+    observed = Observation(app, metrics, None, access_log=True)
     scope = {"type": "http", "method": "GET", "path": "/livez", "headers": []}
     with caplog.at_level(logging.INFO, "service.access"), pytest.raises(asyncio.CancelledError):
         await observed(scope, cast("Receive", None), cast("Send", None))
@@ -137,6 +138,7 @@ async def test_a_request_without_an_answer_has_no_status(caplog: pytest.LogCaptu
     fields = vars(line)["fields"]
     assert fields["aborted"] is True
     assert "status" not in fields
+    assert b'{route="none",status="aborted"} 1.0' in metrics.exposition("")[0]
 
 
 def test_the_access_log_is_off_by_default(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
