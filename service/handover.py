@@ -22,6 +22,9 @@ CHANNEL = "_CAPSNET_CHANNEL"
 OWN_FOLDER = "_CAPSNET_METRICS_FOLDER"
 """And where the workers count, if that folder was made for them: the last to know of it removes it."""
 
+PLACE = "_CAPSNET_PLACE"
+"""And the name of its place among them, which it takes over with the counters of the worker before it."""
+
 MODELS = "_CAPSNET_MODELS"
 """And what it serves: in JSON, each model folder with its manifest's checksum."""
 

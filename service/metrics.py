@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,6 +20,7 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    values,
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
@@ -27,6 +29,7 @@ from prometheus_client.registry import Collector
 
 from service.context import Stage
 from service.errors import StartError
+from service.handover import PLACE
 
 # From a lone small request on a GPU to the default time limit of a request.
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -40,6 +43,24 @@ _GRAPHS = {"encoder": ("encoder", "decoder"), "decoder": ("decoder",)}
 
 # prometheus_client compares a version with numbers, whatever it is.
 _ODD_VERSION = re.compile(r"version=(?!\d{1,9}(\.\d{1,9})*\s*([;,]|$))")
+
+
+def _count_on(place: str) -> None:
+    """Have this process count on in the files of those that had its place before; gauges are its own.
+
+    With files of each process's own, a folder in memory would fill with those of the dead.
+    """
+    of_process = values.ValueClass
+    of_place = values.MultiProcessValue(lambda: place)  # type: ignore[no-untyped-call] # theirs
+
+    def value(kind: str, *arguments: Any, **options: Any) -> Any:
+        return (of_process if kind == "gauge" else of_place)(kind, *arguments, **options)
+
+    values.ValueClass = value
+
+
+if _place := os.environ.get(PLACE):  # before any metric is made, which settles where it counts
+    _count_on(_place)
 
 
 class Metrics:

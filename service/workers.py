@@ -23,7 +23,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from service.backlog import stop_handshakes
 from service.errors import StartError
-from service.handover import CHANNEL, MODELS, OWN_FOLDER, Notice, offer
+from service.handover import CHANNEL, MODELS, OWN_FOLDER, PLACE, Notice, offer
 from service.listeners import bind, listen
 from service.logs import announce
 from service.manifest import manifest_checksum, model_folders
@@ -131,7 +131,7 @@ class _Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
         self._listeners = await bind(self._settings)
-        places = [asyncio.create_task(self._fill_place()) for _ in range(self._settings.workers)]
+        places = [asyncio.create_task(self._fill_place(number)) for number in range(self._settings.workers)]
         try:
             if await self._all_ready():
                 self._begin_to_serve()
@@ -191,13 +191,13 @@ class _Supervisor:
 
     # Workers.
 
-    async def _fill_place(self) -> None:
+    async def _fill_place(self, number: int) -> None:
         """Keep one worker running, and another after it."""
         pause = 0.0
         while not self._stopping.is_set():
             born = time.monotonic()
             try:
-                worker = await self._start()
+                worker = await self._start(number)
             except (OSError, RuntimeError) as error:  # no process, thread, memory or file descriptor is left
                 ended = failure = f"a worker cannot be started: {error}"
             else:
@@ -218,7 +218,7 @@ class _Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
 
-    async def _start(self) -> _Worker:
+    async def _start(self, number: int) -> _Worker:
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as unless_started, theirs:
             unless_started.enter_context(ours)
@@ -229,6 +229,8 @@ class _Supervisor:
                     **os.environ,
                     CHANNEL: str(theirs.fileno()),
                     MODELS: self._models,
+                    # Others may count in the same folder, each process under its own number.
+                    PLACE: f"{os.getpid()}-{number}",
                     "PROMETHEUS_MULTIPROC_DIR": self._metrics_folder,
                 },
                 pass_fds=(theirs.fileno(),),

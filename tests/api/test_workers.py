@@ -126,6 +126,13 @@ def test_workers_share_connections_and_survive_one_another(tiny_models: Path) ->
         until(lambda: len(figure(service, "process_resident_memory_bytes")) == 2, START_LIMIT)
         assert first not in workers_of(service)
         assert figure(service, "capsnet_requests_total", route="/predict", status="200") == [32 + 1 + 16]
+        # Who replaces a worker counts on in its files: they must not become more, nor a figure less.
+        until(lambda: sum("tiny/2 is ready" in line for line in service.log) == 3, START_LIMIT)
+        assert [ask_on(kept_connection(service, stack)) for _ in range(2)] == [200, 200]
+        until(lambda: figure(service, "capsnet_requests_total", route="/predict", status="200") == [51])
+        assert figure(service, "capsnet_batch_size_count", queue="encoder", version="2") == [51]
+        files = Counter(file.name.partition("_")[0] for file in folder.iterdir())
+        assert files == {"counter": 2, "histogram": 2, "gauge": 4}
 
         ended = workers_of(service)
         service.process.send_signal(signal.SIGTERM)
