@@ -191,7 +191,8 @@ class Model:
         self.threads = graphs.threads
         served = self.manifest.name, self.manifest.version
         name = "/".join(served)
-        self._forget = partial(metrics.forget, *served, self.device, self.threads)
+        told = (*served, self.device, self.precision, self.threads)
+        self._forget = partial(metrics.forget, *told)
         self._limit = settings.request_timeout
         self._trial: asyncio.Task[None] | None = None
         self._users = 0
@@ -211,7 +212,7 @@ class Model:
             queue_length=settings.decoder_queue_length,
             metrics=metrics.queue(*served, "decoder"),
         )
-        metrics.model(*served, self.device, self.threads)
+        metrics.model(*told)
 
     @contextmanager
     def in_use(self) -> Iterator["Model"]:

@@ -130,7 +130,7 @@ class Metrics:
         self._model_info = Gauge(
             "capsnet_model_info",
             "1 for each model version that is served.",
-            ("model", "version", "device", "threads"),
+            ("model", "version", "device", "precision", "threads"),
             multiprocess_mode="livemax",
             registry=registry,
         )
@@ -163,19 +163,19 @@ class Metrics:
         """State what runs."""
         self._build_info.labels(version, onnxruntime).set(1)
 
-    def model(self, model: str, version: str, device: str, threads: int) -> None:
+    def model(self, model: str, version: str, device: str, precision: str, threads: int) -> None:
         """State that a model version is served."""
-        self._model_info.labels(model, version, device, str(threads)).set(1)
+        self._model_info.labels(model, version, device, precision, str(threads)).set(1)
 
-    def forget(self, model: str, version: str, device: str, threads: int) -> None:
+    def forget(self, model: str, version: str, device: str, precision: str, threads: int) -> None:
         """Drop every figure of a model version that is no longer served.
 
         prometheus_client cannot drop any in a multiprocess folder: there the last ones stay, beside a 0.
         """
         if self._multiprocess_folder is not None:
-            self._model_info.labels(model, version, device, str(threads)).set(0)
+            self._model_info.labels(model, version, device, precision, str(threads)).set(0)
             return
-        self._model_info.remove(model, version, device, str(threads))
+        self._model_info.remove(model, version, device, precision, str(threads))
         for queue, graphs in _GRAPHS.items():
             for metric in (self._queue_seconds, self._queue_depth, self._batch_rows, self._batch_failures):
                 metric.remove(model, version, queue)

@@ -104,9 +104,10 @@ def test_failed_batches_are_counted(serve: Serve) -> None:
 
 
 def test_what_runs_is_told(serve: Serve) -> None:
-    """Model, device and build are labels, and the process's own figures are there."""
+    """Model, device, precision and build are labels, and the process's own figures are there."""
     found = scrape(serve(threads=1))
-    assert value(found, "capsnet_model_info", model="colour", version="1", device="cpu", threads="1") == 1
+    runs = {"device": "cpu", "precision": "fp32", "threads": "1"}
+    assert value(found, "capsnet_model_info", model="colour", version="1", **runs) == 1
     assert any(name == "capsnet_build_info" for name, _ in found)
     assert value(found, "process_resident_memory_bytes") > 0
 
