@@ -7,6 +7,8 @@ from service.context import Stage, totals
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_PATH = 500  # characters: a line holds it twice, and a caller may choose any
+
 
 def log_access(
     *,
@@ -24,9 +26,12 @@ def log_access(
     Args:
         client: its address, if that is known.
         method: HTTP's, or `gRPC`.
+        path: quoted; what is longer than 500 characters is cut.
         status: HTTP's; with neither this nor the next, there was no answer.
         grpc_status: gRPC's, by its name.
     """
+    if len(path) > _LONGEST_PATH:
+        path = path[:_LONGEST_PATH] + "[cut]"  # brackets are quoted in a path itself
     ended: dict[str, object] = {"aborted": True}
     if grpc_status is not None:
         ended = {"grpc_status": grpc_status}

@@ -121,6 +121,18 @@ def test_the_access_log_tells_no_content(serve: Serve, caplog: pytest.LogCapture
         assert secret not in told
 
 
+def test_the_access_log_cuts_long_paths(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """A caller cannot fill the log with a path; the first 500 characters of it are told."""
+    client = serve(access_log=True)
+    with caplog.at_level(logging.INFO, "service.access"):
+        client.get("/" + 499 * "a")
+        client.get("/" + 300 * "é")
+    whole, cut = (vars(record)["fields"]["path"] for record in caplog.records)
+    assert whole == "/" + 499 * "a"
+    assert cut == ("/" + 300 * "%C3%A9")[:500] + "[cut]"
+    assert f"GET {cut} 404 in " in caplog.messages[1]
+
+
 @pytest.mark.anyio
 async def test_a_request_without_an_answer_has_no_status(caplog: pytest.LogCaptureFixture) -> None:
     """A line says that it was aborted, as its figure does; status is a number wherever it stands."""
