@@ -41,10 +41,12 @@ COPY --from=dependencies /opt/capsnet /opt/capsnet
 COPY --from=code /app /app
 COPY --from=code /models /models
 
-# ONNX Runtime's packages report their use to Microsoft unless told not to before they are imported.
+# ONNX Runtime's packages report their use to Microsoft unless told not to before they are imported. The tunable has
+# glibc ask Linux for large pages.
 ENV PATH=/opt/capsnet/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     ORT_DISABLE_TELEMETRY=1 \
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
     CAPSNET_HOST=0.0.0.0 \
     CAPSNET_PORT=8000 \
     CAPSNET_MODELS=/models

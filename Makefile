@@ -21,6 +21,8 @@ HOLD := onnxruntime==1.31.1 torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # ONNX Runtime's packages report their use to Microsoft unless told not to before they are imported.
 export ORT_DISABLE_TELEMETRY := 1
+# Weights in large pages: glibc asks Linux for them. See docs/decisions/0044; elsewhere it means nothing.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
