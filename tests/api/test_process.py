@@ -420,7 +420,7 @@ def test_every_line_of_a_json_log_is_json(tiny_models: Path) -> None:
         form = {"content-type": "multipart/form-data; boundary=x"}
         assert service.client.post("/predict", content=b"no form", headers=form).status_code == 400
         with socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT) as connection:
-            connection.sendall(b"this is not HTTP\r\n\r\n")  # uvicorn itself complains of it
+            connection.sendall(b"this is not HTTP\r\n\r\n")
             assert connection.recv(1000).startswith(b"HTTP/1.1 400")
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(LIMIT) == 0
@@ -433,4 +433,4 @@ def test_every_line_of_a_json_log_is_json(tiny_models: Path) -> None:
     ]
     assert access[1]["request_id"] == identity
     assert [entry for entry in entries if entry.get("request_id")] == access
-    assert "uvicorn.error" in {entry["logger"] for entry in entries}
+    assert "service.refusals" in {entry["logger"] for entry in entries}

@@ -173,7 +173,7 @@ def test_baseline(
 ) -> None:
     """The baseline trains and resumes to the last bit, is evaluated, and is not exported."""
     config = replace(model_config, architecture="baseline-cnn", conv_channels=8)
-    schedule = replace(train_config, epochs=2, learning_rate=2e-3, final_learning_rate=1e-3)
+    schedule = replace(train_config, epochs=6, batch_size=4, learning_rate=1e-3, final_learning_rate=5e-4)
 
     def run(folder: str, stop: bool = False) -> checkpoints.Checkpoint:
         def interrupt(_: object) -> None:
@@ -191,7 +191,7 @@ def test_baseline(
     torch.manual_seed(999)  # dropout must not depend on it
     parts = run("parts")
     assert all(torch.equal(weight, parts.model[name]) for name, weight in whole.model.items())
-    assert whole.history[1]["cross_entropy_loss"] < whole.history[0]["cross_entropy_loss"]
+    assert whole.history[-1]["cross_entropy_loss"] < 0.9 * whole.history[0]["cross_entropy_loss"]
     result = evaluate(TorchPredictor(whole.network()), load_split("test"))
     assert result.images == 66
     assert len(result.reconstruction_errors) == 0
