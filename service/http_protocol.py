@@ -118,7 +118,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _refuse(self) -> None:
         client = self.client[0] if self.client else "somebody"
         _log_malformed(f"{client} sent what cannot be read as an HTTP request")
-        if self.cycle is None or self.cycle.response_complete:  # otherwise it counts as the request in hand
+        if self.cycle is None or not self.cycle.more_body:  # otherwise it is part of the request in hand
             self._malformed()
         self.send_400_response("Invalid HTTP request received.")
 

@@ -26,9 +26,11 @@ async def bind(settings: Settings) -> list[socket.socket]:
             asyncio.Protocol, hosts, port, start_serving=False
         )
     except (OSError, UnicodeError) as error:
-        # Of a name that is unknown or none, or of another machine's address, the port is innocent.
-        wrong_host = isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL
-        setting = "CAPSNET_HOST" if wrong_host else "CAPSNET_PORT"
+        # Of a name that is unknown or none, or of another machine's address, the port is innocent. For the
+        # latter Python 3.13 has no errno.
+        no_name = isinstance(error, socket.gaierror | UnicodeError)
+        innocent = no_name or error.errno in (None, errno.EADDRNOTAVAIL)
+        setting = "CAPSNET_HOST" if innocent else "CAPSNET_PORT"
         raise StartError(f"{setting}: {host}:{port} cannot be taken: {error}") from error
     # Duplicates, because an event loop's own objects do nothing but tell of themselves.
     listeners = [socket.fromfd(bound.fileno(), bound.family, bound.type) for bound in server.sockets]

@@ -229,6 +229,7 @@ async def _serve(settings: Settings, channel: socket | None) -> None:
             answer_room=Room(settings.max_bodies, "answers that are not taken yet"),
             malformed=count_malformed,
         ),
+        ws="none",  # whatever is installed: it would leave a connection that asks for it without an answer
         lifespan="off",  # entered below, so that a failed start is one line and not a stack
         log_config=None,
         access_log=False,  # ours has the request's id and its stages

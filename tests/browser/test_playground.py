@@ -327,12 +327,16 @@ def test_undo_brings_back_what_was_replaced(page: Page) -> None:
 
 
 def test_undo_ends_where_its_memory_does(page: Page) -> None:
-    """Only so many steps are kept, and beyond them nothing is taken away."""
+    """Only so many steps are kept, and beyond them nothing is taken away, nor read anew."""
     press_often = "(button, times) => { while (times--) button.click(); }"
     page.get_by_role("button", name="Example 7").evaluate(press_often, 60)
     page.get_by_role("button", name="Undo").evaluate(press_often, 60)
     expect(page.locator("#output")).to_have_attribute("aria-busy", "false")
     expect(page.locator("#verdict")).to_contain_text("This is")
+    read = asked_for(page, "predict")
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_timeout(300)
+    assert not read
 
 
 def test_a_cancelled_stroke_ends(page: Page) -> None:

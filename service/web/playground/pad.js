@@ -57,7 +57,8 @@ export class Pad {
   /** Bring back what was shown before the last stroke, picture or clearing. */
   undo() {
     this.#opening = null;
-    this.#shown = this.#past.pop() ?? this.#shown;
+    if (this.#past.length === 0) return;
+    this.#shown = this.#past.pop();
     this.#draw();
   }
 

@@ -461,6 +461,15 @@ async def test_what_is_no_request_is_refused_and_counted(
     assert len(caplog.messages) < 20
 
 
+async def test_what_comes_behind_a_request_counts_by_itself() -> None:
+    """Bytes that are no HTTP are refused beside the whole request before them."""
+    counted: list[None] = []
+    async with served(Echo(), malformed=lambda: counted.append(None)) as (_, reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n\x16\x03\x01\x02")
+        await reader.read()
+    assert counted == [None]
+
+
 async def test_a_request_that_breaks_off_counts_once() -> None:
     """One whose body is wrong has reached the application, and counts there."""
 

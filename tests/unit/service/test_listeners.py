@@ -1,5 +1,6 @@
 """Taking an address, and answering on it later."""
 
+import asyncio
 import contextlib
 import re
 import socket
@@ -41,6 +42,19 @@ async def test_all_addresses_are_those_of_both_families(tmp_path: Path) -> None:
         listen(listeners)
         for address in ("::1", "127.0.0.1"):
             socket.create_connection((address, port)).close()
+
+
+async def test_python_that_tells_no_reason_blames_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python 3.13 on asyncio goes past an address that this machine has not, and has no errno."""
+
+    async def no_address(*_: object, **__: object) -> None:
+        raise OSError("could not bind on any address out of [('192.0.2.1', 0)]")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_server", no_address)
+    with pytest.raises(StartError, match=r"^CAPSNET_HOST: "):
+        await bind(Settings(models=tmp_path, host="192.0.2.1", port=0))
 
 
 @pytest.mark.parametrize("host", ["nope.invalid", "192.0.2.1", "two..dots"])
