@@ -28,8 +28,8 @@ async def bind(settings: Settings) -> list[socket.socket]:
     except (OSError, UnicodeError) as error:
         # Of a name that is unknown or none, or of another machine's address, the port is innocent. For the
         # latter Python 3.13 has no errno.
-        no_name = isinstance(error, socket.gaierror | UnicodeError)
-        innocent = no_name or error.errno in (None, errno.EADDRNOTAVAIL)
+        code = getattr(error, "errno", None)
+        innocent = isinstance(error, socket.gaierror) or code in (None, errno.EADDRNOTAVAIL)
         setting = "CAPSNET_HOST" if innocent else "CAPSNET_PORT"
         raise StartError(f"{setting}: {host}:{port} cannot be taken: {error}") from error
     # Duplicates, because an event loop's own objects do nothing but tell of themselves.
