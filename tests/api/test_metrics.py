@@ -110,6 +110,7 @@ def test_what_runs_is_told(serve: Serve) -> None:
     assert value(found, "capsnet_model_info", model="colour", version="1", **runs) == 1
     assert any(name == "capsnet_build_info" for name, _ in found)
     assert value(found, "process_resident_memory_bytes") > 0
+    assert any(name == "python_info" for name, _ in found)
 
 
 def test_openmetrics_is_offered(client: TestClient) -> None:
@@ -157,5 +158,7 @@ def test_processes_that_share_a_folder_answer_for_all(
             assert value(found, "capsnet_requests_total", route="/predict", status="200") == 3
             assert value(found, "capsnet_batch_size_sum", **ENCODER) == 3
             assert value(found, "capsnet_queue_depth", **ENCODER) == 0
+            assert value(found, "capsnet_requests_in_flight") == 1  # the scrape itself
+            assert any(name == "python_info" for name, _ in found)
             for process in (first.process, second.process):
                 assert value(found, "process_resident_memory_bytes", pid=str(process.pid)) > 0

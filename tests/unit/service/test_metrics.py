@@ -1,0 +1,38 @@
+"""What a queue's metrics hold after one batch, and where processes may count together."""
+
+import os
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.context import Stage
+from service.errors import StartError
+from service.metrics import Metrics
+
+
+@pytest.mark.parametrize("queue", ["encoder", "decoder"])
+def test_a_batch_is_observed_as_it_was(queue: str) -> None:
+    """Its rows and the seconds of each graph are those that it had; a graph that it has not is not told."""
+    metrics = Metrics()
+    batch = metrics.queue("tiny", "1", queue)
+    batch.batch(3, [Stage("queue", 0, 9), Stage("encoder", 1, 1.25), Stage("decoder", 2, 2.5)])
+    found = {
+        (sample.name, sample.labels.get("graph"), sample.labels.get("le")): sample.value
+        for family in text_string_to_metric_families(metrics.exposition("")[0].decode())
+        for sample in family.samples
+    }
+    name = "capsnet_inference_duration_seconds_sum"
+    graphs = {"encoder": {"encoder": 0.25, "decoder": 0.5}, "decoder": {"decoder": 0.5}}[queue]
+    assert {graph: value for (sample, graph, _), value in found.items() if sample == name} == graphs
+    assert [found["capsnet_batch_size_bucket", None, f"{rows}.0"] for rows in (1, 2, 4)] == [0, 0, 1]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes cannot count together in a folder that is there, but not theirs."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)  # root may write anywhere
+    with pytest.raises(StartError, match="PROMETHEUS_MULTIPROC_DIR"):
+        Metrics()
