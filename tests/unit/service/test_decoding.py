@@ -35,7 +35,7 @@ async def test_images_come_back_in_order() -> None:
 
 
 async def test_only_a_small_image_is_decoded_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One small image is decoded where it is; a large one, or several, on a thread."""
+    """One small image is decoded where it is; a large one, a long one, or several, on a thread."""
     threads = []
 
     def spy(*arguments: object) -> object:
@@ -46,16 +46,34 @@ async def test_only_a_small_image_is_decoded_on_the_event_loop(monkeypatch: pyte
     here = decoder()
     await here.decode([SMALL], SPEC, "auto")
     await here.decode([LARGE], SPEC, "auto")
+    await here.decode([SMALL + bytes(32 * 1024)], SPEC, "auto")
     await here.decode([SMALL, SMALL], SPEC, "auto")
     main = threading.main_thread()
-    assert [thread is main for thread in threads] == [True, False, False, False]
+    assert [thread is main for thread in threads] == [True, False, False, False, False]
 
 
-async def test_the_image_at_fault_is_named() -> None:
-    """Of several images the error says which one, counting from 0."""
+async def test_as_many_requests_are_decoded_at_once_as_there_are_cpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of two requests begins before the other one ends where there are two CPUs."""
+    both = threading.Barrier(2)
+
+    def meet(*arguments: object) -> object:
+        both.wait(10)
+        return prepare(*arguments)  # type: ignore[arg-type] # passed on as they came
+
+    monkeypatch.setattr(decoding, "cpu_limit", lambda: 2)
+    monkeypatch.setattr(decoding, "prepare", meet)
+    here = decoder()
+    await asyncio.gather(*(here.decode([LARGE], SPEC, "auto") for _ in range(2)))
+
+
+@pytest.mark.parametrize("fault", [b"nonsense", SMALL[:-30]], ids=["none", "half"])
+async def test_the_image_at_fault_is_named(fault: bytes) -> None:
+    """Of several images the error says which one, counting from 0, be it no image or one that breaks off."""
     with pytest.raises(InvalidInput) as refused:
-        await decoder().decode([SMALL, SMALL, b"nonsense"], SPEC, "auto")
-    assert refused.value.detail.startswith("Image 2: ")
+        await decoder().decode([SMALL, fault], SPEC, "auto")
+    assert refused.value.detail.startswith("Image 1: ")
 
 
 async def test_limits_are_met_exactly() -> None:
@@ -80,8 +98,9 @@ async def test_waiting_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     limited = decoder(max_decoding=2)
     tasks = [asyncio.create_task(limited.decode([LARGE], SPEC, "auto")) for _ in range(2)]
     await asyncio.sleep(0)
-    with pytest.raises(Overloaded):
+    with pytest.raises(Overloaded) as refused:
         await limited.decode([LARGE], SPEC, "auto")
+    assert refused.value.retry_after == 1
     blocked.set()
     await asyncio.gather(*tasks)
     assert (await limited.decode([LARGE], SPEC, "auto")).shape == (1, 28, 28)
@@ -124,3 +143,24 @@ async def test_an_image_is_let_go_once_it_is_decoded(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(decoding, "prepare", spy)
     assert (await decoder().decode([encode(image_of(1), "WEBP")] * 4, SPEC, "auto")).shape == (4, 28, 28)
+
+
+async def test_what_waits_at_the_end_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed, a decoder ends the image in hand, and no request that waits behind it is begun."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(*arguments: object) -> object:
+        begun.set()
+        assert go_on.wait(10)
+        return prepare(*arguments)  # type: ignore[arg-type] # passed on as they came
+
+    monkeypatch.setattr(decoding, "cpu_limit", lambda: 1)
+    monkeypatch.setattr(decoding, "prepare", wait)
+    here = decoder()
+    first, second = (asyncio.create_task(here.decode([LARGE], SPEC, "auto")) for _ in range(2))
+    await asyncio.to_thread(begun.wait, 10)
+    here.close()
+    go_on.set()
+    assert (await first).shape == (1, 28, 28)
+    with pytest.raises(asyncio.CancelledError):
+        await second
