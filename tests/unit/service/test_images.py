@@ -3,6 +3,7 @@
 import io
 import struct
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,14 @@ def test_a_shaded_and_noisy_photograph_is_levelled() -> None:
     assert np.median(got[got > 128]) > 230
 
 
+def test_a_photograph_that_is_darker_at_its_edges_is_levelled() -> None:
+    """Light that falls off from the middle on, as a lens or a lamp has it, is no ink."""
+    y, x = np.mgrid[-1:1:280j, -1:1:280j]
+    paper = (230 - 60 * x * x - 60 * y * y) * (1 - 0.75 * (glyph(280) > 0))
+    got = prepared(encode(paper.astype(np.uint8)))
+    np.testing.assert_array_equal(got > 128, prepared(encode(255 - glyph(280))) > 128)
+
+
 def test_thin_strokes_keep_their_strength() -> None:
     """A stroke much thinner than a pixel of the result is still drawn at full strength."""
     image = np.full((1000, 1000), 255, np.uint8)
@@ -222,6 +231,12 @@ def test_16_bits_may_hold_fewer(bits: int) -> None:
     np.testing.assert_allclose(prepared(encode(levels), preprocess="none"), glyph(), atol=1)
 
 
+def test_a_level_that_eight_bits_cannot_hold_is_of_ten() -> None:
+    """One level above 255 is a quarter of the range, and does not begin again at 0."""
+    levels = np.where(glyph() > 0, 256, 0).astype(np.uint16)
+    assert prepared(encode(levels), preprocess="none").max() == 256 * 255 // 1023
+
+
 @pytest.mark.parametrize(("ink", "sheet", "alpha"), [(0, 0, 0), (255, 255, 0), (0, 255, 9), (255, 0, 9)])
 def test_transparency_is_put_on_what_the_ink_stands_out_from(ink: int, sheet: int, alpha: int) -> None:
     """Black or white strokes on a sheet that is all but transparent become the same digit."""
@@ -241,13 +256,23 @@ def test_a_palette_with_transparency_is_read() -> None:
     np.testing.assert_array_equal(prepared(file.getvalue()), glyph())
 
 
-def test_orientation_is_applied() -> None:
-    """A photograph that its EXIF tag calls rotated is turned upright."""
-    upright = glyph()
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied(orientation: int) -> None:
+    """A photograph is brought upright: the tag says where its first row and first column belong."""
+    first_row, first_column = [  # Exif 2.32, table of tag 274
+        ("top", "left"), ("top", "right"), ("bottom", "right"), ("bottom", "left"),
+        ("left", "top"), ("right", "top"), ("right", "bottom"), ("left", "bottom"),
+    ][orientation - 1]  # fmt: skip
+    stored = upright = glyph()
+    if "bottom" in (first_row, first_column):
+        stored = stored[::-1]
+    if "right" in (first_row, first_column):
+        stored = stored[:, ::-1]
+    if first_row in ("left", "right"):
+        stored = stored.T
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
-    turned = encode(np.rot90(upright), "PNG", exif=exif.tobytes())
-    np.testing.assert_array_equal(prepared(turned), upright)
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(prepared(encode(stored, "PNG", exif=exif.tobytes())), upright)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
@@ -345,12 +370,19 @@ def test_a_large_photograph_is_decoded_at_a_fraction_of_its_size() -> None:
     assert max(opened.size) <= 600
 
 
+def test_a_large_model_gets_all_that_it_can_take() -> None:
+    """For a network of 512 pixels a JPEG of 1,024 is halved, whose stripes of two pixels stay stripes."""
+    stripes = np.tile(np.repeat(np.array([0, 255], np.uint8), 2), (1024, 256))
+    spec = PLAIN.model_copy(update={"height": 512, "width": 512})
+    assert np.ptp(prepared(encode(stripes, "JPEG", quality=95), spec)) > 200
+
+
 def test_base64_and_data_urls_are_read() -> None:
     """Plain base64, base64 in lines, and data URLs give the same bytes."""
     data = bytes(range(256))
     text = base64_text(data)
-    lines = "\n".join(text[start : start + 76] for start in range(0, len(text), 76))
-    for form in (text, lines, f"data:image/png;base64,{text}"):
+    lines = "\r\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    for form in (text, lines, lines.replace("\r", ""), f"data:image/png;base64,{text}"):
         assert decode_base64(form) == data
 
 
@@ -362,6 +394,27 @@ def test_broken_base64_is_refused(text: str) -> None:
     with pytest.raises(InvalidInput) as refused:
         decode_base64(text)
     assert "base64" in str(refused.value.expected)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: decode_base64("%" * 9999),
+        lambda: decode_base64(f"data:{'x' * 9999},"),
+        lambda: open_image(bytes(9999), MAX_PIXELS),
+        lambda: read_npy(
+            npy_with_header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({'1, ' * 2000})}}"),
+            (28, 28),
+            max_images=10,
+        ),
+    ],
+    ids=["base64", "data_url", "bytes", "npy"],
+)
+def test_an_error_repeats_little_of_what_was_sent(read: Callable[[], object]) -> None:
+    """However long a refused text is, two hundred characters at most come back."""
+    with pytest.raises(InvalidInput) as refused:
+        read()
+    assert len(str(refused.value.received)) <= 200
 
 
 @pytest.mark.parametrize("fortran", [False, True])
