@@ -197,7 +197,6 @@ def _load_on_cuda(path: Path, threads: int, cuda: Mapping[str, str]) -> onnxrunt
 def _load(path: Path, threads: int, providers: Sequence[Any]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors
     # Spinning threads take the cores from the event loop between two batches.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

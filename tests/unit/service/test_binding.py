@@ -206,6 +206,13 @@ def test_another_dtype_or_shape_is_refused(
     assert fetched(lengths).argmax() == 3
 
 
+def test_inputs_of_different_lengths_are_refused(bound: tuple[BoundSession, BoundSession]) -> None:
+    """One target for three rows of capsules is not meant for each of them."""
+    capsules, _ = bound[0].run(IMAGES[:3])
+    with pytest.raises(ValueError, match=r"target is int64 \(1,\), expected int64 \(3,\)"):
+        bound[1].run(capsules, TARGETS[:1])
+
+
 def test_rows_held_elsewhere_are_refused(bound: tuple[BoundSession, BoundSession]) -> None:
     """The decoder reads the capsules of its own upstream, where those of as many rows are."""
     encoded, lengths = bound[0].run(IMAGES[:3])

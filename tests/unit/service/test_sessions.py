@@ -16,6 +16,7 @@ from service.sessions import (
     cuda_options,
     open_session,
     resolve_device,
+    session_threads,
     warm_up,
 )
 from service.settings import Settings
@@ -97,6 +98,17 @@ def test_threads_do_not_spin(folder: Path, encoder: Graph) -> None:
     assert options.intra_op_num_threads == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "threads"), [({}, 8), ({"workers": 3}, 2), ({"workers": 16}, 1), ({"threads": 5}, 5)]
+)
+def test_workers_share_the_cpus(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], threads: int
+) -> None:
+    """Of 8 CPUs each of 3 workers takes 2, and each of 16 takes one; a number that is set counts for each."""
+    monkeypatch.setattr("service.sessions.cpu_limit", lambda: 8)
+    assert session_threads(Settings.model_validate({"device": "cpu", **settings})) == threads
+
+
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has CUDA"
 )
@@ -121,6 +133,21 @@ def test_a_cuda_provider_that_does_not_start_is_an_error(
     # The real loader, asked for a provider that this build lacks, warns and goes on with the CPU.
     with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(DeviceError, match="CPU"):
         open_session(folder / encoder.file, encoder, device="cuda", threads=1)
+
+
+def test_a_failing_run_on_cuda_is_not_repeated_on_the_cpu(
+    folder: Path, encoder: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime would load the graph anew on the CPU after an error, and stay there."""
+    on_cpu = open_session(folder / encoder.file, encoder, device="cpu", threads=1).inference
+    on_cpu.enable_fallback()
+    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(on_cpu, "get_providers", lambda: available)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: on_cpu)
+    session = open_session(folder / encoder.file, encoder, device="cuda", threads=1)
+    assert session.device == "cuda"
+    assert not session.inference._enable_fallback
 
 
 def test_what_the_cuda_provider_is_told(
