@@ -123,8 +123,6 @@ class Repository:
         if not self._engine.ready:
             raise ShuttingDown("The service is stopping; it loads no more models.")
         gone = [model for found, model in served.items() if version is None and found not in folders]
-        for loaded in graphs:
-            self._reasons.pop((name, loaded.manifest.version), None)
         await self._change([Model(loaded, self._settings, self._metrics) for loaded in graphs], gone)
 
     async def _read(self, name: str, version: str, folder: Path, served: Model | None) -> Graphs | None:
@@ -136,8 +134,7 @@ class Repository:
         except (ManifestError, DeviceError) as error:
             logger.warning("%s/%s cannot be loaded: %s", name, version, error)
             reason = self._without_paths(str(error))
-            if served is None:
-                self._reasons[name, version] = reason
+            self._reasons[name, version] = reason
             raise RepositoryRefused(
                 f"{name}/{version} cannot be loaded, and what is served stays as it is: {reason}"
             ) from error

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, load, save
 
 from service.engine import Engine, Graphs, load_graphs, open_engine
 from service.errors import InvalidInput, RepositoryRefused, ShuttingDown, UnknownModel
-from service.manifest import MANIFEST_FILE, Manifest, read_manifest, sha256, write_manifest
+from service.manifest import MANIFEST_FILE, Manifest, ManifestError, read_manifest, sha256, write_manifest
 from service.metrics import Metrics
 from service.repository import Repository
 from service.settings import Settings
@@ -104,17 +104,23 @@ async def test_the_index_lists_both_graphs_of_every_version(models: Path) -> Non
     """Newest first; `ready` leaves only what is served; what is served stays listed without its folder."""
     write_tiny_model(models, "colour", "1", channels=3)
     async with opened(models) as (_, repository):
-        write_tiny_model(models, "tiny", "2")
+        write_tiny_model(models, "tiny", "10")
+        write_tiny_model(models, "tiny", "9")
         shutil.rmtree(models / "colour")
         assert [(entry.name, entry.version, entry.state) for entry in await repository.index()] == [
             ("colour-encoder", "1", "READY"),
             ("colour-decoder", "1", "READY"),
-            ("tiny-encoder", "2", "UNAVAILABLE"),
+            ("tiny-encoder", "10", "UNAVAILABLE"),
+            ("tiny-encoder", "9", "UNAVAILABLE"),
             ("tiny-encoder", "1", "READY"),
-            ("tiny-decoder", "2", "UNAVAILABLE"),
+            ("tiny-decoder", "10", "UNAVAILABLE"),
+            ("tiny-decoder", "9", "UNAVAILABLE"),
             ("tiny-decoder", "1", "READY"),
         ]
         assert {entry.version for entry in await repository.index(ready=True)} == {"1"}
+        with pytest.raises(UnknownModel) as refused:
+            await repository.unload("colour-encoder", {"version": "2"})
+        assert refused.value.expected == "one of 1"
 
 
 async def test_one_version_of_several_can_be_loaded(models: Path) -> None:
@@ -218,6 +224,21 @@ async def test_a_broken_version_changes_nothing(models: Path, spoil: Any, words:
         assert words in reason
         await repository.load("tiny-encoder", {"version": "2"})
         assert served(engine) == ["tiny/2", "tiny/1"]
+
+
+async def test_a_refusal_tells_no_folder(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where our models lie nor where ONNX Runtime was built is left in what somebody else wrote."""
+
+    def load_graphs(folder: Path, _: Settings) -> Graphs:
+        raise ManifestError(f"{folder / 'encoder.onnx'}: failed at /onnxruntime_src/core/session.cc:12")
+
+    async with opened(models) as (_, repository):
+        write_tiny_model(models, "tiny", "2")
+        monkeypatch.setattr("service.repository.load_graphs", load_graphs)
+        with pytest.raises(RepositoryRefused):
+            await repository.load("tiny-encoder", {})
+        _, reason = (await states(repository))["tiny-encoder/2"]
+        assert reason == "tiny/2/encoder.onnx: failed at session.cc:12"
 
 
 async def test_a_mended_version_can_be_loaded_after_all(models: Path) -> None:
@@ -385,6 +406,26 @@ async def test_parameters_are_never_ignored(models: Path, parameters: dict[str, 
             with pytest.raises(InvalidInput):
                 await change("tiny-encoder", parameters)
         assert served(engine) == ["tiny/2", "tiny/1"]
+
+
+@pytest.mark.parametrize(
+    ("graph", "parameters"),
+    [
+        ("x" * 999, {}),
+        ("tiny-encoder", {"version": "9" * 999}),
+        ("tiny-encoder", {"version": [1] * 999}),
+        ("tiny-encoder", {"x" * 999: 1}),
+    ],
+    ids=["graph", "version", "list", "parameter"],
+)
+async def test_a_refusal_repeats_little_of_what_was_sent(
+    models: Path, graph: str, parameters: dict[str, object]
+) -> None:
+    """However long a name or a version is, a hundred characters of it come back at most."""
+    async with opened(models) as (_, repository):
+        with pytest.raises((UnknownModel, InvalidInput)) as refused:
+            await repository.load(graph, parameters)
+        assert len(str(refused.value.received)) <= 102
 
 
 async def test_changes_take_turns(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
