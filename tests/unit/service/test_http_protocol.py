@@ -101,13 +101,29 @@ async def test_a_head_up_to_the_limit_is_read() -> None:
     """A large cookie is no attack; and a body, whose limit is another, is none either."""
     app = App()
     app.refusing = False
-    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\nCookie: "
     async with served(app) as (_, reader, writer):
-        for _ in range(2):  # on a kept connection each has the whole limit
-            writer.write(
-                head + b"c" * (http_protocol.MAX_HEAD - len(head) - 4) + b"\r\n\r\n" + bytes(300_000)
-            )
+        for length in (0, 0, 300_000, 300_000):  # on a kept connection each has the whole limit
+            head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nCookie: " % length
+            cookie = b"c" * (http_protocol.MAX_HEAD - len(head) - 4)
+            writer.write(head + cookie + b"\r\n\r\n" + bytes(length))
             assert await answer(reader) == b"ok"
+
+
+async def test_a_head_in_pieces_has_one_limit() -> None:
+    """The time for a head runs once, and ends with it: nothing closes the connection afterwards."""
+    app = App()
+    app.refusing = False
+    async with served(app) as (server, reader, writer):
+        await until(lambda: bool(server.server_state.connections))
+        (connection,) = cast("set[LimitedProtocol]", server.server_state.connections)
+        limit = connection._limit
+        assert limit is not None
+        writer.write(REQUEST[:9])
+        await until(lambda: connection._unread == 9)
+        assert connection._limit is limit
+        writer.write(REQUEST[9:])
+        assert await answer(reader) == b"ok"
+        assert limit.cancelled()
 
 
 async def test_trailers_without_end_are_refused() -> None:
@@ -199,6 +215,19 @@ async def test_a_connection_that_was_reset_is_forgotten() -> None:
         while server.server_state.connections:
             await asyncio.sleep(0.01)
         assert connection.timeout_keep_alive_task is None
+
+
+async def test_a_connection_that_ends_in_a_head_is_forgotten() -> None:
+    """Nothing waits for the rest of a head that will not come."""
+    async with served(App()) as (server, _, writer):
+        await until(lambda: bool(server.server_state.connections))
+        (connection,) = cast("set[LimitedProtocol]", server.server_state.connections)
+        limit = connection._limit
+        assert limit is not None
+        writer.write(REQUEST[:9])
+        writer.close()
+        await until(lambda: not server.server_state.connections)
+        assert limit.cancelled()
 
 
 async def test_an_answer_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
