@@ -120,6 +120,13 @@ def test_fgsm_is_one_step(trained: CapsNet, load_split: Load) -> None:
     assert torch.equal(ATTACKS["FGSM"](trained, images, labels, 30, STEPS), once)
 
 
+def test_an_aware_attack_has_as_many_steps_for_either_aim(trained: CapsNet, load_split: Load) -> None:
+    """Two steps of R-BIM are two towards another class, and two towards what its capsule draws."""
+    images, labels = load_split("test").images, load_split("test").labels
+    losses = [excess(trained, labels), likeness(trained, labels)]
+    assert torch.equal(ATTACKS["R-BIM"](trained, images, labels, 30, 2), ascend(images, losses, 30, 30, 4))
+
+
 def test_an_aware_attack_is_drawn_better(trained: CapsNet, load_split: Load) -> None:
     """What R-BIM makes is more like what the other class's capsule draws than what BIM makes."""
     dataset = load_split("test")
