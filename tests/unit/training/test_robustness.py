@@ -156,6 +156,21 @@ def test_the_baseline_is_measured_too(model_config: ModelConfig) -> None:
         assert [len(curve) for curve in network["errors"].values()] == [9, 9, 7, 9]
 
 
+def test_the_seed_decides_what_is_drawn() -> None:
+    """One seed gives the same images each time, and another one others."""
+    drawn: list[float] = []
+
+    def note(images: Tensor, _: float, generator: torch.Generator) -> Tensor:
+        drawn.append(float(torch.rand(1, generator=generator)))
+        return images
+
+    for seed in (1, 1, 2):
+        networks = [Trained("one", Corner(), TRAINED, Path("one"))]
+        changes = {"noise": Change("grey levels", (0, 50), note)}
+        robustness.measure(networks, bright_and_dark(), seed=seed, changes=changes, say=lambda _: None)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_another_networks_images() -> None:
     """A network that takes other images is refused before any is measured."""
     dataset = bright_and_dark()
