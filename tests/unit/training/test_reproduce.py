@@ -102,6 +102,13 @@ def test_full_run_is_recorded_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert json.loads(path.read_text()) == ended
 
 
+def test_of_several_processes_one_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is not the first of those that train together leaves the tests to that one."""
+    monkeypatch.setenv("RANK", "1")
+    path = reproduce.reproduce("routing-1", small(ROWS["routing-1"]), "smoke", device="cpu")
+    assert json.loads(path.read_text())["tests"] == {}
+
+
 def test_runs_of_other_lengths_keep_apart() -> None:
     """A run of one length leaves the record and the checkpoint of another as they are."""
     row = small(ROWS["routing-1"])
