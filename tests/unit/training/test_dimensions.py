@@ -20,6 +20,7 @@ from training.dimensions import (
     Look,
     describe,
     distinguish,
+    explain,
     look,
     measure_dimensions,
     tangents,
@@ -142,6 +143,14 @@ def test_what_is_too_little_to_tell() -> None:
     names = [dimension.name for dimension in found]
     assert names == [LITTLE_EFFECT, "top left part", NO_ONE_EFFECT, NO_ONE_EFFECT]
     assert found[1].shares == {"top left part": 0.06}
+
+
+def test_what_changes_at_once_is_no_steady_change() -> None:
+    """Of ink that comes in the last of four steps, growth at one rate explains a quarter at most."""
+    drawings = np.stack([frame(np.zeros(11, np.float32))] * len(DELTAS))[None]
+    drawings[0, -1] *= 1.2
+    alone, _ = explain(drawings)
+    assert 0.1 < alone.max() <= 0.25
 
 
 def test_parts_of_an_oblong_drawing() -> None:
