@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from service.manifest import Start as Recorded
-from service.manifest import read_manifest
+from service.manifest import read_manifest, sha256
 from training import checkpoint as checkpoints
 from training.checkpoint import Checkpoint, CheckpointError
 from training.config import ModelConfig, TrainConfig
@@ -43,6 +43,7 @@ def test_from_a_run(run: Run, tmp_path: Path) -> None:
         start = read_start(path)
         assert start.epochs == 1
         assert start.source == "a run on shapes"
+        assert start.sha256 == sha256(tmp_path / "run" / checkpoints.CHECKPOINT_FILE)
         assert start.weights.keys() == state.model.keys()
         assert all(torch.equal(start.weights[name], state.model[name]) for name in state.model)
 
