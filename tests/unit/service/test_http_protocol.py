@@ -525,4 +525,5 @@ async def test_a_method_for_tunnels_is_one_like_others(caplog: pytest.LogCapture
     async with served(app) as (_, reader, writer):
         writer.write(b"CONNECT / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert await answer(reader) == b"00"
+    assert app.requests == 1
     assert caplog.messages == []
