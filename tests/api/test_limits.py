@@ -13,7 +13,6 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from service import routes
 from service.app import create_app
 from service.batching import Arrays, Batcher
 from service.errors import InvalidInput
@@ -116,10 +115,19 @@ async def test_health_answers_while_the_device_is_busy(tiny_models: Path) -> Non
         assert (await service.client.get("/readyz")).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/predict", "/reconstruct", "/reconstruct/sweep"])
-@pytest.mark.parametrize("kind", ["json", "multipart"])
+@pytest.mark.parametrize(
+    ("path", "kind", "parser"),
+    [
+        *[
+            (path, kind, f"routes.parse_{kind}")
+            for path in ("/predict", "/reconstruct", "/reconstruct/sweep")
+            for kind in ("json", "multipart")
+        ],
+        ("/v2/models/tiny-encoder/infer", "json", "oip._parse"),
+    ],
+)
 async def test_health_answers_while_a_large_body_is_parsed(
-    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, path: str, kind: str
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, path: str, kind: str, parser: str
 ) -> None:
     """Only small bodies are parsed on the event loop."""
     go_on, started = threading.Event(), threading.Event()
@@ -129,7 +137,7 @@ async def test_health_answers_while_a_large_body_is_parsed(
         assert go_on.wait(LIMIT / 2)
         raise InvalidInput("Too long.", received="this", expected="that")
 
-    monkeypatch.setattr(routes, f"parse_{kind}", wait)
+    monkeypatch.setattr(f"service.{parser}", wait)
     async with running(tiny_models) as service:
         media_type = {"json": "application/json", "multipart": "multipart/form-data; boundary=x"}[kind]
         post = service.client.post(path, content=bytes(40_000), headers={"content-type": media_type})
@@ -137,7 +145,9 @@ async def test_health_answers_while_a_large_body_is_parsed(
         assert await asyncio.to_thread(started.wait, LIMIT)
         assert (await service.client.get("/livez")).status_code == 200
         go_on.set()
-        problem(await answer, 422)
+        refused = await answer
+        assert refused.status_code == (400 if path.startswith("/v2") else 422)
+        assert "Too long" in refused.text
 
 
 async def test_overload_is_refused_before_anything_is_decoded(tiny_models: Path) -> None:
