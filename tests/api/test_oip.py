@@ -142,6 +142,16 @@ def test_the_decoder_takes_only_values_that_it_can_draw(client: TestClient, valu
     assert "digit_capsules" in error(client.post(DECODER, content=text), 400)
 
 
+@pytest.mark.parametrize("component", [-10, 10])
+def test_the_decoder_takes_the_largest_tweaks(client: TestClient, component: int) -> None:
+    """A capsule's components may reach the bounds, below zero as well, and the target the last class."""
+    shape = [1, CLASSES, DIMENSIONS]
+    data = [component] * (CLASSES * DIMENSIONS)
+    capsules = {"name": "digit_capsules", "datatype": "FP32", "shape": shape, "data": data}
+    target = {"name": "target", "datatype": "INT64", "shape": [1], "data": [CLASSES - 1]}
+    assert client.post(DECODER, content=ask(capsules, target)).status_code == 200
+
+
 @pytest.mark.parametrize(("rows", "target"), [(2, [0]), (1, [10]), (1, [-1])])
 def test_targets_are_as_many_as_capsules_and_are_classes(
     client: TestClient, rows: int, target: list[int]
@@ -251,6 +261,12 @@ def test_names_that_are_not_served_are_404(client: TestClient, name: str) -> Non
     for path in (f"/v2/models/{name}", f"/v2/models/{name}/ready", f"/v2/models/{name}/versions/1"):
         assert "expected one of colour-decoder" in error(client.get(path), 404)
     error(client.post(f"/v2/models/{name}/infer", content=ask(NUMBERS)), 404)
+
+
+@pytest.mark.parametrize("path", ["/v2/models/%s", "/v2/models/tiny-encoder/versions/%s"])
+def test_an_error_repeats_little_of_a_name(client: TestClient, path: str) -> None:
+    """However long a name or a version is, a hundred characters of it come back at most."""
+    assert "x" * 101 not in error(client.get(path % ("x" * 999)), 404)
 
 
 def test_a_wrong_method_answers_in_the_protocols_form(client: TestClient) -> None:

@@ -19,6 +19,7 @@ from service.engine import Engine, Graphs, load_graphs, open_engine
 from service.errors import InvalidInput, RepositoryRefused, ShuttingDown, UnknownModel
 from service.manifest import MANIFEST_FILE, Manifest, ManifestError, read_manifest, sha256, write_manifest
 from service.metrics import Metrics
+from service.protocol import find_graph
 from service.repository import Repository
 from service.settings import Settings
 from tests.support.tiny_model import image_of, write_tiny_model
@@ -97,6 +98,7 @@ async def test_a_model_of_another_name_can_be_loaded(models: Path) -> None:
         write_tiny_model(models, "a-new-one", "4")
         await repository.load("a-new-one-encoder", {})
         assert served(engine) == ["a-new-one/4", "tiny/1"]
+        assert find_graph(engine, "a-new-one-encoder").version == "4"
         assert engine.default.manifest.name == "tiny"
 
 
