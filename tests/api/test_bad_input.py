@@ -388,11 +388,17 @@ def test_bad_compressed_bodies(
     assert says in problem(client.post(path, content=body, headers=headers), status)["detail"]
 
 
+def test_a_media_type_may_be_written_in_any_case(client: TestClient) -> None:
+    """Content-Type names are the same in capitals (RFC 9110, 8.3.1)."""
+    assert client.post("/predict", content=PNG, headers={"content-type": "Image/PNG"}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("path", "accept"),
     [
         ("/predict", "text/html"),
         ("/predict", "image/png"),
+        ("/predict", "image/*"),
         ("/predict", "application/json;q=0"),
         ("/predict", "application/json;q=high"),
         ("/reconstruct", "application/x-npz"),
