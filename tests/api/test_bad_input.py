@@ -3,6 +3,7 @@
 import base64
 import json
 import time
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from service.bodies import inflate
+from service.errors import TooLarge
 from tests.api.conftest import problem
 from tests.support.encoded import base64_text, encode, gzipped, npy, npy_with_header, png_bomb
 from tests.support.tiny_model import CLASSES, DIMENSIONS, image_of
@@ -386,6 +389,17 @@ def test_bad_compressed_bodies(
     """Compressed bodies are bounded after decompression, whole, and compressed as is taken here."""
     headers = {"content-type": JSON, "content-encoding": encoding}
     assert says in problem(client.post(path, content=body, headers=headers), status)["detail"]
+
+
+def test_a_body_is_not_decompressed_beyond_the_limit() -> None:
+    """Of what would come out of a bomb no more is held than there may be."""
+    bomb = gzipped(bytes(20_000_000))
+    tracemalloc.start()
+    with pytest.raises(TooLarge):
+        inflate(bomb, "gzip", 1000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_a_media_type_may_be_written_in_any_case(client: TestClient) -> None:
