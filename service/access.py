@@ -26,7 +26,7 @@ def log_access(
     Args:
         client: its address, if that is known.
         method: HTTP's, or `gRPC`.
-        path: quoted; what is longer than 500 characters is cut.
+        path: quoted; a long one is cut.
         status: HTTP's; with neither this nor the next, there was no answer.
         grpc_status: gRPC's, by its name.
     """

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterable
 from contextvars import ContextVar
+from random import getrandbits
 from typing import Literal, NamedTuple
 
 StageName = Literal["image_decode", "queue", "encoder", "decoder"]
@@ -41,16 +42,14 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _record: ContextVar[list[Stage] | None] = ContextVar("stages", default=None)
 
 
-def given_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The id that a request came with; empty if there is none, or one that is not sane.
+def identify(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The id that a request came with; a new one if there is none, or one that is not sane.
 
     Args:
         headers: names, in lower case as in ASGI and in gRPC's metadata, and values.
     """
-    for name, value in headers:
-        if name == b"x-request-id":
-            return value.decode() if _SANE_ID.fullmatch(value) else ""
-    return ""
+    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    return given.decode() if _SANE_ID.fullmatch(given) else f"{getrandbits(128):032x}"
 
 
 def begin_record() -> list[Stage]:

@@ -1,13 +1,12 @@
 """What is seen of every request from outside: its id, figures, `Server-Timing`, and a line in the log."""
 
 import time
-from random import getrandbits
 from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import log_access
-from service.context import Stage, begin_record, given_id, request_id, totals
+from service.context import Stage, begin_record, identify, request_id, totals
 from service.metrics import Metrics
 from service.tracing import Tracing
 
@@ -32,7 +31,7 @@ class Observation:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        identity = given_id(scope["headers"]) or f"{getrandbits(128):032x}"
+        identity = identify(scope["headers"])
         request_id.set(identity)
         if self._tracing:
             self._tracing.begin(identity)

@@ -6,7 +6,6 @@ Needs the extra `grpc`. The messages are those of `oip.proto`. See docs/decision
 import asyncio
 import logging
 import math
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from service import grpc_health, protocol
 from service import oip_pb2 as pb
 from service.access import log_access
-from service.context import begin_record, given_id, request_id
+from service.context import begin_record, identify, request_id
 from service.engine import Model
 from service.errors import (
     CallerError,
@@ -183,7 +182,7 @@ class _Inference:
 
         async def observed(data: bytes, context: grpc.aio.ServicerContext) -> Message:
             started = time.perf_counter()
-            identity = given_id(_headers(context)) or secrets.token_hex(16)
+            identity = identify(_headers(context))
             request_id.set(identity)
             # Initial metadata would make of an error the answer, and end gRPC's own retries (gRFC A6).
             trailer = (("x-request-id", identity),)
