@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from service.settings import Settings
-from tests.support.process import LIMIT, PNG, Served, connected, served, until_closed
+from tests.support.process import LIMIT, PNG, Served, connected, served, until, until_closed
 from tests.support.tiny_model import image_of
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
@@ -175,10 +175,7 @@ def test_who_takes_no_answers_is_cut_off(tiny_models: Path) -> None:
     with served(tiny_models, answer_timeout="0.5") as service, connected(service) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # or the system would take it all
         connection.sendall(300 * b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")  # for 12 MB
-        deadline = time.monotonic() + LIMIT
-        while "its client did not take an answer within 0.5 s" not in "".join(service.log):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: "its client did not take an answer within 0.5 s" in "".join(service.log))
         with contextlib.suppress(ConnectionError):
             assert until_closed(connection).count(b"HTTP/1.1 200 OK") < 300
         assert service.predict() == "3"

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from tests.api.conftest import Serve
 from tests.support.encoded import encode, npy
+from tests.support.figures import Figures, figures, value
 from tests.support.process import served
 from tests.support.tiny_model import image_of
 
@@ -16,21 +16,6 @@ PNG = encode(image_of(3))
 IMAGE = {"content-type": "image/png"}
 NPY = {"content-type": "application/x-npy"}
 ENCODER = {"model": "tiny", "version": "2", "queue": "encoder"}
-
-Figures = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-def figures(text: str) -> Figures:
-    """Every sample of an exposition by name and labels."""
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def value(found: Figures, name: str, **labels: str) -> float:
-    return found[name, frozenset(labels.items())]
 
 
 def scrape(client: TestClient) -> Figures:

@@ -29,6 +29,7 @@ from tests.support.process import (
     environment,
     hang,
     served,
+    until,
     until_closed,
 )
 from tests.support.tiny_model import write_tiny_model
@@ -69,10 +70,7 @@ def test_a_process_without_file_descriptors_says_so_and_drains(tiny_models: Path
         resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE, (60, 60))
         for _ in range(80):
             stack.enter_context(connected(service))
-        deadline = time.monotonic() + LIMIT
-        while not any("Too many open files" in line for line in service.log):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: any("Too many open files" in line for line in service.log))
         service.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)  # for the drain to begin
         connection.sendall(PNG[20:])

@@ -8,14 +8,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
-from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.figures import figures
 from tests.support.process import (
     HANGING,
     IMAGE,
@@ -27,6 +25,7 @@ from tests.support.process import (
     environment,
     hang,
     served,
+    until,
     until_closed,
 )
 from tests.support.tiny_model import write_tiny_model
@@ -46,13 +45,6 @@ def sockets_of(pid: int) -> int:
         with contextlib.suppress(FileNotFoundError):  # it was closed in between
             count += str(entry.readlink()).startswith("socket:")
     return count
-
-
-def until(true: Callable[[], bool], limit: float = LIMIT) -> None:
-    deadline = time.monotonic() + limit
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def is_running(pid: int) -> bool:
@@ -92,10 +84,7 @@ def figure(service: Served, name: str, **labels: str) -> list[float]:
     """A metric's values, asked for on a new connection."""
     text = httpx2.get(f"http://127.0.0.1:{service.port}/metrics", timeout=LIMIT).text
     return [
-        sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
+        value for (sample, told), value in figures(text).items() if sample == name and labels.items() <= told
     ]
 
 

@@ -21,7 +21,7 @@ from tritonclient import grpc as sync
 from tritonclient.grpc import aio, service_pb2
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from tests.support.process import LIMIT, Served, environment, served
+from tests.support.process import LIMIT, Served, environment, served, until
 from tests.support.tiny_model import CLASSES, DIMENSIONS, SIDE, band, capsules_of, image_of
 
 # A service whose runs do not end.
@@ -372,10 +372,7 @@ def test_a_call_that_its_caller_gives_up_counts_as_the_log_has_it(tiny_models: P
     ):
 
         def until_told(figure: str) -> None:
-            deadline = time.monotonic() + LIMIT
-            while f"\n{figure}\n" not in process.client.get("/metrics").text:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            until(lambda: f"\n{figure}\n" in process.client.get("/metrics").text)
 
         images = tensor("images", image_of(3)[np.newaxis])
         call = client.async_infer("tiny-encoder", [images], lambda **_: None)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,12 +137,17 @@ def until_closed(connection: socket.socket) -> bytes:
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
+def until(true: Callable[[], bool], limit: float = LIMIT) -> None:
+    """Wait until something is so, for `limit` seconds at most."""
+    deadline = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def hang(service: Served, connection: socket.socket) -> None:
     """Have a service with `HANGING` for its program decode an image."""
     large = png_bomb(300, 300)
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(large)}"
     connection.sendall(head.encode() + b"\r\n\r\n" + large)
-    deadline = time.monotonic() + LIMIT
-    while "decoding\n" not in service.log:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: "decoding\n" in service.log)

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from service.context import Stage
 from service.errors import StartError
 from service.metrics import Metrics
+from tests.support.figures import figures, value
 
 
 @pytest.mark.parametrize("queue", ["encoder", "decoder"])
@@ -17,15 +17,15 @@ def test_a_batch_is_observed_as_it_was(queue: str) -> None:
     metrics = Metrics()
     batch = metrics.queue("tiny", "1", queue)
     batch.batch(3, [Stage("queue", 0, 9), Stage("encoder", 1, 1.25), Stage("decoder", 2, 2.5)])
-    found = {
-        (sample.name, sample.labels.get("graph"), sample.labels.get("le")): sample.value
-        for family in text_string_to_metric_families(metrics.exposition("")[0].decode())
-        for sample in family.samples
-    }
+    found = figures(metrics.exposition("")[0].decode())
     name = "capsnet_inference_duration_seconds_sum"
     graphs = {"encoder": {"encoder": 0.25, "decoder": 0.5}, "decoder": {"decoder": 0.5}}[queue]
-    assert {graph: value for (sample, graph, _), value in found.items() if sample == name} == graphs
-    assert [found["capsnet_batch_size_bucket", None, f"{rows}.0"] for rows in (1, 2, 4)] == [0, 0, 1]
+    assert {
+        dict(told)["graph"]: seconds for (sample, told), seconds in found.items() if sample == name
+    } == graphs
+    buckets = {"model": "tiny", "version": "1", "queue": queue}
+    least = [value(found, "capsnet_batch_size_bucket", **buckets, le=f"{rows}.0") for rows in (1, 2, 4)]
+    assert least == [0, 0, 1]
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(
