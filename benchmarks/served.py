@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from matplotlib.figure import Figure
 
+from benchmarks import least
 from benchmarks.offline import open_session
 from benchmarks.tables import table
 from benchmarks.timing import take_turns
@@ -26,6 +27,8 @@ from service.manifest import Manifest, Precision, read_manifest
 from tests.support.process import Served, served
 
 CONCURRENCIES = (1, 8, 32, 64, 512)
+LEAST_CONCURRENCIES = (1, 8, 32, 64)
+"""Loads of the least service, which refuses nobody."""
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 RAW_BATCHES = (1, 8, 16, 32, 64)
 BULK = 1024
@@ -110,11 +113,12 @@ def _of_precision(
     threads: int,
     rounds: int,
 ) -> dict[str, Any]:
-    raw = open_session(model / manifest.encoders[precision].file, threads)
+    encoder = model / manifest.encoders[precision].file
+    raw = open_session(encoder, threads)
     rows: list[dict[str, float]] = []
-    with _serving(model, precision) as service:
+    with _serving(model, precision) as service, least.serving(encoder, threads) as least_port:
         for _ in range(rounds):
-            rows.append(_round(service, raw, images, bodies, seconds))
+            rows.append(_round(service, least_port, raw, images, bodies, seconds))
             print(f"  {precision}: " + ", ".join(f"{name} {value:.2f}" for name, value in rows[-1].items()))
         memory = service.memory()
     starts = [_start_seconds(model, precision) for _ in range(STARTS)]
@@ -123,7 +127,12 @@ def _of_precision(
 
 
 def _round(
-    service: Served, raw: ort.InferenceSession, images: Images, bodies: dict[str, Path], seconds: float
+    service: Served,
+    least_port: int,
+    raw: ort.InferenceSession,
+    images: Images,
+    bodies: dict[str, Path],
+    seconds: float,
 ) -> dict[str, float]:
     best, alone = _raw(raw, images, seconds)
     figures = {"raw_rate": best, "raw_alone_ms": 1000 * alone}
@@ -137,6 +146,9 @@ def _round(
             f"spread_{callers}": load.percentile(0.99) / load.percentile(0.5),
             f"refused_{callers}": load.statuses.get(503, 0) / load.seconds,
         }
+    for callers in LEAST_CONCURRENCIES:
+        load = h2load(least_port, "/predict", bodies["png"], "image/png", callers, seconds)
+        figures[f"least_share_{callers}"] = load.rate / best
     time.sleep(2)  # connections that were refused rest a second, and on a slow machine some are still read
     figures |= _processor_ms(service, raw, images, bodies["png"], seconds)
     figures["added_ms"] = figures["p50_1"] - figures["raw_alone_ms"]
@@ -339,6 +351,14 @@ def markdown(part: dict[str, Any]) -> str:
         head = ["callers", "images/s", "share of raw", "p50, ms", "p99, ms", "refused/s"]
         lines += ["", f"### {precision}: raw {row['raw_rate']:.0f} images/s at its best batch", ""]
         lines.append(table(head, rows))
+        if "least_share_1" in row:  # not measured before there was one
+            shares = ", ".join(f"{row[f'least_share_{callers}']:.2f}" for callers in LEAST_CONCURRENCIES)
+            counts = ", ".join(map(str, LEAST_CONCURRENCIES))
+            lines += [
+                "",
+                f"What anything on uvicorn has to do, and nothing else (`benchmarks/least.py`), had {shares} "
+                f"of raw with {counts} callers.",
+            ]
     rows = [
         [
             f"{aim.what} ({aim.precision})",

@@ -2,17 +2,21 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from benchmarks import __main__ as command
-from benchmarks import loop, offline, report, served, through_openvino, timing, training_step, workers
+from benchmarks import least, loop, offline, report, served, through_openvino, timing, training_step, workers
+from service.images import encode_png
 from tests.support.mnist import ROOT
 from training.config import ModelConfig
 from training.trained import read_exported
@@ -164,9 +168,27 @@ def test_served(tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert row["rate_32"] > row["refused_32"] == 0
     assert row["p50_1"] <= row["p99_1"]
     assert min(row[f"{who}_cpu_ms"] for who in ("graph", "raw", "loop", "client")) > 0
+    assert all(row[f"least_share_{callers}"] > 0 for callers in served.LEAST_CONCURRENCIES)
     report.write({"served": {"machine": "a test", **measured}}, tmp_path)
-    assert "## Served over HTTP (1 threads, a test)" in (tmp_path / "benchmarks.md").read_text()
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "## Served over HTTP (1 threads, a test)" in text
+    assert f"(`benchmarks/least.py`), had {row['least_share_1']:.2f}, " in text
     assert (tmp_path / "served.png").stat().st_size > 0
+
+
+def test_the_least_service_answers_rightly(tiny_models: Path) -> None:
+    """Callers who come together get the lengths that the graph gives each of their images."""
+    encoder = tiny_models / "tiny" / "2" / "encoder.onnx"
+    images = np.random.default_rng(0).integers(0, 256, (12, *IMAGES.shape[1:]), np.uint8)
+    (expected,) = offline.open_session(encoder, 1).run(["capsule_lengths"], {"images": images})
+
+    def ask(image: NDArray[np.uint8]) -> list[float]:
+        answer = httpx2.post(f"http://127.0.0.1:{port}/predict", content=encode_png(image)).json()
+        assert answer["class"] == np.argmax(answer["lengths"])
+        return list(answer["lengths"])
+
+    with least.serving(encoder, 1) as port, ThreadPoolExecutor(len(images)) as threads:
+        np.testing.assert_allclose(list(threads.map(ask, images)), expected, atol=1e-6)
 
 
 @pytest.mark.usefixtures("hasty")
