@@ -1,5 +1,8 @@
 """The one process that serves, without its application."""
 
+import asyncio
+import socket
+import sys
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -7,8 +10,11 @@ import pytest
 import uvicorn
 
 from service import server as server_module
+from service.app import create_app
+from service.errors import StartError
 from service.handling import Service
-from service.server import _Server
+from service.server import _Server, _start_grpc
+from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -38,3 +44,28 @@ async def test_all_of_a_stop_counts_against_its_limit(monkeypatch: pytest.Monkey
     await server.shutdown()
     assert given[0] <= 8 + server_module._LAST_ANSWERS - settled
     assert engine.limits[0] <= 8 - settled
+
+
+async def test_who_left_on_the_way_is_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a client that is gone before it is served, the descriptor and the count are given back."""
+
+    async def refuse(*_: object) -> None:
+        raise OSError("it is not connected any more")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "connect_accepted_socket", refuse)
+    service = SimpleNamespace(engine=Engine(), settings=SimpleNamespace(drain_timeout=8.0))
+    server = _Server(uvicorn.Config(create_app(Settings()), lifespan="off"), cast("Service", service), None)
+    server.config.load()
+    server.lifespan = server.config.lifespan_class(server.config)
+    told = []
+    with socket.socket() as connection:
+        await server._serve_connection(connection, lambda: told.append("closed"))
+        assert (connection.fileno(), told) == (-1, ["closed"])
+
+
+async def test_grpc_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for it without the extra is told which one to install."""
+    monkeypatch.setitem(sys.modules, "service.oip_grpc", None)
+    service = SimpleNamespace(settings=SimpleNamespace(grpc_port=0))
+    with pytest.raises(StartError, match=r"CAPSNET_GRPC_PORT is set, .* install the extra `grpc`"):
+        await _start_grpc(cast("Service", service))
