@@ -230,6 +230,14 @@ def test_an_error_names_the_place_and_what_belongs_there(
     assert expected in document["expected"]
 
 
+@pytest.mark.parametrize("body", [{"x" * 10_000: 0}, {"images": "x" * 10_000}], ids=["name", "value"])
+def test_an_error_repeats_little_of_what_was_sent(client: TestClient, body: object) -> None:
+    """However long a name or a value is, the answer and the log tell its beginning."""
+    answer = post(client, "/predict", json.dumps(body), JSON)
+    assert "xxx" in str(problem(answer, 422))
+    assert len(answer.content) < 1000
+
+
 def test_an_error_in_a_forms_text_names_the_part(client: TestClient) -> None:
     """The text of the part `request` is not the body."""
     for text, status in ((b"{", 400), (b'{"klass": "3"}', 422)):

@@ -200,6 +200,7 @@ def test_a_colour_model_takes_colour(client: TestClient) -> None:
         ("text/html, application/json;q=0.9, */*;q=0.1", "application/json"),
         ("application/json;q=0.1, application/x-npy", "application/x-npy"),
         ("application/json;q=0, */*", "application/x-npy"),
+        ("*/*, application/json;q=0.1", "application/x-npy"),
     ],
 )
 def test_the_best_accepted_form_is_chosen(client: TestClient, accept: str, kind: str) -> None:
