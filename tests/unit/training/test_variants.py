@@ -1,0 +1,72 @@
+"""What is measured of an encoder in another precision."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+
+from service.manifest import Graph, TensorSpec
+from training import variants
+from training.data import Dataset
+from training.predictor import Floats, Images, Labels, OnnxPredictor
+from training.variants import BATCH, measure_variants, psnr
+
+COUNT = BATCH + 8
+
+
+def encoded(classes: list[int]) -> tuple[Floats, Floats]:
+    """Of each image the capsule of its class alone is long."""
+    lengths = np.eye(2, dtype=np.float32)[classes]
+    return lengths[:, :, None], lengths
+
+
+class Reference:
+    """An encoder that finds what the first pixel says; a drawing is as bright as its class."""
+
+    folder = Path()
+
+    def encode(self, images: Images) -> tuple[Floats, Floats]:
+        return encoded(images[:, 0, 0].tolist())
+
+    def decode(self, capsules: Floats, target: Labels) -> Floats:
+        return np.broadcast_to(target[:, None, None] / np.float32(10), (len(target), 2, 2)).astype(np.float32)
+
+
+def test_mistakes_agreement_and_distance_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All images count, the last small batch too; agreement is with fp32, mistakes are by the labels."""
+    images = torch.zeros(COUNT, 2, 2, dtype=torch.uint8)
+    images[:, 0, 0] = 1  # what the fp32 encoder finds
+    images[-4:, 0, 1] = 1  # and what the other one does not
+    labels = torch.ones(COUNT, dtype=torch.int64)
+    labels[:10] = 0  # mistakes of both
+    dataset = Dataset("two", ("a", "b"), images, labels, {})
+
+    def other(images: Images) -> tuple[Floats, Floats]:
+        return encoded((images[:, 0, 0] - images[:, 0, 1]).tolist())
+
+    monkeypatch.setattr(variants, "_encoder", lambda *_: other)
+    tensors = (TensorSpec(name="x", datatype="FP32", shape=(-1, 2)),)
+    graph = Graph(file="encoder.int8.onnx", sha256="0" * 64, opset=20, inputs=tensors, outputs=tensors)
+    (found,) = measure_variants({"int8": graph}, cast("OnnxPredictor", Reference()), dataset)
+    assert found.test_mistakes == 10 + 4
+    assert found.agreement == pytest.approx(100 * (COUNT - 4) / COUNT)
+    # Of four images each pixel differs by a tenth.
+    assert found.psnr == pytest.approx(-10 * np.log10(0.01 * 4 / COUNT), abs=1e-4)
+
+
+def test_each_precision_is_computed_as_where_it_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes in half precision is measured rounded, and not as a CPU would compute it."""
+    rounded, plain = object(), object()
+    monkeypatch.setattr(variants, "RoundedEncoder", lambda _: SimpleNamespace(encode=rounded))
+    monkeypatch.setattr(variants, "open_graph", lambda _: plain)
+    assert variants._encoder("fp16", Path()) is rounded
+    assert variants._encoder("int8", Path()) is not rounded
+
+
+def test_decibels() -> None:
+    """A hundredth of the square is 20 dB; equal images have a large number in place of an infinite one."""
+    assert psnr(0.01) == pytest.approx(20)
+    assert psnr(0) == psnr(1e-300) == 200
