@@ -79,10 +79,12 @@ def test_a_process_without_file_descriptors_says_so_and_drains(tiny_models: Path
     assert not any("Traceback" in line for line in service.log)
 
 
-def test_a_request_that_never_ends_does_not_hold_up_the_exit(tiny_models: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_request_that_never_ends_does_not_hold_up_the_exit(tiny_models: Path, workers: str) -> None:
     """At the drain limit a half-sent request is told that the service stops, and the exit is clean."""
+    settings = {"drain_timeout": "0.2", "log_format": "json", "access_log": "true", "workers": workers}
     with (
-        served(tiny_models, drain_timeout="0.2", log_format="json", access_log="true") as service,
+        served(tiny_models, **settings) as service,
         connected(service) as connection,
     ):
         connection.sendall(HEAD + PNG[:20])
@@ -222,6 +224,26 @@ def test_a_bad_setting_stops_the_start_with_one_line(
     assert ended.stderr.count("\n") == 1
 
 
+def test_a_start_that_nobody_can_be_told_of_fails_as_ever(tiny_models: Path) -> None:
+    """Where the line cannot be written, the exit code is the same."""
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "service.main"],
+            env=environment(tiny_models, port="99999"),
+            stderr=full,
+            timeout=START_LIMIT,
+            check=False,
+        )
+    assert ended.returncode == 2
+
+
+def test_a_misspelt_setting_is_named_once(tiny_models: Path) -> None:
+    """The log says that it has no effect, and how it is spelt, however many processes serve."""
+    with served(tiny_models, workers="2", drain_timout="5") as service:
+        (told,) = (line for line in service.log if "CAPSNET_DRAIN_TIMOUT" in line)
+    assert told.endswith("has no effect; CAPSNET_DRAIN_TIMEOUT is\n")
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_broken_model_stops_the_start_with_its_file_and_reason(tmp_path: Path, workers: str) -> None:
     """An altered graph is named once, on the last line, without a stack."""
@@ -330,6 +352,40 @@ def test_sigterm_ends_a_start_in_which_one_worker_is_ready(tmp_path: Path) -> No
     finally:
         process.kill()
         process.communicate()
+
+
+# Of its workers, the first cannot start, and every other takes its time.
+ONE_FAILS = """
+import os, sys, time
+from service import engine
+from service.errors import StartError
+from service.main import main
+
+def fail_if_first(*_):
+    try:
+        os.mkdir({place!r})
+    except FileExistsError:
+        time.sleep(600)
+    raise StartError("there is no such device")
+
+engine.load_graphs = fail_if_first
+sys.exit(main())
+"""
+
+
+def test_a_worker_that_cannot_start_ends_the_others_start(tmp_path: Path) -> None:
+    """Its reason is told at once, however long the others take, and none of them is left."""
+    write_tiny_model(tmp_path)
+    ended = subprocess.run(  # noqa: S603 # our own interpreter and program
+        [sys.executable, "-c", ONE_FAILS.format(place=str(tmp_path / "first")), "--port", "0"],
+        env=environment(tmp_path, workers="2"),
+        capture_output=True,  # to the end of all who could write: none may be left
+        text=True,
+        timeout=START_LIMIT,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("capsnet-serve: there is no such device\n")
 
 
 def test_a_full_disk_under_the_log_changes_no_answer(tiny_models: Path) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -156,6 +157,25 @@ def test_what_a_dead_worker_had_not_taken_is_answered_by_another(tiny_models: Pa
         os.kill(stuck, signal.SIGKILL)
         answered += [until_closed(connection) for connection in waiting[::2]]
         assert all(answer.startswith(b"HTTP/1.1 200 OK") for answer in answered)
+
+
+def test_a_stop_waits_until_workers_have_room_for_all(tiny_models: Path) -> None:
+    """More connections than they may be offered are all accepted before the listening socket is closed."""
+    with served(tiny_models, workers="2") as service, contextlib.ExitStack() as stack:
+        stuck = workers_of(service)
+        # A terminal's Ctrl-C must reach them through the process that keeps them alone.
+        assert len({os.getpgid(pid) for pid in (service.process.pid, *stuck)}) == 3
+        for worker in stuck:
+            os.kill(worker, signal.SIGSTOP)
+        waiting = [stack.enter_context(connected(service)) for _ in range(160)]
+        for connection in waiting:
+            connection.sendall(ALONE)
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(1)  # for a stop that does not wait
+        for worker in stuck:
+            os.kill(worker, signal.SIGCONT)
+        assert all(until_closed(connection).startswith(b"HTTP/1.1 200 OK") for connection in waiting)
+        assert service.process.wait(LIMIT) == 0
 
 
 def test_a_worker_that_is_told_to_stop_loses_nothing(tiny_models: Path) -> None:
