@@ -44,6 +44,16 @@ async def test_all_addresses_are_those_of_both_families(tmp_path: Path) -> None:
             socket.create_connection((address, port)).close()
 
 
+async def test_all_addresses_have_one_free_port(tmp_path: Path) -> None:
+    """Where any port will do, no second one is taken that nobody is told of."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs IPv6")
+    (bound,) = await bind(Settings(models=tmp_path, host="::", port=0))
+    bound.close()
+
+
 async def test_python_that_tells_no_reason_blames_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
