@@ -52,7 +52,7 @@ def place(tmp_path: Path) -> Name:
     return Name(tmp_path / "models", "shapes", "1")
 
 
-def test_export(exported: Name, load_split: Load) -> None:
+def test_export(state: Checkpoint, exported: Name, load_split: Load) -> None:
     """An export is a complete model folder that the service's own reader accepts."""
     manifest = read_manifest(exported.folder)
     assert sorted(path.name for path in exported.folder.iterdir()) == [
@@ -69,12 +69,16 @@ def test_export(exported: Name, load_split: Load) -> None:
     result = evaluate(OnnxPredictor(exported.folder), load_split("test"))
     assert (manifest.measured.test_images, manifest.measured.test_mistakes) == (66, result.mistakes)
     assert manifest.measured.test_error == result.error
-    assert manifest.measured.parity_error < 1e-4
+    assert 0 < manifest.measured.parity_error < 1e-4
     # Six images are held out, too few to say what is usual.
     assert (manifest.calibration.source, manifest.calibration.images) == ("training", 66)
+    assert manifest.calibration.quantile == 0.95
     assert manifest.calibration.threshold > 0
     assert 0 <= manifest.calibration.margin < 1
-    assert manifest.provenance.dataset_checksums == {"train": "train shapes", "test": "test shapes"}
+    provenance = manifest.provenance
+    assert provenance.dataset_checksums == {"train": "train shapes", "test": "test shapes"}
+    assert (provenance.training_images, provenance.epochs) == (60, 6)
+    assert provenance.parameters == sum(weight.numel() for weight in state.network().parameters())
     assert set(manifest.measured.beyond_threshold) == {"test", "noise", "blank pages", "letters", "garments"}
     usual = manifest.calibration.usual(result.reconstruction_errors, result.lengths)
     assert manifest.measured.beyond_threshold["test"] == pytest.approx(100 * (1 - usual.mean()))
