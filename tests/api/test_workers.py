@@ -161,7 +161,7 @@ def test_what_a_dead_worker_had_not_taken_is_answered_by_another(tiny_models: Pa
 
 def test_a_stop_waits_until_workers_have_room_for_all(tiny_models: Path) -> None:
     """More connections than they may be offered are all accepted before the listening socket is closed."""
-    with served(tiny_models, workers="2") as service, contextlib.ExitStack() as stack:
+    with served(tiny_models, workers="2", drain_timeout="60") as service, contextlib.ExitStack() as stack:
         stuck = workers_of(service)
         # A terminal's Ctrl-C must reach them through the process that keeps them alone.
         assert len({os.getpgid(pid) for pid in (service.process.pid, *stuck)}) == 3
