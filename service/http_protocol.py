@@ -129,6 +129,14 @@ class LimitedProtocol(HttpToolsProtocol):
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join((*lines, b"", b""))
 
+    # As uvicorn's, without the blanks that may stand behind a value and are no part of it (RFC 9110, 5.5).
+    # Every header comes by here, so that one is not called.
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name, value = name.lower(), value.rstrip(b" \t")
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+
     def on_headers_complete(self) -> None:
         if self._is_offer():
             return

@@ -409,11 +409,11 @@ class Echo(App):
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[bytes] = []
+        self.headers: dict[bytes, bytes] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.requests += 1
-        self.names = [name for name, _ in scope["headers"]]
+        self.headers = dict(scope["headers"])
         size, more = 0, True
         while more:
             message = await receive()
@@ -444,10 +444,24 @@ async def test_an_offered_upgrade_is_ignored(
                 if pause:
                     await asyncio.sleep(0)
             assert await answer(reader) == b"05"
-            assert b"upgrade" not in app.names
+            assert b"upgrade" not in app.headers
         writer.write(3 * request + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert [await answer(reader) for _ in range(4)] == [b"05", b"05", b"05", b"00"]
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("offer", [b"", b"Connection: Upgrade \r\nUpgrade: h2c \r\n"], ids=["plain", "offer"])
+async def test_blanks_around_a_header_value_are_no_part_of_it(offer: bytes) -> None:
+    """Nothing but the value reaches the application, and a client that waits to send its body is told to."""
+    app = Echo()
+    async with served(app) as (_, reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nExpect:100-Continue \r\nContent-Length: 5 \r\n" + offer)
+        writer.write(b"A: \t a b \t \r\nB: \r\n\r\n")
+        assert b"100 Continue" in await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"hello")
+        assert await answer(reader) == b"05"
+    assert (app.headers[b"a"], app.headers[b"b"]) == (b"a b", b"")
+    assert app.headers[b"content-length"] == b"5"
 
 
 @pytest.mark.parametrize("last", [b"HTTP/1.0\r\n", b"HTTP/1.1\r\nConnection: close\r\n"])
