@@ -36,9 +36,9 @@ PNG = "image/png"
 _SMALL_BODY = 32 * 1024  # bytes; parsing more would hold up the event loop
 
 # A JSON text has at most one more value than commas in each container, and each container an opening
-# bracket: all these marks together bound what parsing takes. Commas alone bound no nesting. The largest
-# honest body, 1,024 data URLs with two commas each, stays far below.
-_MAX_MARKS = 32_768
+# bracket: all these marks together bound what parsing takes. Commas alone bound no nesting. By the usual
+# limits the largest honest body, 1,024 data URLs with two commas each, stays far below.
+MAX_MARKS = 32_768
 
 # Of which a form has six at most. Each of thousands would be looked up and become an error.
 _MAX_PARAMETERS = 64
@@ -228,7 +228,7 @@ async def aside(size: int, parse: Callable[P, Result], *args: P.args, **kwargs: 
 
 
 def parse_json(
-    form: type[Form], text: bytes | str, *, where: str = "body", max_marks: int = _MAX_MARKS
+    form: type[Form], text: bytes | str, *, where: str = "body", max_marks: int = MAX_MARKS
 ) -> Form:
     """Parse and validate a JSON text.
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from service import openapi
 from service.bodies import (
     JSON,
+    MAX_MARKS,
     MULTIPART,
     NPY,
     NPZ,
@@ -117,7 +118,9 @@ async def predict(request: Request) -> Response:
 
 def _predict_images(request: Request, kind: str, body: bytes, settings: Settings) -> list[bytes]:
     if kind == JSON:
-        return _decoded(parse_json(PredictRequest, body).images)
+        # The object and its list have a bracket each, and an image may be a data URL with a comma of its own.
+        marks = 2 * settings.max_images + 1
+        return _decoded(parse_json(PredictRequest, body, max_marks=max(MAX_MARKS, marks)).images)
     parts = parse_multipart(request, body, ["images"], settings.max_images)
     return file_parts(parts, "images")
 

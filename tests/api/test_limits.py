@@ -443,6 +443,13 @@ async def test_the_number_of_images_has_a_limit_in_every_form(tiny_models: Path)
                 assert (await service.client.post("/predict", **body)).status_code == status
 
 
+def test_a_json_text_may_have_as_many_images_as_the_limit_says(serve: Callable[..., TestClient]) -> None:
+    """However many the limit allows, each may be a data URL: all are read up to the last, which is broken."""
+    urls = [f"data:image/png;base64,{text}" for text in [*["AAAA"] * 19_999, "%"]]
+    answer = serve(max_images=20_000).post("/predict", json={"images": urls})
+    assert "Image 19999" in problem(answer, 422)["detail"]
+
+
 def test_the_models_own_deltas_are_never_too_many(serve: Callable[..., TestClient]) -> None:
     """Who sends no deltas has not sent too many of them, however few the settings allow."""
     client = serve(max_deltas=3)
