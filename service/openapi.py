@@ -38,6 +38,10 @@ _COMPRESSED = (
 
 BINARY: Schema = {"type": "string", "format": "binary"}
 
+_NAMED = {"description": "Such a part needs a `filename`"}
+FILE: Schema = {**BINARY, **_NAMED}
+"""A form's part that is a file."""
+
 # Headers that an answer has by its status; every answer has the first two.
 ANSWER_HEADERS: dict[str, Schema] = {
     "X-Request-ID": {
@@ -82,7 +86,7 @@ def reference(model: type[BaseModel]) -> Schema:
 
 
 def files() -> Schema:
-    return {"type": "array", "items": BINARY, "minItems": 1}
+    return {"type": "array", "items": BINARY, "minItems": 1, **_NAMED}
 
 
 def form(

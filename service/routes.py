@@ -188,7 +188,7 @@ RECONSTRUCT_ANSWERS = (JSON, PNG)
         bodies={
             JSON: openapi.body(openapi.reference(ReconstructRequest)),
             MULTIPART: openapi.form(
-                {"image": openapi.BINARY},
+                {"image": openapi.FILE},
                 {"request": openapi.reference(ReconstructChoice)},
                 encoding={"image": _IMAGE_TYPES, "request": JSON},
             ),
@@ -247,7 +247,7 @@ SWEEP_ANSWERS = (JSON, NPZ, PNG)
         bodies={
             JSON: openapi.body(openapi.reference(SweepRequest)),
             MULTIPART: openapi.form(
-                {"image": openapi.BINARY},
+                {"image": openapi.FILE},
                 {"request": openapi.reference(SweepChoice)},
                 encoding={"image": _IMAGE_TYPES, "request": JSON},
             ),

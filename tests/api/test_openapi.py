@@ -49,6 +49,15 @@ def test_every_body_is_documented(document: dict[str, Any]) -> None:
         assert set(content) == {"multipart/form-data", "application/json"}
 
 
+@pytest.mark.parametrize(
+    ("path", "part"), [("/predict", "images"), ("/reconstruct", "image"), ("/reconstruct/sweep", "image")]
+)
+def test_a_forms_files_are_said_to_need_a_filename(document: dict[str, Any], path: str, part: str) -> None:
+    """Without one a part is a text, which is refused: the document says so."""
+    form = document["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert "needs a `filename`" in form["properties"][part]["description"]
+
+
 @pytest.mark.parametrize("path", POSTS)
 def test_every_documented_body_but_no_other_is_taken(
     client: TestClient, document: dict[str, Any], path: str
