@@ -25,6 +25,8 @@ _SENDABLE_HEADERS = (
     "Content-Encoding",
     "Content-Type",
     HEADER_LENGTH,
+    "traceparent",
+    "tracestate",
     "X-API-Key",
     "X-Request-ID",
 )

@@ -146,7 +146,8 @@ def test_named_origins_may_call(serve: Serve) -> None:
     """A preflight needs no key; what follows does, and its refusal can be read by the page."""
     client = serve(api_keys=KEY, cors_origins="https://a.example,https://b.example")
     length = "Inference-Header-Content-Length"
-    asked = f"authorization,content-encoding,content-type,{length.lower()},x-api-key,x-request-id"
+    trace = "traceparent,tracestate"
+    asked = f"authorization,content-encoding,content-type,{length.lower()},{trace},x-api-key,x-request-id"
     preflight = client.options("/predict", headers={**PREFLIGHT, "access-control-request-headers": asked})
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
