@@ -4,6 +4,7 @@ import base64
 import json
 import time
 import tracemalloc
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -384,7 +385,11 @@ def test_preprocess_none_needs_the_models_size(client: TestClient) -> None:
     [
         ("gzip", gzipped(bytes(17 * 1024 * 1024)), 413, "too large"),
         ("gzip", gzipped(PNG)[:-9], 400, "decompressed"),
+        ("gzip", gzipped(PNG) + b"x", 400, "decompressed"),
+        ("gzip", gzipped(PNG) + gzipped(PNG)[:-9], 400, "decompressed"),
+        ("gzip", gzipped(b"") * 5000, 413, "too many gzip members"),
         ("deflate", b"no zlib stream", 400, "decompressed"),
+        ("deflate", 2 * zlib.compress(b"{}"), 400, "decompressed"),
         ("gzip", gzipped(b""), 400, "empty"),
         ("br", b"x", 415, "compression"),
         ("x-compress", b"x", 415, "compression"),
@@ -408,6 +413,16 @@ def test_a_body_is_not_decompressed_beyond_the_limit() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+@pytest.mark.parametrize("size", [1, 60_000, 1_000_000])
+def test_a_gzip_body_may_be_several_members_in_series(size: int) -> None:
+    """What they hold is put together (RFC 1952, 2.2), and has one limit."""
+    content = np.random.default_rng(1).integers(0, 256, 3_000_000, np.uint8).tobytes()[: 3 * size]
+    body = b"".join(gzipped(content[start : start + size]) for start in range(0, len(content), size))
+    assert inflate(body, "gzip", len(content)) == content
+    with pytest.raises(TooLarge):
+        inflate(body, "gzip", len(content) - 1)
 
 
 def test_a_media_type_may_be_written_in_any_case(client: TestClient) -> None:

@@ -197,7 +197,7 @@ def test_a_size_that_does_not_match_the_shape_is_refused(client: TestClient) -> 
         ("gzip", gzipped(bytes(3000)), 413, "more than 2048 bytes after decompression"),
         ("deflate", zlib.compress(bytes(100_000_000)), 413, "more than"),
         ("gzip", gzipped(ask(BINARY))[:-9], 400, "an incomplete stream"),
-        ("gzip", gzipped(ask(BINARY)) * 2, 400, "bytes after the end"),
+        ("gzip", gzipped(ask(BINARY)) + b"x", 400, "bytes after the end"),
         ("gzip", b"no gzip at all", 400, "cannot be decompressed"),
         ("br", b"x", 415, "received Content-Encoding: br, expected gzip or deflate"),
         ("gzip, gzip", b"x", 415, "expected gzip or deflate"),
