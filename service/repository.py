@@ -5,6 +5,7 @@ See docs/decisions/0016.
 """
 
 import asyncio
+import json
 import logging
 import os
 import re
@@ -222,7 +223,9 @@ def _version(parameters: Mapping[str, object], ignored: Collection[str] = ()) ->
     version = parameters["version"]
     if not isinstance(version, str):
         raise InvalidInput(
-            "The parameter version is no text.", received=repr(version)[:30], expected="a version as '2'"
+            "The parameter version is no text.",
+            received=json.dumps(version, default=str)[:30],
+            expected="a version as '2'",
         )
     return version
 

@@ -18,7 +18,8 @@ def _from_query(text: object) -> object:
     if isinstance(text, str):
         if text in ("true", "false", "True", "False"):
             return text in ("true", "True")
-        if text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 10:
+        # int() would refuse thousands of digits, in words of its own.
+        if text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 1000:
             return int(text)
     return text
 

@@ -24,6 +24,16 @@ _RAW: dict[Datatype, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"),
 }
 
+# What errors call values that are no numbers of a datatype.
+_KINDS = {
+    float: "a number with a decimal point",
+    bool: "a truth value",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
 
 def check_tensor(spec: TensorSpec, datatype: str, shape: Sequence[int], max_rows: int) -> tuple[int, ...]:
     """The declared shape, once it is known to be one that the model takes.
@@ -94,18 +104,21 @@ def from_values(spec: TensorSpec, shape: tuple[int, ...], data: Sequence[Any]) -
     if strangers:
         raise InvalidInput(
             f"The data of the tensor {spec.name!r} are not all of its datatype.",
-            received=" and ".join(sorted(kind.__name__ for kind in strangers)),
+            received=" and ".join(sorted(_KINDS[kind] for kind in strangers)),
             expected=f"numbers of {spec.datatype}",
         )
+    dtype = _RAW[spec.datatype].newbyteorder("=")
     # A double beyond single precision becomes infinite, which `_finite` refuses in words for the caller.
     with np.errstate(over="ignore"):
         try:
-            return _finite(spec, np.array(values, _RAW[spec.datatype].newbyteorder("=")).reshape(shape))
+            return _finite(spec, np.array(values, dtype).reshape(shape))
         except OverflowError as error:
+            limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+            low, high = dtype.type(limits.min).item(), dtype.type(limits.max).item()
             raise InvalidInput(
                 f"A value of the tensor {spec.name!r} does not fit its datatype.",
-                received=str(error),
-                expected=f"values of {spec.datatype}",
+                received=next(str(value)[:50] for value in values if not low <= value <= high),
+                expected=f"{low} to {high}",
             ) from error
 
 

@@ -212,6 +212,7 @@ def test_a_form_may_have_as_many_files_with_long_names_as_the_limit_says(client:
     [
         ("/predict", {"image": "x"}, "body image: there is no such field", '"x"', "images"),
         ("/predict", {}, "body images: it is missing", "nothing", "images"),
+        ("/predict?top_k=1000000000000000000", {}, "query top_k", "1000000000000000000", "equal to 1000"),
         ("/predict", [], "body: Input should be an object", "[]", "object"),
         ("/predict?capsule=true", {}, "query capsule: there is no such field", '"true"', "top_k"),
         ("/predict?capsules=yes", {}, "query capsules", '"yes"', "true or false"),

@@ -140,6 +140,7 @@ def test_refusals_are_the_protocols_errors(client: TestClient, models: Path) -> 
         (LOAD.replace("tiny-encoder", "tiny"), None, 404, "expected one of tiny-decoder, tiny-encoder"),
         (LOAD, {"parameters": {"config": "{}"}}, 400, "received config, expected version"),
         (LOAD, {"parameters": {"version": 2}}, 400, "expected a version as '2'"),
+        (LOAD, {"parameters": {"version": None}}, 400, "received null"),
         (LOAD, {"parameters": ["version"]}, 400, "parameters"),
         (INDEX, {"ready": "yes"}, 400, "ready"),
     ):

@@ -35,7 +35,7 @@ def test_numbers_may_be_flat_or_nested_to_the_shape(data: list[Any]) -> None:
         ([[[1, 2], [3, 4], [5, 6]]], r"lists nested to \[1, 3, 2\]"),
         ([[[1, 2, 3], [4, 5]]], "2 to 3 values in lists 2 deep"),
         ([[[1, 2, 3], 4]], "0 to 3 values in lists 2 deep"),
-        ([[[[1], 2, 3], [4, 5, 6]]], "int and list|list"),
+        ([[[[1], 2, 3], [4, 5, 6]]], "a list"),
         ([[], [], []], r"lists nested to \[3, 0\]"),
     ],
 )
@@ -56,11 +56,16 @@ def test_deep_nesting_is_walked_no_deeper_than_the_shape() -> None:
         from_values(TensorSpec(name="x", datatype="UINT8", shape=(-1, 1)), (1, 1), data)
 
 
-@pytest.mark.parametrize("value", [256, -1, 1 << 70])
+@pytest.mark.parametrize("value", [256, -1, 1 << 70, 1 << 200])
 def test_a_number_beyond_its_datatype_is_refused(value: int) -> None:
-    """It does not wrap around."""
-    with pytest.raises(InvalidInput, match="does not fit its datatype"):
-        from_values(PIXELS, (1, 2, 3), [value, 0, 0, 0, 0, 0])
+    """It does not wrap around; the error says which, and what there may be."""
+    with pytest.raises(InvalidInput, match="does not fit its datatype") as caught:
+        from_values(PIXELS, (1, 2, 3), [255, value, 0, 0, 0, 0])
+    assert (caught.value.received, caught.value.expected) == (str(value)[:50], "0 to 255")
+    with pytest.raises(InvalidInput) as caught:
+        from_values(COMPONENTS, (1, 2), [0.5, 10**400])
+    assert caught.value.received == "1" + "0" * 49
+    assert caught.value.expected == "-3.4028234663852886e+38 to 3.4028234663852886e+38"
 
 
 @pytest.mark.parametrize(
@@ -73,12 +78,23 @@ def test_no_container_makes_numbers_wrap_around(datatype: Datatype, values: Sequ
         from_values(TensorSpec(name="x", datatype=datatype, shape=(-1,)), (1,), values)
 
 
-@pytest.mark.parametrize("value", [1.0, 1.5, True, "1", None, {}, [1]])
-def test_nothing_but_whole_numbers_is_taken_for_integers(value: Any) -> None:
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (1.0, "a number with a decimal point"),
+        (1.5, "a number with a decimal point"),
+        (True, "a truth value"),
+        ("1", "a text"),
+        (None, "null"),
+        ({}, "an object"),
+        ([1], "a list"),
+    ],
+)
+def test_nothing_but_whole_numbers_is_taken_for_integers(value: Any, said: str) -> None:
     """Neither truth values nor fractions, texts or nothing become numbers in silence."""
     with pytest.raises(InvalidInput) as caught:
         from_values(TARGET, (2,), [1, value])
-    assert caught.value.received == type(value).__name__
+    assert caught.value.received == said
 
 
 def test_integers_keep_every_bit() -> None:
