@@ -164,7 +164,8 @@ async def read_body(
         ) from error
     finally:
         body.clear()  # an error's traceback holds it for as long as the rest is thrown away
-    encoding = list_header(request, "content-encoding", "identity").strip().lower()
+    # Empty members of a list say nothing (RFC 9110, 5.6.1).
+    encoding = list_header(request, "content-encoding", "").strip(", \t").lower() or "identity"
     if content and encoding != "identity":
         # Counted when it is there: before, at most a limit's bytes for each of asyncio's threads.
         content = await asyncio.to_thread(inflate, content, encoding, limit)
