@@ -276,9 +276,9 @@ def decode_base64(text: str) -> bytes:
         InvalidInput: neither of the two.
     """
     encoded = text
-    if text.startswith("data:"):
+    if text[:5].lower() == "data:":
         head, _, encoded = text.partition(",")
-        if not head.endswith(";base64"):
+        if head[-7:].lower() != ";base64":
             raise InvalidInput(
                 "The data URL is not in base64.", received=repr(text[:40]), expected="data:image/png;base64,…"
             )

@@ -378,11 +378,12 @@ def test_a_large_model_gets_all_that_it_can_take() -> None:
 
 
 def test_base64_and_data_urls_are_read() -> None:
-    """Plain base64, base64 in lines, and data URLs give the same bytes."""
+    """Plain base64, base64 in lines, and data URLs, their words in any case, give the same bytes."""
     data = bytes(range(256))
     text = base64_text(data)
     lines = "\r\n".join(text[start : start + 76] for start in range(0, len(text), 76))
-    for form in (text, lines, lines.replace("\r", ""), f"data:image/png;base64,{text}"):
+    urls = [f"data:image/png;base64,{text}", f"Data:image/png;BASE64,{text}"]
+    for form in (text, lines, lines.replace("\r", ""), *urls):
         assert decode_base64(form) == data
 
 
