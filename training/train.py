@@ -190,8 +190,11 @@ def _require_alike(run: _Run) -> None:
 
 
 def _begin_with(network: Network, start: Start) -> None:
-    wanted = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
-    found = {name: tuple(weight.shape) for name, weight in start.weights.items()}
+    wanted, found = (
+        # Without the count of normalised batches, which no graph holds and nothing here reads.
+        {name: tuple(w.shape) for name, w in weights.items() if not name.endswith("num_batches_tracked")}
+        for weights in (network.state_dict(), start.weights)
+    )
     different = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
     if different:
         name = different[0]

@@ -14,10 +14,11 @@ from training.data import Dataset, Split
 from training.export import Name, export, round_to_half
 from training.model import CapsNet
 from training.start import Start, read_start
-from training.train import TrainingError, train
+from training.train import TrainingError, begin, train
 
 Load = Callable[[Split], Dataset]
 Run = Callable[..., Checkpoint]
+EFFICIENT = Path(__file__).parents[3] / "models" / "mnist-efficient" / "1"
 
 
 @pytest.fixture
@@ -143,5 +144,14 @@ def test_both_networks_are_named(run: Run, model_config: ModelConfig, tmp_path: 
 
 def test_an_exported_network_is_named() -> None:
     """Of an exported model, the manifest tells what the weights are of."""
-    start = read_start(Path(__file__).parents[3] / "models" / "mnist-efficient" / "1")
+    start = read_start(EFFICIENT)
     assert start.network == "efficient-capsnet for 10 classes of 28x28 images in grey"
+
+
+def test_training_begins_with_an_exported_efficient_capsnet() -> None:
+    """Its graphs hold no count of normalised batches, and training needs none."""
+    start = read_start(EFFICIENT)
+    config = ModelConfig(read_manifest(EFFICIENT).classes, architecture="efficient-capsnet")
+    network, _ = begin(config, TrainConfig(), start, torch.device("cpu"))
+    weights = network.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in start.weights.items())
