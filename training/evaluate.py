@@ -1,5 +1,6 @@
 """How well a network classifies and reconstructs a data set."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,9 @@ from numpy.typing import NDArray
 from training.data import DataError, Dataset
 from training.losses import mistaken, named
 from training.predictor import Predictor
+
+MOST_PIXELS = 250 * 28 * 28
+"""Of a batch: what a network needs for an image grows with them, and 250 of MNIST's are as fast as more."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,11 @@ class Evaluation:
         return 100 * self.mistakes / self.images
 
 
-def evaluate(predictor: Predictor, dataset: Dataset, batch_size: int = 250) -> Evaluation:
+def evaluate(predictor: Predictor, dataset: Dataset, most_pixels: int = MOST_PIXELS) -> Evaluation:
     """Classify and reconstruct every image; the labels are only compared with, never shown to the network.
+
+    Args:
+        most_pixels: of the images that are looked at together, unless one alone has more.
 
     Raises:
         DataError: if the images or classes are not those that the network takes.
@@ -56,6 +63,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, batch_size: int = 250) -> E
     predictions: list[NDArray[np.int64]] = []
     errors = [np.empty(0, np.float32)]
     all_lengths: list[NDArray[np.float32]] = []
+    batch_size = max(1, most_pixels // math.prod(predictor.image_shape[:2]))
     for start in range(0, len(dataset), batch_size):
         images = dataset.images[start : start + batch_size].cpu().numpy()
         capsules, lengths = predictor.encode(images)
