@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 from service.containers import cut_down, orientation
 from service.errors import InvalidInput, RequestError, TooLarge
 from service.manifest import ImageSpec
+from service.transparency import flatten
 
 # Sizes are judged from the header by `open_image`, with a limit of our own and an answer for the caller;
 # Pillow's own limit warns or raises before that can happen.
@@ -166,20 +167,11 @@ def _decode(image: Image.Image, spec: ImageSpec) -> Pixels:
         bits = next(bits for bits in _DEPTHS if levels.max() < 1 << bits)
         image = Image.fromarray((levels * 255 // ((1 << bits) - 1)).astype(np.uint8))
     if image.has_transparency_data:
-        image = _flatten(image.convert("RGBA"))
+        image = flatten(image.convert("RGBA"))
     image = image if image.mode == mode else image.convert(mode)
     # np.asarray asks Pillow for a description of the array first.
     shape = (image.height, image.width) if mode == "L" else (image.height, image.width, 3)
     return np.frombuffer(image.tobytes(), np.uint8).reshape(shape)
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """Put an RGBA image on the background that its visible part stands out from: white under dark ink."""
-    visible = image.getchannel("A")
-    histogram = image.convert("L").histogram(mask=visible.point(lambda alpha: 255 * (alpha > 127)))
-    dark, light = sum(histogram[:128]), sum(histogram[128:])
-    background = Image.new("RGBA", image.size, "white" if dark >= light else "black")
-    return Image.alpha_composite(background, image)
 
 
 def _fits(pixels: Pixels, spec: ImageSpec) -> bool:

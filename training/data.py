@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from service.transparency import flatten
+
 DIGITS = tuple("0123456789")
 GARMENTS = (
     "T-shirt/top",
@@ -317,16 +319,15 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _read_image(path: Path) -> NDArray[np.uint8]:
-    """An image as (H, W) or (H, W, 3); what is transparent in it is white."""
+    """An image as (H, W) or (H, W, 3); what is transparent in it is as the service would see it."""
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith(("I", "F")):
                 raise DataError(f"{path}: {upright.mode} pixels, expected 8 bits a channel; convert it")
             if upright.has_transparency_data:
-                white = Image.new("RGBA", upright.size, "white")
-                mode = "L" if upright.mode == "LA" else "RGB"
-                upright = Image.alpha_composite(white, upright.convert("RGBA")).convert(mode)
+                mode = "L" if upright.mode in ("1", "L", "LA") else "RGB"
+                upright = flatten(upright.convert("RGBA")).convert(mode)
             return np.asarray(upright.convert("L" if upright.mode in ("1", "L") else "RGB"))
     except (OSError, ValueError, TypeError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image ({error})") from error

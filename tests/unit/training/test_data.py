@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.images import open_image, prepare
+from service.manifest import ImageSpec
 from training import data
 from training.data import DataError, Dataset, hold_out, load, on_light_ground, random_shift, shift, take
 
@@ -275,12 +277,26 @@ def test_test_images_are_read_at_the_start(image_folder: Path) -> None:
         load("folder", "train", image_folder)
 
 
-def test_transparency_is_white(image_folder: Path) -> None:
-    """Black ink on a transparent ground is black on white, not black on black."""
-    write_image(image_folder / "train" / "ant" / "m.png", "LA", value=(0, 0))
+@pytest.mark.parametrize(("ink", "ground"), [(0, 255), (255, 0)])
+@pytest.mark.parametrize("mode", ["LA", "L", "1"])
+def test_transparency_is_what_the_ink_stands_out_from(
+    image_folder: Path, mode: str, ink: int, ground: int
+) -> None:
+    """Black ink on a transparent ground is on white, white ink on black, as in the service; grey stays so."""
+    path = image_folder / "train" / "ant" / "m.png"
+    clear = 255 - ink if mode == "1" else 7
+    image = Image.new(mode, (20, 18), (clear, 0) if mode == "LA" else clear)
+    image.paste((ink, 255) if mode == "LA" else ink, (5, 5, 15, 9))
+    if mode != "LA":
+        image.info["transparency"] = clear
+    image.save(path)
     images = load("folder", "train", image_folder).images
     assert images.ndim == 3, "grey as the others"
-    assert images[0].unique().tolist() == [255]
+    assert images[0].unique().tolist() == [0, 255]
+    assert images[0, 0, 0] == ground
+    grey = ImageSpec(height=18, width=20, channels=1, polarity="light_on_dark", centring="none")
+    seen = prepare(open_image(path.read_bytes(), max_pixels=1000), grey, "none")
+    assert np.array_equal(images[0].numpy(), seen)
 
 
 def test_one_bit_is_grey(image_folder: Path) -> None:
