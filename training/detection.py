@@ -19,7 +19,7 @@ from torch import Tensor
 from service.manifest import Calibration, margins
 from training import data
 from training.attacks import ATTACKS, STEPS, open_to_attack
-from training.data import DataError, Dataset
+from training.data import DataError, Dataset, on_light_ground
 from training.evaluate import Evaluation, evaluate, require_fit
 from training.export import outlier_sets
 from training.model import CapsNet
@@ -63,7 +63,8 @@ def strangers(dataset: Dataset, data_dir: Path | None = None) -> tuple[dict[str,
         fashion = data.load("fashion-mnist", "test", data_dir, download=False)
     except DataError:
         return kinds, ["Fashion-MNIST"]
-    return {**kinds, "Fashion-MNIST": fashion.images[: len(dataset)]}, []
+    images = fashion.images[: len(dataset)]  # light on dark
+    return {**kinds, "Fashion-MNIST": 255 - images if on_light_ground(dataset.images) else images}, []
 
 
 def measure(

@@ -170,7 +170,7 @@ def test_strangers_without_fashion_mnist(tmp_path: Path) -> None:
 
 
 def test_strangers_of_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where its files are, as many of its test images are taken as there are of the data set."""
+    """Where its files are, as many of its test images are taken as of the data set, on its ground."""
     garments = Dataset("fashion-mnist", ("x", "y"), torch.ones(9, 28, 28).byte(), torch.zeros(9).long(), {})
     asked: list[object] = []
 
@@ -183,7 +183,10 @@ def test_strangers_of_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds, missing = detection.strangers(digits, Path("here"))
     assert asked == [("fashion-mnist", "test", Path("here"), False)]
     assert kinds["Fashion-MNIST"].shape == (4, 28, 28)
+    assert kinds["Fashion-MNIST"].unique().tolist() == [1]
     assert missing == []
+    sheets = replace(digits, name="folder", images=255 - digits.images)
+    assert detection.strangers(sheets, Path("here"))[0]["Fashion-MNIST"].unique().tolist() == [254]
 
 
 def test_calibrated_as_an_export(network: CapsNet, run: Path, load_split: Load) -> None:
