@@ -203,7 +203,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--final-learning-rate",
         type=float,
         help="its rate at the last step; it decays exponentially in between; unset: "
-        f"{DEFAULTS.final_learning_rate}",
+        f"{DEFAULTS.final_learning_rate}, or --learning-rate if that is less",
     )
     command.add_argument(
         "--warm-up-steps",
@@ -304,6 +304,14 @@ def _train(options: argparse.Namespace) -> None:
         raise ValueError(
             "--final-learning-rate goes with --schedule exponential; authors takes 4 % off every 2000 steps"
         )
+    final = options.final_learning_rate
+    if final is None:
+        final = min(DEFAULTS.final_learning_rate, options.learning_rate)
+    elif final > options.learning_rate:
+        raise ValueError(
+            f"--final-learning-rate is {final}, expected at most --learning-rate, {options.learning_rate}: "
+            "the rate decays"
+        )
     dataset = _load(options, "train")
     height, width, channels = compose.frame(dataset)
     model_config = ModelConfig(
@@ -330,9 +338,7 @@ def _train(options: argparse.Namespace) -> None:
             if options.batch_size is None
             else options.batch_size,
             learning_rate=options.learning_rate,
-            final_learning_rate=DEFAULTS.final_learning_rate
-            if options.final_learning_rate is None
-            else options.final_learning_rate,
+            final_learning_rate=final,
             schedule=options.schedule,
             warm_up_steps=warm_up_steps(model_config)
             if options.warm_up_steps is None

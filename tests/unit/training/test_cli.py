@@ -78,6 +78,20 @@ def test_few_images(mnist_style_folder: Path, tmp_path: Path) -> None:
     assert (saved.training_images, saved.settings().batch_size) == (11, 8)
 
 
+def test_a_slow_run_becomes_no_faster(mnist_style_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate below the usual final one stays as it is, unless a lower one is named."""
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr(cli, "train", lambda _, __, config, *___, **____: configs.append(config))
+    train = ["train", "--dataset", "folder", "--data-dir", str(mnist_style_folder)]
+    for rates in ([], ["--learning-rate", "1e-6"], ["--final-learning-rate", "1e-6"]):
+        assert main([*train, *rates]) == 0
+    assert [(config.learning_rate, config.final_learning_rate) for config in configs] == [
+        (1e-3, 1e-5),
+        (1e-6, 1e-6),
+        (1e-3, 1e-6),
+    ]
+
+
 def test_dimensions_of_a_model_that_names_none(
     mnist_style_folder: Path,
     tmp_path: Path,
@@ -133,6 +147,10 @@ def test_dimensions_of_a_model_that_names_none(
         (
             ["train", "--data-dir", "file", "--schedule", "authors", "--final-learning-rate", "1e-4"],
             "--final-learning-rate goes with --schedule exponential",
+        ),
+        (
+            ["train", "--learning-rate", "1e-5", "--final-learning-rate", "1e-4"],
+            "--final-learning-rate is 0.0001, expected at most --learning-rate, 1e-05",
         ),
     ],
 )
