@@ -11,6 +11,17 @@ from torch import Tensor, nn
 from training.config import EFFICIENT_CHANNELS, ModelConfig
 from training.model import EPSILON, CapsNet, Decoder, as_channels
 
+MOMENTUM = 0.01
+"""Weight of a batch among the statistics so far, by which images are judged: the authors' framework's."""
+
+
+def momentum(steps: int) -> float:
+    """That weight in a run of so many steps: larger in a short one, lest it be judged by its first weights.
+
+    The statistics are then those of the last thirtieth of the run, or of ten batches if that is more.
+    """
+    return max(MOMENTUM, min(0.1, 30 / steps))
+
 
 def steep_squash(s: Tensor) -> Tensor:
     """Shrink each vector of (…, D) to 1 - exp(-length) and keep its direction: steep at zero."""
@@ -56,7 +67,7 @@ class EfficientEncoder(nn.Module):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type] # it has one
             # The constants of the framework that the authors used.
-            layers += [conv, nn.ReLU(), nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)]
+            layers += [conv, nn.ReLU(), nn.BatchNorm2d(channels, eps=1e-3, momentum=MOMENTUM)]
             before = channels
         self.features = nn.Sequential(*layers)
         self.dimensions = config.primary_dimensions

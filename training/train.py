@@ -22,6 +22,7 @@ from training.checkpoint import Checkpoint
 from training.compose import Batch, Compose, as_seen, composer
 from training.config import Device, ModelConfig, TrainConfig
 from training.data import Dataset, hold_out
+from training.efficient import momentum
 from training.evaluate import evaluate
 from training.losses import margin_loss, mistaken, named, reconstruction_loss
 from training.model import length, scale
@@ -115,6 +116,8 @@ def train(
             history=[],
             start=None if start is None else start.origin(),
         )
+        steps = config.steps_in_epoch(len(rest)) * config.epochs
+        _settle_normalisation(run, len(rest), steps)
         if resume and path.exists():
             state = _resume(run, path, state)
         if team.first:
@@ -187,6 +190,22 @@ def _require_alike(run: _Run) -> None:
             "this architecture normalises over the batch, which PyTorch shares between processes on GPUs "
             "alone; train it in one process, or on GPUs"
         )
+
+
+def _settle_normalisation(run: _Run, images: int, steps: int) -> None:
+    """Choose how fast the statistics of batches are forgotten in a run of so many steps.
+
+    Raises `TrainingError` for a batch that has a single value of each channel.
+    """
+    normed = [module for module in run.network.modules() if isinstance(module, nn.BatchNorm2d)]
+    batch_size = run.config.batch_size
+    if normed and run.network.config.grid == (1, 1) and 1 in (batch_size, images % batch_size):
+        raise TrainingError(
+            f"{images:,} images in batches of {batch_size} leave one of a single image, and images this "
+            "small are normalised over the batch alone; choose another --batch-size"
+        )
+    for module in normed:
+        module.momentum = momentum(steps)
 
 
 def _begin_with(network: Network, start: Start) -> None:

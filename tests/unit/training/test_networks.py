@@ -15,15 +15,15 @@ from training.baseline import BaselineCNN
 from training.compose import as_seen
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split
-from training.efficient import SelfAttentionRouting, steep_squash
+from training.efficient import EfficientEncoder, SelfAttentionRouting, momentum, steep_squash
 from training.evaluate import evaluate
 from training.export import ExportError, Name, export
 from training.losses import margin_loss, mistaken, named
-from training.model import CapsNet, CapsuleLayer, PrimaryCapsules, squash
+from training.model import CapsNet, CapsuleLayer, PrimaryCapsules, as_channels, squash
 from training.networks import build
 from training.precision import convolutions_in
 from training.predictor import OnnxPredictor, TorchPredictor
-from training.train import train
+from training.train import TrainingError, train
 
 Load = Callable[[Split], Dataset]
 DIGITS = tuple("0123456789")
@@ -166,6 +166,42 @@ def test_from_training_to_export(
     )
     assert manifest.measured.parity_error < 1e-4
     assert read_manifest(tmp_path / "models/shapes/1").architecture == config.architecture
+
+
+def test_a_short_run_is_judged_by_its_own_statistics(
+    model_config: ModelConfig, train_config: TrainConfig, load_split: Load, tmp_path: Path
+) -> None:
+    """Of sixty steps the first ones' statistics have faded by the end; a long run has the authors' span."""
+    state = train(
+        load_split("train"),
+        replace(model_config, architecture="efficient-capsnet"),
+        replace(train_config, epochs=15, learning_rate=1e-3, final_learning_rate=1e-5),
+        tmp_path,
+        load_test=lambda: load_split("test"),
+    )
+    network = state.network()
+    assert isinstance(network, CapsNet)
+    encoder = network.encoder
+    assert isinstance(encoder, EfficientEncoder)
+    with torch.inference_mode():
+        seen = encoder.features[:2](as_channels(load_split("train").images)).mean()
+    kept = state.model["encoder.features.2.running_mean"].mean()
+    assert 0.8 < kept / seen < 1.2, "it began at 0"
+    assert [momentum(steps) for steps in (1, 60, 600, 3000, 100_000)] == [0.1, 0.1, 0.05, 0.01, 0.01]
+
+
+def test_a_last_batch_of_one_image(
+    model_config: ModelConfig, train_config: TrainConfig, load_split: Load, tmp_path: Path
+) -> None:
+    """Where only the batch is left to normalise over, one of a single image is refused at once."""
+    small = replace(model_config, architecture="efficient-capsnet", height=12)
+    dataset = load_split("train")
+    dataset = replace(dataset, images=dataset.images[:, :12])
+    settings = replace(train_config, validation_images=0, epochs=1)
+    with pytest.raises(TrainingError, match="66 images in batches of 13 leave one of a single image"):
+        train(dataset, small, replace(settings, batch_size=13), tmp_path / "run", load_test=lambda: dataset)
+    assert not (tmp_path / "run").exists()
+    train(dataset, small, settings, tmp_path / "run", load_test=lambda: dataset)
 
 
 def test_baseline(
