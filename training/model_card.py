@@ -63,7 +63,9 @@ CALIBRATION_SOURCES = {
 def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test: Evaluation) -> str:
     """Markdown, made from the manifest, the settings of the run, and the result on the test images."""
     measured, calibration, made = manifest.measured, manifest.calibration, manifest.provenance
-    rise = train.rise(train.epochs * train.steps_in_epoch(made.training_images))
+    steps = train.steps_in_epoch(made.training_images)
+    rise = train.rise(train.epochs * steps)
+    risen = min(rise, made.epochs * steps)
     several = test.labels.ndim == 2
     shown = test.labels if several else test.labels[:, None]  # (M, L)
     return TEMPLATE.format(
@@ -133,7 +135,11 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                     if train.schedule == "exponential"
                     else f"Adam, {train.learning_rate:g} decaying as in the authors' code",
                 ),
-                *([("warm-up", f"{rise} steps")] if rise else []),
+                *(
+                    [("warm-up", f"{risen} steps" if risen == rise else f"{risen} of {rise} steps")]
+                    if rise
+                    else []
+                ),
                 (
                     "augmentation",
                     f"shifts of up to {train.max_shift} pixels"

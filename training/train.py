@@ -127,6 +127,10 @@ def train(
                 f"{config.device} in {config.precision}.",
                 flush=True,
             )
+            if (rise := config.rise(steps)) > steps:
+                print(
+                    f"note: the learning rate rises over {rise} steps, and this run has {steps}", flush=True
+                )
         _require_alike(run)
         if state.epoch < config.epochs:
             _train_epochs(run, rest, as_seen(validation), state, path, after_epoch)

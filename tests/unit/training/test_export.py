@@ -175,7 +175,9 @@ def test_a_card_says_what_is_known(state: Checkpoint, exported: Name, load_split
     plain = manifest.model_copy(update={"variants": ()})
     card = model_card(plain, state.shape(), longer, result)
     assert "it stands at epoch 6 of 9.\n\n## Limits" in card
-    assert "| warm-up | 40 steps |" in card, "and not the hundred that a longer run would take"
+    assert "| warm-up | 24 of 40 steps |" in card, "and not of the hundred that a longer run would take"
+    slower = replace(state.settings(), warm_up_steps=20)
+    assert "| warm-up | 20 steps |" in model_card(plain, state.shape(), slower, result)
 
 
 def test_a_decoder_that_learnt_nothing_has_no_names(state: Checkpoint, load_split: Load, place: Name) -> None:

@@ -168,6 +168,16 @@ def test_progress_in_a_log(
     assert "\r" not in capfd.readouterr().err
 
 
+def test_a_run_that_ends_while_its_rate_rises(
+    run: Run, train_config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of fewer steps than the rate takes to rise says so when it begins."""
+    run(replace(train_config, epochs=1, warm_up_steps=4), tmp_path / "enough")
+    assert "rises" not in capsys.readouterr().out
+    run(replace(train_config, epochs=1, warm_up_steps=5), tmp_path / "few")
+    assert "note: the learning rate rises over 5 steps, and this run has 4\n" in capsys.readouterr().out
+
+
 def test_without_validation(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
     """With nothing held out, the network learns from every training image."""
     state = run(replace(train_config, epochs=1, validation_images=0), tmp_path)
