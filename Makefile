@@ -87,14 +87,21 @@ types: $(EVERYTHING)
 imports: $(EVERYTHING)
 	$(VENV)/bin/lint-imports --no-logo
 
-# pip-audit exits with 1 for a vulnerability as for a service that it cannot reach; only the first writes a report.
+# pip-audit exits with 1 for a vulnerability as for a service that it cannot reach, but only the first writes a report;
+# and with 0 for pins without vulnerabilities as for those that its service does not know, which its report then names.
 audit: $(EVERYTHING)
 	@mkdir -p build && rm -f build/audit.txt
 	@echo "$(PY) -m pip_audit (the pins in constraints.txt)"
 	@$(PY) -m pip_audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
 		--output build/audit.txt 2>build/audit.log; \
 	code=$$?; \
-	if [ $$code -eq 0 ]; then tail -n 1 build/audit.log; \
+	pins=$$(grep -c '^[^#]' constraints.txt); missed=$$(grep -cs 'could not be audited' build/audit.txt); \
+	if [ $$code -eq 0 ] && [ "$$missed" = "$$pins" ]; then \
+		echo "audit: not run: pip-audit's service knows none of the $$pins pins"; \
+	elif [ $$code -eq 0 ]; then \
+		tail -n 1 build/audit.log; \
+		[ "$${missed:-0}" -eq 0 ] || \
+			echo "audit: $$missed of the $$pins pins were not audited: pip-audit's service does not know them"; \
 	elif [ -s build/audit.txt ]; then cat build/audit.txt; exit 1; \
 	elif [ $$code -eq 1 ]; then \
 		echo "audit: not run: pip-audit had no answer from its service ($$(tail -n 1 build/audit.log | cut -c 1-200))"; \
