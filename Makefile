@@ -138,7 +138,7 @@ proto: $(PY) ## write service/oip_pb2.py from service/oip.proto
 	rm -rf build/proto
 
 clean: ## remove environments and caches; keeps data/, models/ and runs/
-	rm -rf .venv .venv-gpu build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
+	rm -rf .venv .venv-gpu build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
 	find benchmarks service tests training -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environments ------------------------------------------------------------------------------------------
