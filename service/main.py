@@ -60,7 +60,12 @@ def _run() -> int:
 
             supervise(settings)
         else:
-            from service.server import run  # noqa: PLC0415 # ONNX Runtime and all
+            try:
+                from service.server import run  # noqa: PLC0415 # ONNX Runtime and all
+            except ModuleNotFoundError as error:
+                raise StartError(
+                    f"{error.name} is not installed; install the extra `cpu` or `gpu`"
+                ) from error
 
             run(settings, channel)
     except (StartError, ManifestError) as error:
