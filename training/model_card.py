@@ -13,12 +13,12 @@ from training.evaluate import Evaluation
 TEMPLATE = """\
 # {name}, version {version}
 
-A capsule network after Sabour, Frosst and Hinton, *Dynamic Routing Between Capsules* (NIPS 2017).
+A capsule network after {authors}.
 It finds one of {classes} classes in a {width}x{height} {colour} image ({polarity}), describes what it
 found by a {dimensions}-dimensional capsule, and draws the image again from that capsule.
 
 ## Figures
-Of the exported graphs, run by ONNX Runtime:
+Of the exported graphs, run by ONNX Runtime unless a row says otherwise:
 
 {figures}
 
@@ -54,6 +54,15 @@ many:
 RECIPE = "## How it was made\n"
 MEANING = "## What the dimensions mean\n"
 
+AUTHORS = {
+    "capsnet": "Sabour, Frosst and Hinton, *Dynamic Routing Between Capsules* (NIPS 2017)",
+    "efficient-capsnet": "Mazzia, Salvetti and Chiaberge, *Efficient-CapsNet: Capsule Network with\n"
+    "Self-Attention Routing* (2021)",
+}
+
+COMPUTED = {"fp16": ", computed by ONNX's reference implementation and rounded as on a GPU"}
+"""What computed a precision's figures, where it was not ONNX Runtime. See docs/decisions/0050."""
+
 CALIBRATION_SOURCES = {
     "held-out": "training images that were held out",
     "training": "training images that the network may have learned from",
@@ -71,6 +80,7 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
     return TEMPLATE.format(
         name=manifest.name,
         version=manifest.version,
+        authors=AUTHORS[manifest.architecture],
         classes=len(manifest.classes),
         width=manifest.image.width,
         height=manifest.image.height,
@@ -93,7 +103,7 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                 ),
                 *(
                     (
-                        f"the encoder in {variant.precision}",
+                        f"the encoder in {variant.precision}{COMPUTED.get(variant.precision, '')}",
                         f"{variant.test_mistakes} mistakes, {variant.agreement:.2f} % classified as by fp32, "
                         f"reconstructions {variant.psnr:.1f} dB from fp32's",
                     )

@@ -15,10 +15,11 @@ from tests.support.mnist import ROOT, mnist_test_images
 from training.config import ModelConfig
 from training.data import Dataset
 from training.model import CapsNet
-from training.model_card import meaning
+from training.model_card import AUTHORS, COMPUTED, meaning
 from training.predictor import OnnxPredictor, TorchPredictor
 
 VERSIONS = sorted(path.parent for path in (ROOT / "models").glob("mnist/*/manifest.json"))
+CARDS = sorted(path.parent for path in (ROOT / "models").glob("*/*/MODEL_CARD.md"))
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +96,12 @@ def test_the_card_names_the_manifests_dimensions(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert tuple(manifest.dimensions) == manifest.classes
     assert meaning(manifest) in (folder / "MODEL_CARD.md").read_text()
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.parent.name)
+def test_a_card_says_whose_network_it_is_and_what_computed_it(folder: Path) -> None:
+    """A card names the authors of its own architecture, and what stood in for a GPU."""
+    manifest, card = read_manifest(folder), (folder / "MODEL_CARD.md").read_text()
+    assert f"A capsule network after {AUTHORS[manifest.architecture]}.\n" in card
+    for variant in manifest.variants:
+        assert f"| the encoder in {variant.precision}{COMPUTED.get(variant.precision, '')} |" in card

@@ -167,6 +167,8 @@ def test_a_card_says_what_is_known(state: Checkpoint, exported: Name, load_split
     card = (exported.folder / "MODEL_CARD.md").read_text()
     assert "It was tested after the last epoch. Which precision a service takes" in card
     assert "fixed before" not in card
+    assert "in fp16, computed by ONNX's reference implementation" in card, "ONNX Runtime would not round"
+    assert "Sabour, Frosst and Hinton" in card
     manifest, result = (
         read_manifest(exported.folder),
         evaluate(OnnxPredictor(exported.folder), load_split("test")),
