@@ -42,7 +42,7 @@ serve: $(SERVING) ## serve on 127.0.0.1:8000; CAPSNET_HOST, CAPSNET_PORT, … ch
 train evaluate export dimensions visualize: $(EVERYTHING) ## the steps from data to models/; ARGS=--help explains each
 	$(PY) -m training.cli $@ $(ARGS)
 
-robustness detect: $(EVERYTHING) ## curves of error on spoiled images; of finding out strangers and attacks; ARGS=--help
+robustness detect: $(EVERYTHING) ## curves of error on spoiled images; of finding out outliers and attacks; ARGS=--help
 	$(PY) -m training.cli $@ $(ARGS)
 
 reproduce-%: $(EVERYTHING) ## train and test one published result; `make reproduce-routing-3 ARGS=--help` lists them

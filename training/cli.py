@@ -590,7 +590,7 @@ def _detect(options: argparse.Namespace) -> None:
     else:
         run = checkpoints.read(options.network)
         calibration = calibrate(trained.predictor, *calibration_set(_load(options, "train"), run))
-    others, missing = detection.strangers(dataset, options.data_dir)
+    others, missing = detection.outliers(dataset, options.data_dir)
     found = detection.measure(
         network,
         calibration,

@@ -54,7 +54,7 @@ def area(usual: Floats, strange: Floats) -> float:
     return float(np.trapezoid(true, false))
 
 
-def strangers(dataset: Dataset, data_dir: Path | None = None) -> tuple[dict[str, Tensor], list[str]]:
+def outliers(dataset: Dataset, data_dir: Path | None = None) -> tuple[dict[str, Tensor], list[str]]:
     """Images of no class of `dataset`, (M, H, W[, 3]) by kind, and the kinds that this machine lacks."""
     kinds = {kind: images for kind, images, _ in outlier_sets(dataset)}
     if dataset.name == "fashion-mnist" or tuple(dataset.images.shape[1:]) != (28, 28):

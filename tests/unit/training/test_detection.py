@@ -160,16 +160,16 @@ def test_attacked_at_even_distances(
     assert (still["success"], still["auc"], still["curves"]) == (0, None, None), "nothing to find"
 
 
-def test_strangers_without_fashion_mnist(tmp_path: Path) -> None:
+def test_outliers_without_fashion_mnist(tmp_path: Path) -> None:
     """Where Fashion-MNIST is not on this machine it is named as missing, and never fetched."""
     digits = Dataset("mnist", ("a", "b"), torch.zeros(4, 28, 28).byte(), torch.zeros(4).long(), {})
-    kinds, missing = detection.strangers(digits, tmp_path)
+    kinds, missing = detection.outliers(digits, tmp_path)
     assert list(kinds) == ["noise", "blank pages", "letters", "garments"]
     assert missing == ["Fashion-MNIST"]
-    assert detection.strangers(replace(digits, images=digits.images[:, :20]), tmp_path)[1] == []
+    assert detection.outliers(replace(digits, images=digits.images[:, :20]), tmp_path)[1] == []
 
 
-def test_strangers_of_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outliers_of_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its files are, as many of its test images are taken as of the data set, on its ground."""
     garments = Dataset("fashion-mnist", ("x", "y"), torch.ones(9, 28, 28).byte(), torch.zeros(9).long(), {})
     asked: list[object] = []
@@ -180,13 +180,13 @@ def test_strangers_of_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(data, "load", load)
     digits = Dataset("mnist", ("a", "b"), torch.zeros(4, 28, 28).byte(), torch.zeros(4).long(), {})
-    kinds, missing = detection.strangers(digits, Path("here"))
+    kinds, missing = detection.outliers(digits, Path("here"))
     assert asked == [("fashion-mnist", "test", Path("here"), False)]
     assert kinds["Fashion-MNIST"].shape == (4, 28, 28)
     assert kinds["Fashion-MNIST"].unique().tolist() == [1]
     assert missing == []
     sheets = replace(digits, name="folder", images=255 - digits.images)
-    assert detection.strangers(sheets, Path("here"))[0]["Fashion-MNIST"].unique().tolist() == [254]
+    assert detection.outliers(sheets, Path("here"))[0]["Fashion-MNIST"].unique().tolist() == [254]
 
 
 def test_calibrated_as_an_export(network: CapsNet, run: Path, load_split: Load) -> None:
