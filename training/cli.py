@@ -210,7 +210,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=int,
         help="steps over which the rate rises to its first value, but a tenth of the run's at most, or "
         f"{LEAST_RISE}; unset: {WARM_UP_STEPS} for a capsnet that has more primary capsules "
-        "for each of its classes (ten at most) than the paper's 115, otherwise none",
+        "for each of its classes (ten at most) than the paper's 115, or shares their weights, otherwise none",
     )
     command.add_argument(
         "--max-shift",

@@ -225,7 +225,7 @@ after 10 with two classes. See docs/decisions/0046."""
 def warm_up_steps(model: ModelConfig) -> int:
     """Steps over which the rate should rise for this network, in a run that is long enough."""
     classes = min(PAPERS_CLASSES, len(model.classes))
-    delicate = model.primary_count / classes > PAPERS_CAPSULES / PAPERS_CLASSES
+    delicate = model.shared_weights or model.primary_count / classes > PAPERS_CAPSULES / PAPERS_CLASSES
     return WARM_UP_STEPS if model.architecture == "capsnet" and delicate else 0
 
 

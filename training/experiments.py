@@ -72,6 +72,12 @@ ROWS = {
         "CapsNet, 3 iterations, no reconstruction", _mnist("0.35 ± 0.036, table 1"), training=PLAIN
     ),
     "routing-3-reconstruction": Row("CapsNet, 3 iterations, reconstruction", _mnist("0.25 ± 0.005, table 1")),
+    "shared-weights": Row(
+        "CapsNet, 3 iterations, reconstruction, one matrix for each group",
+        _mnist(""),
+        {"shared_weights": True},
+        RISE,
+    ),
     "multimnist": Row(
         "CapsNet, 3 iterations, both digits right", {"multimnist": "5.2, table 1"}, training=RISE
     ),

@@ -123,9 +123,10 @@ def test_a_short_run_leaves_the_rise() -> None:
     ],
 )
 def test_who_warms_up(shape: dict[str, Any], steps: int) -> None:
-    """The rate rises slowly for more primary capsules than the paper's or fewer classes, and no others."""
+    """The rate rises slowly for more primary capsules than the paper's, fewer classes or shared weights."""
     shape = {"classes": DIGITS, **shape}
     assert warm_up_steps(ModelConfig(**shape)) == steps
+    assert warm_up_steps(ModelConfig(shared_weights=True, **shape)) == 100
     assert warm_up_steps(ModelConfig(architecture="multimnist-cnn", **shape)) == 0
 
 
