@@ -63,9 +63,9 @@ def _run() -> int:
             try:
                 from service.server import run  # noqa: PLC0415 # ONNX Runtime and all
             except ModuleNotFoundError as error:
-                raise StartError(
-                    f"{error.name} is not installed; install the extra `cpu` or `gpu`"
-                ) from error
+                if error.name != "onnxruntime":
+                    raise
+                raise StartError("onnxruntime is not installed; install the extra `cpu` or `gpu`") from error
 
             run(settings, channel)
     except (StartError, ManifestError) as error:
