@@ -132,11 +132,7 @@ class _Choice(_Request):
     label: Annotated[
         str, Field(alias="class", min_length=1, description="Label; the predicted one if absent")
     ] = ""
-    tweaks: Annotated[
-        list[TweakRequest],
-        FailFast(),
-        Field(description=f"Done in order; after them no component may lie beyond ±{MAX_COMPONENT:g}"),
-    ] = []
+    tweaks: Annotated[list[TweakRequest], FailFast(), Field(description="Done in order")] = []
 
 
 class _Source(_Request):
@@ -169,11 +165,7 @@ class _SweepChoice(_Choice):
     deltas: Annotated[
         list[Component],
         FailFast(),
-        Field(
-            min_length=1,
-            description="The model's tweak range by its tweak step if absent; "
-            f"none may move a component beyond ±{MAX_COMPONENT:g}",
-        ),
+        Field(min_length=1, description="The model's tweak range by its tweak step if absent"),
     ] = []
 
     @model_validator(mode="after")

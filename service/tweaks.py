@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import InvalidInput
-
 MAX_COMPONENT = 10.0
-"""Largest absolute component, delta or value that is taken, and largest that a tweak may lead to. A squashed
-capsule is shorter than 1; this leaves room to play and keeps the decoder's sums finite."""
+"""Largest absolute component, delta or value that is taken. A squashed capsule is shorter than 1; this
+leaves room to play and keeps the decoder's sums finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,47 +21,24 @@ class Tweak:
 
 
 def apply_tweaks(capsules: NDArray[np.float32], index: int, tweaks: Sequence[Tweak]) -> NDArray[np.float32]:
-    """A copy of `capsules` (classes, dimensions) with the tweaks done in order to row `index`.
-
-    Raises:
-        InvalidInput: a component is out of range after them.
-    """
+    """A copy of `capsules` (classes, dimensions) with the tweaks done in order to row `index`."""
     tweaked = capsules.copy()
     for tweak in tweaks:
         if tweak.value is not None:
             tweaked[index, tweak.dimension] = tweak.value
         elif tweak.delta is not None:
             tweaked[index, tweak.dimension] += tweak.delta
-    _check_range(range(len(tweaked[index])), tweaked[index, :, np.newaxis])
     return tweaked
 
 
 def sweep_capsules(
     capsules: NDArray[np.float32], index: int, dimensions: Sequence[int], deltas: Sequence[float]
 ) -> NDArray[np.float32]:
-    """Every dimension moved by every delta: (len(dimensions) * len(deltas), classes, dimensions).
-
-    Raises:
-        InvalidInput: a component is out of range where it is moved.
-    """
-    moved = capsules[index, dimensions, np.newaxis] + np.asarray(deltas, np.float32)
-    _check_range(dimensions, moved)
+    """Every dimension moved by every delta: (len(dimensions) * len(deltas), classes, dimensions)."""
     swept = np.tile(capsules, (len(dimensions), len(deltas), 1, 1))
     for row, dimension in enumerate(dimensions):
-        swept[row, :, index, dimension] = moved[row]
+        swept[row, :, index, dimension] += np.asarray(deltas, np.float32)
     return swept.reshape(-1, *capsules.shape)
-
-
-def _check_range(dimensions: Sequence[int], components: NDArray[np.float32]) -> None:
-    """Refuse what could not be sent back: `components` has a row for each of the dimensions."""
-    beyond = np.argwhere(np.abs(components) > MAX_COMPONENT)
-    if len(beyond):
-        row, column = beyond[0]
-        raise InvalidInput(
-            f"Dimension {dimensions[row]} of the capsule would be moved out of range.",
-            received=f"a move to {components[row, column]}",
-            expected=f"a move to {-MAX_COMPONENT:g} to {MAX_COMPONENT:g}",
-        )
 
 
 def default_deltas(tweak_range: tuple[float, float], step: float) -> list[float]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from tests.api.conftest import problem
 from tests.support.encoded import base64_text, decode, decode_data_url, encode
 from tests.support.tiny_model import CLASSES, DIMENSIONS, band, image_of
 
@@ -69,30 +68,6 @@ def test_the_largest_tweaks_are_taken(client: TestClient) -> None:
     """Up to ten a dimension may be moved or set, either way."""
     tweaks = [{"dimension": 1, "delta": 10}, {"dimension": 2, "value": -10}]
     assert ask(client, image=ENCODED, tweaks=tweaks)["capsule"][1:3] == [10, -10]
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/reconstruct", {"tweaks": [{"dimension": 1, "delta": 6}] * 2}),
-        ("/reconstruct/sweep", {"tweaks": [{"dimension": 1, "delta": 6}] * 2}),
-        ("/reconstruct/sweep", {"tweaks": [{"dimension": 1, "value": 6}], "deltas": [0, 6]}),
-    ],
-    ids=["tweaks", "tweaks of a sweep", "deltas"],
-)
-def test_no_component_is_moved_out_of_range(client: TestClient, path: str, body: dict[str, Any]) -> None:
-    """Each move may be small enough, but what they add up to could not be sent back; the error says what."""
-    document = problem(client.post(path, json={"image": ENCODED, **body}), 422)
-    assert document["detail"] == "Dimension 1 of the capsule would be moved out of range."
-    assert (document["received"], document["expected"]) == ("a move to 12.0", "a move to -10 to 10")
-
-
-def test_tweaks_may_pass_through_what_is_out_of_range(client: TestClient) -> None:
-    """What counts is where they end, and that can be sent back."""
-    tweaks = [{"dimension": 1, "delta": delta} for delta in (-6, -6, 2)]
-    capsules = np.zeros((CLASSES, DIMENSIONS))
-    capsules[3] = ask(client, image=ENCODED, tweaks=tweaks)["capsule"]
-    assert ask(client, capsules=capsules.tolist())["capsule"][1] == -10
 
 
 def test_another_class_is_drawn_from_its_own_capsule(client: TestClient) -> None:
