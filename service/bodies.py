@@ -236,6 +236,8 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
             received=f"more than {_MAX_MEMBERS}",
             expected=f"at most {_MAX_MEMBERS}",
         )
+    if encoding != "deflate" and not bytes(rest).strip(b"\0"):
+        rest = rest[:0]  # some tools fill up with zeros, which gzip itself leaves out
     if not inflater.eof or rest:
         raise MalformedBody(
             "The body cannot be decompressed.",

@@ -143,6 +143,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unread = 0
         self._stop_waiting()
         super().on_headers_complete()
+        self.headers = []  # behind the body come trailers, which are none of the request's (RFC 9110, 6.5.1)
 
     def on_body(self, body: bytes) -> None:
         self._unread = 0

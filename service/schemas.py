@@ -255,7 +255,13 @@ class ReconstructAnswer(BaseModel):
     model: ModelName
     label: str
     index: int
-    capsule: Annotated[list[float], Field(description="The class's capsule after the tweaks")]
+    capsule: Annotated[
+        list[float],
+        Field(
+            description="The class's capsule after the tweaks. They may add up to components beyond "
+            f"±{MAX_COMPONENT:g}, which requests may not have"
+        ),
+    ]
     reconstruction: DataUrl
     pixels: Annotated[list[Any] | None, Field(description="(H, W), or (H, W, 3) for colour")] = None
 

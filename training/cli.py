@@ -307,7 +307,7 @@ def _train(options: argparse.Namespace) -> None:
     final = options.final_learning_rate
     if final is None:
         final = min(DEFAULTS.final_learning_rate, options.learning_rate)
-    elif final > options.learning_rate:
+    elif final > options.learning_rate and not options.resume:  # a run from before it was refused
         raise ValueError(
             f"--final-learning-rate is {final}, expected at most --learning-rate, {options.learning_rate}: "
             "the rate decays"

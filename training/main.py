@@ -8,6 +8,8 @@ def main() -> int:
     try:
         from training import cli  # noqa: PLC0415 # PyTorch, ONNX Runtime and all
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("service", "training"):
+            raise
         print(
             f"capsnet: {error.name} is not installed; install the extras `train`, and `cpu` or `gpu`",
             file=sys.stderr,

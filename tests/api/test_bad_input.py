@@ -13,7 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.bodies import inflate
-from service.errors import TooLarge
+from service.errors import MalformedBody, TooLarge
 from tests.api.conftest import problem
 from tests.support.encoded import base64_text, encode, gzipped, npy, npy_with_header, png_bomb
 from tests.support.tiny_model import CLASSES, DIMENSIONS, image_of
@@ -424,6 +424,14 @@ def test_a_gzip_body_may_be_several_members_in_series(size: int) -> None:
     assert inflate(body, "gzip", len(content)) == content
     with pytest.raises(TooLarge):
         inflate(body, "gzip", len(content) - 1)
+
+
+def test_zeros_behind_gzip_fill_up() -> None:
+    """They are left out, as gzip itself leaves them out; other bytes, or zeros after zlib, are refused."""
+    assert inflate(gzipped(PNG) + bytes(512), "gzip", 1000) == PNG
+    for body, encoding in ((gzipped(PNG) + b"\0x", "gzip"), (zlib.compress(PNG) + b"\0", "deflate")):
+        with pytest.raises(MalformedBody):
+            inflate(body, encoding, 1000)
 
 
 def test_a_media_type_may_be_written_in_any_case(client: TestClient) -> None:

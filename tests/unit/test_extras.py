@@ -32,3 +32,14 @@ def test_a_missing_extra_is_named_in_one_line(command: str, missing: str, says: 
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stderr) == (1, says)
+
+
+def test_a_part_of_ours_that_is_missing_is_no_extra() -> None:
+    """It is a fault of ours, whose stack is shown."""
+    program = "import sys; sys.modules['training.losses'] = None; from training.main import main; main()"
+    ended = subprocess.run(  # noqa: S603 # our own interpreter
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert "extra" not in ended.stderr

@@ -142,6 +142,30 @@ async def test_trailers_without_end_are_refused() -> None:
         await left.wait()
 
 
+@pytest.mark.parametrize("together", [True, False])
+async def test_trailers_are_no_headers(together: bool) -> None:
+    """What follows a body in chunks says nothing of the request, whether it comes with the head or later."""
+
+    class Reading(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            while (await receive())["more_body"]:
+                pass
+            self.headers = dict(scope["headers"])
+            await super().__call__(scope, receive, send)
+
+    app = Reading()
+    app.refusing = False
+    head = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n"
+    async with served(app) as (_, reader, writer):
+        for _ in range(2):
+            writer.write(head)
+            if not together:
+                await asyncio.sleep(0.05)
+            writer.write(b"X-Request-ID: forged\r\n\r\n")
+            assert await answer(reader) == b"ok"
+            assert app.headers == {b"transfer-encoding": b"chunked"}
+
+
 async def refused(line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Send the line again and again; return when the connection is closed, before eight times the limit."""
     with contextlib.suppress(ConnectionError):  # what was still under way when it closed

@@ -39,7 +39,7 @@ async def test_all_of_a_stop_counts_against_its_limit(monkeypatch: pytest.Monkey
     monkeypatch.setattr(uvicorn.Server, "shutdown", shutdown)
     engine = Engine()
     service = SimpleNamespace(engine=engine, settings=SimpleNamespace(drain_timeout=8.0))
-    server = _Server(uvicorn.Config(""), cast("Service", service), None)
+    server = _Server(uvicorn.Config("", log_config=None), cast("Service", service), None)
     server.servers = []
     await server.shutdown()
     assert given[0] <= 8 + server_module._LAST_ANSWERS - settled
@@ -54,7 +54,8 @@ async def test_who_left_on_the_way_is_no_connection(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(asyncio.get_running_loop(), "connect_accepted_socket", refuse)
     service = SimpleNamespace(engine=Engine(), settings=SimpleNamespace(drain_timeout=8.0))
-    server = _Server(uvicorn.Config(create_app(Settings()), lifespan="off"), cast("Service", service), None)
+    config = uvicorn.Config(create_app(Settings()), lifespan="off", log_config=None)
+    server = _Server(config, cast("Service", service), None)
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
     told = []

@@ -90,6 +90,9 @@ def test_a_slow_run_becomes_no_faster(mnist_style_folder: Path, monkeypatch: pyt
         (1e-6, 1e-6),
         (1e-3, 1e-6),
     ]
+    # One that began before that rose to the usual one, and goes on as it began.
+    assert main([*train, "--resume", "--learning-rate", "1e-6", "--final-learning-rate", "1e-5"]) == 0
+    assert configs[-1].final_learning_rate == 1e-5
 
 
 def test_dimensions_of_a_model_that_names_none(
