@@ -18,6 +18,7 @@ from benchmarks.plain import write_plain_encoder
 from benchmarks.timing import CONVOLUTIONS, take_turns
 from benchmarks.winograd import winograd_encoder
 from training.export import RANGE_IMAGES, round_to_half, write_encoder
+from training.graphs import encoder_graph, largest_feature
 from training.model import CapsNet
 from training.trained import read_exported
 from training.variants import write_variants
@@ -56,7 +57,7 @@ def _measure(
             name: partial(session.run, None, {"images": first}) for name, session in sessions.items()
         }
         if openvino != through_openvino.ABSENT:
-            tasks |= _openvino(paths, first, threads)
+            tasks |= _openvino(network, paths["fp32"], first, threads)
         tasks[CONVOLUTIONS] = _convolutions(network, first)
         tasks["sgemm"] = _sgemm()
         medians = take_turns(tasks, seconds)
@@ -72,13 +73,14 @@ def _measure(
 
 
 def _openvino(
-    paths: dict[str, Path], images: np.ndarray[Any, Any], threads: int
+    network: CapsNet, fp32: Path, images: np.ndarray[Any, Any], threads: int
 ) -> dict[str, Callable[[], object]]:
-    pairs = paths["int8"].with_name("pairs.onnx")
-    onnx.save(through_openvino.as_pairs(onnx.load(paths["int8"])), pairs)
+    pairs = fp32.with_name("pairs.onnx")
+    largest = largest_feature(network, torch.from_numpy(images[:RANGE_IMAGES]))
+    onnx.save(encoder_graph(network, largest, through_openvino.PairsGraph), pairs)
     return {
         f"OpenVINO {name}": through_openvino.compiled(path, images, threads)
-        for name, path in (("fp32", paths["fp32"]), ("int8", pairs))
+        for name, path in (("fp32", fp32), ("int8", pairs))
     }
 
 

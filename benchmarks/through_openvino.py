@@ -1,21 +1,18 @@
 """The same graphs through OpenVINO, where somebody has installed it: `pip install openvino`.
 
 It reads the fp32 encoder as it is, but for a fixed batch size: with a free one, 2026.4.1 gives no rows. It
-has no QLinearConv, so the 8-bit encoder is rewritten with the pairs of QuantizeLinear and DequantizeLinear
-that it looks for; the numbers are the same.
+has no QLinearConv, so the 8-bit encoder is written with the pairs of QuantizeLinear and DequantizeLinear
+that it looks for.
 """
 
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 
-from training.graphs import names_read
+from training.graphs import PRIMARY, EncoderGraph
 
 ABSENT = "not installed"
 
@@ -48,29 +45,28 @@ def compiled(path: Path, images: NDArray[np.uint8], threads: int) -> Callable[[]
     return run
 
 
-def as_pairs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with each QLinearConv as a Conv between the pairs that stand for it."""
-    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
-        if node.op_type != "QLinearConv":
-            nodes.append(node)
-            continue
-        x, x_scale, x_zero, weight, w_scale, w_zero, y_scale, y_zero, bias = node.input
-        name = node.output[0]
-        exact = values[bias] * (values[x_scale] * values[w_scale])
-        model.graph.initializer.append(numpy_helper.from_array(exact.astype(np.float32), f"{name}.bias"))
-        conv: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        nodes += [
-            helper.make_node("DequantizeLinear", [x, x_scale, x_zero], [f"{name}.x"]),
-            helper.make_node("DequantizeLinear", [weight, w_scale, w_zero], [f"{name}.weight"], axis=0),
-            helper.make_node("Conv", [f"{name}.x", f"{name}.weight", f"{name}.bias"], [f"{name}.y"], **conv),
-            helper.make_node("QuantizeLinear", [f"{name}.y", y_scale, y_zero], [name]),
-        ]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    read = set(names_read(nodes))
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    return model
+class PairsGraph(EncoderGraph):
+    """Writes either 8-bit convolution as a Conv behind the dequantisation of what it reads."""
+
+    def int8_features(self, scale: np.float32) -> str:
+        x = self.read("images", np.float32(1 / 255))
+        x = self.convolution(self.planes(x), "encoder.conv", self.weights["encoder.conv.weight"], 1)
+        return self.op("QuantizeLinear", x, self.constant(scale), self.constant(np.uint8(0)))
+
+    def int8_product(self, features: str, scale: np.float32) -> str:
+        return self.convolution(self.read(features, scale), PRIMARY, self.votes * self.ordered("weight"), 2)
+
+    def read(self, values: str, scale: np.float32) -> str:
+        return self.op("DequantizeLinear", values, self.constant(scale), self.constant(np.uint8(0)))
+
+    def convolution(self, x: str, name: str, weight: NDArray[np.float32], stride: int) -> str:
+        steps, step = self.in_steps(weight)
+        bias = self.weights["encoder.conv.bias"] if stride == 1 else self.ordered("bias")
+        filters = self.op(
+            "DequantizeLinear",
+            self.constant(steps, f"{name}.weight.int8"),
+            self.constant(step),
+            self.constant(np.zeros(len(step), np.int8)),
+            axis=0,
+        )
+        return self.op("Conv", x, filters, self.constant(bias), strides=[stride, stride])

@@ -10,7 +10,6 @@ The letters are those of `model.py`.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
@@ -32,47 +32,35 @@ FEW = 4
 WEIGHT_STEPS = 64
 """Of an 8-bit convolution's weights, to either side of 0: one bit less than there is. x86 processors without
 VNNI sum pairs of products in 16 bits, and two of a byte and such a weight, 2 * 255 * 64, fit."""
+ROWS = 3
+"""Of an 8-bit filter in one product: all of them at once take 25 MiB more for a batch of 32, and less alone
+are slower for a lone image; measured, see docs/decisions/0020."""
 LARGE = 1024
 """Weights of at least so many numbers are stored in half precision."""
 PRIMARY = "encoder.primary_capsules.conv"
 
 
-@dataclass(frozen=True)
-class Ranges:
-    """What the convolutions give for training images: the largest activation, once in all and by channel."""
-
-    features: float
-    primary: NDArray[np.float32]
-    """(G * I,), of the second convolution, either sign."""
-
-
 @torch.no_grad()
-def measure_ranges(network: CapsNet, images: Tensor) -> Ranges:
-    """Ranges over `images` (B, H, W[, 3]) uint8."""
-    encoder = network.encoder
-    primary = encoder.primary_capsules
-    scaled = 1 / primary.groups if primary.scaled_votes else 1.0
-    bias = primary.conv.bias
-    largest, by_channel = 0.0, torch.zeros(primary.conv.out_channels)
-    for batch in images.split(64):
-        features = F.relu(encoder.conv(as_channels(batch)))
-        largest = max(largest, float(features.max()))
-        channels = F.conv2d(features, scaled * primary.conv.weight, bias, primary.conv.stride)
-        by_channel = torch.maximum(by_channel, channels.abs().amax(dim=(0, 2, 3)))
-    tiny = 1e-6  # a channel that is always zero still needs a scale
-    return Ranges(max(largest, tiny), by_channel.clamp_min(tiny).numpy())
+def largest_feature(network: CapsNet, images: Tensor) -> float:
+    """The largest that the first convolution and ReLU give of `images` (B, H, W[, 3]) uint8."""
+    conv = network.encoder.conv
+    largest = max(float(F.relu(conv(as_channels(batch))).max()) for batch in images.split(64))
+    return max(largest, 1e-6)  # features that are always zero still need a scale
 
 
-def encoder_graph(network: CapsNet, ranges: Ranges | None = None) -> onnx.ModelProto:
+def encoder_graph(
+    network: CapsNet, largest: float | None = None, writer: "type[EncoderGraph] | None" = None
+) -> onnx.ModelProto:
     """The graph `images` -> `digit_capsules`, `capsule_lengths`.
 
     Args:
-        ranges: what the eight bits of int8 convolutions have to span; without, they are in fp32, as all
-            else is in any case.
+        largest: of the features, which the eight bits of int8 convolutions have to span; without, they
+            are in fp32, as all else is in any case.
+        writer: of its nodes, if it is another.
     """
-    graph = EncoderGraph(network)
-    if ranges is not None:
-        u = graph.primary_capsules(graph.int8_convolutions(ranges))
+    graph = (writer or EncoderGraph)(network)
+    if largest is not None:
+        u = graph.primary_capsules(graph.int8_convolutions(largest))
         # CUDA, which fp32 is for as well, cannot capture a branch.
         v = graph.route(u) if network.config.shared_weights else graph.route_by_size(u)
     else:
@@ -160,65 +148,76 @@ class EncoderGraph:
         bias = self.by_dimension(self.weight(f"{PRIMARY}.bias", element))
         return self.op("Conv", features, weight, bias, strides=[2, 2])
 
-    def int8_convolutions(self, ranges: Ranges) -> str:
-        """The same on bytes with 7-bit weights, each output channel on its own scale, summed in 32 bits.
+    def int8_convolutions(self, largest: float) -> str:
+        """Both convolutions on bytes with 7-bit weights, a scale for each output channel, summed in 32 bits.
 
         An image's bytes are exactly its numbers on the scale 1/255, and behind ReLU a byte without a sign
-        wastes nothing. QLinearConv has one scale for all channels of its output; each channel of the second
-        gets one of its own by dividing its weights' scale, which the dequantisation multiplies back.
+        wastes nothing. (B, I * G, positions).
         """
-        config = self.config
-        groups, dimensions = config.primary_groups, config.primary_dimensions
-        order = np.arange(groups * dimensions).reshape(groups, dimensions).T.reshape(-1)
-        pixel, features = np.float32(1 / 255), np.float32(ranges.features / 255)
-        x = self.qlinear_conv(
-            self.planes("images"),
-            "encoder.conv",
-            pixel,
-            np.arange(config.conv_channels),
-            features,
-            np.uint8(0),
-            1,
-        )
-        spread = (ranges.primary[order] / 127).astype(np.float32)
-        middle = np.uint8(128)
-        x = self.qlinear_conv(x, PRIMARY, features, order, spread, middle, 2)
-        zero_points = self.constant(np.full(len(order), middle))
-        return self.op("DequantizeLinear", x, self.constant(spread), zero_points, axis=1)
+        scale = np.float32(largest / 255)
+        return self.int8_product(self.int8_features(scale), scale)
 
-    def qlinear_conv(
-        self,
-        x: str,
-        name: str,
-        x_scale: np.float32,
-        order: NDArray[np.int64],
-        y_scale: np.float32 | NDArray[np.float32],
-        y_zero: np.uint8,
-        stride: int,
-    ) -> str:
-        weight, bias = self.weights[f"{name}.weight"][order], self.weights[f"{name}.bias"][order]
-        if name == PRIMARY:
-            weight = weight * self.votes
-        largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-        w_scale = np.maximum(largest, np.float32(1e-12)) / np.float32(WEIGHT_STEPS)
-        steps = np.rint(weight / w_scale[:, None, None, None]).astype(np.int8)
-        each = np.ndim(y_scale) > 0  # a scale for each channel goes into the weights' scales
+    def int8_features(self, scale: np.float32) -> str:
+        """The first convolution and ReLU as bytes, of `scale` each, (B, conv_channels, rows, columns)."""
+        pixel, zero = np.float32(1 / 255), np.uint8(0)
+        steps, step = self.in_steps(self.weights["encoder.conv.weight"])
+        bias = np.rint(self.weights["encoder.conv.bias"] / (pixel * step)).astype(np.int32)
         return self.op(
             "QLinearConv",
-            x,
-            self.constant(x_scale),
-            self.constant(np.uint8(0)),
-            self.constant(steps, f"{name}.weight.int8"),
-            self.constant((w_scale / y_scale if each else w_scale).astype(np.float32)),
-            self.constant(np.zeros(len(order), np.int8)),
-            self.constant(np.float32(1) if each else np.float32(y_scale)),
-            self.constant(y_zero),
-            self.constant(np.rint(bias / (x_scale * w_scale)).astype(np.int32), f"{name}.bias.int32"),
-            strides=[stride, stride],
+            self.planes("images"),
+            self.constant(pixel),
+            self.constant(zero),
+            self.constant(steps, "encoder.conv.weight.int8"),
+            self.constant(step),
+            self.constant(np.zeros(len(step), np.int8)),
+            self.constant(scale),
+            self.constant(zero),
+            self.constant(bias, "encoder.conv.bias.int32"),
         )
 
+    def int8_product(self, features: str, scale: np.float32) -> str:
+        """The second convolution, of bytes, (B, I * G, positions), as products with the patches of a batch.
+
+        ONNX Runtime's QLinearConv reads all filters again for every few positions of an image, and has no
+        kernel for AMX, where MatMulInteger has; see docs/decisions/0020.
+        """
+        config, kernel = self.config, self.config.kernel_size
+        steps, step = self.in_steps(self.votes * self.ordered("weight"))
+        filters = steps.transpose(2, 3, 1, 0)  # (kernel, kernel, conv_channels, I * G)
+        rows, columns = (side - kernel + 1 for side in (config.height, config.width))
+        places = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
+        patches = sliding_window_view(places, (kernel, kernel))[::2, ::2].reshape(-1, kernel, kernel)
+        # Channels last, as QLinearConv computes them, so that both transpositions are left out.
+        x = self.op("Transpose", features, perm=[0, 2, 3, 1])
+        x = self.op("Reshape", x, self.axes(0, rows * columns, config.conv_channels))
+        whole = ""
+        for top in range(0, kernel, ROWS):
+            seen = patches[:, top : top + ROWS].reshape(len(patches), -1)
+            part = self.op("Gather", x, self.constant(seen, f"patches.{top}"), axis=1)
+            part = self.op("Reshape", part, self.axes(-1, seen.shape[1] * config.conv_channels))
+            weight = np.ascontiguousarray(filters[top : top + ROWS].reshape(-1, len(step)))
+            weight_name = self.constant(weight, f"{PRIMARY}.weight.int8.{top}")
+            part = self.op("MatMulInteger", part, weight_name, self.constant(np.uint8(0)))
+            whole = self.op("Add", whole, part) if whole else part
+        x = self.op("Mul", self.op("Cast", whole, to=TensorProto.FLOAT), self.constant(scale * step))
+        x = self.op("Add", x, self.constant(self.ordered("bias")))
+        x = self.op("Reshape", x, self.axes(-1, len(patches), len(step)))
+        return self.op("Transpose", x, perm=[0, 2, 1])
+
+    def ordered(self, name: str) -> NDArray[np.float32]:
+        """A parameter of the second convolution, its first axis reordered from (G, I) to (I, G)."""
+        value: NDArray[np.float32] = self.weights[f"{PRIMARY}.{name}"]
+        groups, dimensions = self.config.primary_groups, self.config.primary_dimensions
+        return value.reshape(groups, dimensions, -1).swapaxes(0, 1).reshape(value.shape)
+
+    def in_steps(self, weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """Filters as whole steps, and how much a step is for each filter."""
+        largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
+        step = np.maximum(largest, np.float32(1e-12)) / np.float32(WEIGHT_STEPS)
+        return np.rint(weight / step[:, None, None, None]).astype(np.int8), step
+
     def primary_capsules(self, channels: str) -> str:
-        """(B, I * G, rows, columns) -> u (B, I, N)."""
+        """(B, I * G, rows, columns) or (B, I * G, positions) -> u (B, I, N)."""
         u = self.op("Reshape", channels, self.axes(0, self.config.primary_dimensions, -1))
         return self.squash(u, axis=1)
 

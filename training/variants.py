@@ -12,7 +12,7 @@ from torch import Tensor
 from service.manifest import Graph, Variant
 from training.data import Dataset
 from training.gpu_graph import gpu_encoder_graph
-from training.graphs import encoder_graph, measure_ranges, save_sharing
+from training.graphs import encoder_graph, largest_feature, save_sharing
 from training.losses import mistaken, named
 from training.model import CapsNet
 from training.predictor import Floats, Images, OnnxPredictor, open_graph, run_encoder
@@ -27,12 +27,12 @@ def write_variants(network: CapsNet, images: Tensor, encoder: Path) -> dict[str,
     """Write the encoder in each other precision beside the file `encoder`; their paths by precision.
 
     Args:
-        images: training images, from which the 8-bit one takes its ranges.
+        images: training images, from which the 8-bit one takes its range.
     """
     files = {precision: encoder.with_name(f"encoder.{precision}.onnx") for precision in ("fp16", "int8")}
     # Its weights are those that `encoder` holds in half precision already.
     save_sharing(gpu_encoder_graph(network), files["fp16"], encoder)
-    save_sharing(encoder_graph(network, measure_ranges(network, images)), files["int8"], encoder)
+    save_sharing(encoder_graph(network, largest_feature(network, images)), files["int8"], encoder)
     for file in files.values():
         onnx.checker.check_model(file, full_check=True)
     return files

@@ -13,12 +13,13 @@ from training.export import round_to_half
 from training.gpu_graph import fits_half, gpu_encoder_graph
 from training.graphs import (
     FEW,
+    ROWS,
     EncoderGraph,
     encoder_graph,
-    measure_ranges,
+    largest_feature,
     save_sharing,
 )
-from training.model import CapsNet, length
+from training.model import CapsNet, as_channels, length
 from training.rounded import RoundedEncoder
 
 NUMBER_OF_IMAGES = 5
@@ -35,7 +36,7 @@ def written(network: CapsNet, images: torch.Tensor, precision: str) -> onnx.Mode
     if precision == "fp16":
         return gpu_encoder_graph(network)
     if precision == "int8":
-        return encoder_graph(network, measure_ranges(network, images))
+        return encoder_graph(network, largest_feature(network, images))
     return encoder_graph(network)
 
 
@@ -110,15 +111,15 @@ def test_both_routings_are_the_networks(
 def test_each_branch_runs_on_its_side(model_config: ModelConfig) -> None:
     """The 8-bit graph stores u_hat for few images only, and where matrices are shared never."""
     network = CapsNet(model_config)
-    ranges = measure_ranges(network, torch.zeros(1, *model_config.image_shape, dtype=torch.uint8))
-    (branch,) = (n for n in encoder_graph(network, ranges).graph.node if n.op_type == "If")
+    largest = largest_feature(network, torch.zeros(1, *model_config.image_shape, dtype=torch.uint8))
+    (branch,) = (n for n in encoder_graph(network, largest).graph.node if n.op_type == "If")
     branches = {attribute.name: attribute.g for attribute in branch.attribute}
     assert {name: graph.name for name, graph in branches.items()} == {
         "then_branch": "few",
         "else_branch": "many",
     }
     shared = CapsNet(replace(model_config, shared_weights=True))
-    assert "If" not in {node.op_type for node in encoder_graph(shared, ranges).graph.node}
+    assert "If" not in {node.op_type for node in encoder_graph(shared, largest).graph.node}
     for model in (encoder_graph(network), gpu_encoder_graph(network)):
         graph = model.graph
         assert "If" not in {node.op_type for node in graph.node}, "CUDA cannot capture a branch"
@@ -201,10 +202,11 @@ def test_variants_are_close(
 def test_no_pair_of_8_bit_products_overflows(model_config: ModelConfig, images: torch.Tensor) -> None:
     """Any two products of a byte and a weight sum up within 16 bits, as some processors sum them."""
     network = CapsNet(model_config)
-    graph = encoder_graph(network, measure_ranges(network, images)).graph
-    convolutions = {node.input[3] for node in graph.node if node.op_type == "QLinearConv"}
+    graph = encoder_graph(network, largest_feature(network, images)).graph
+    place = {"QLinearConv": 3, "MatMulInteger": 1}
+    convolutions = {node.input[place[node.op_type]] for node in graph.node if node.op_type in place}
     weights = [numpy_helper.to_array(each) for each in graph.initializer if each.name in convolutions]
-    assert len(weights) == 2
+    assert len(weights) == 1 + -(-model_config.kernel_size // ROWS)
     for weight in weights:
         largest = int(np.abs(weight.astype(np.int32)).max())
         assert largest > 60
@@ -212,25 +214,47 @@ def test_no_pair_of_8_bit_products_overflows(model_config: ModelConfig, images: 
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_ranges_by_hand(model_config: ModelConfig, scaled: bool) -> None:
-    """They span all images, the 65th included, values below zero, divided votes, and channels of nothing."""
-    network = CapsNet(replace(model_config, scaled_votes=scaled))
-    conv, primary = network.encoder.conv, network.encoder.primary_capsules.conv
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_8_bit_graph_by_hand(
+    model_config: ModelConfig, images: torch.Tensor, tmp_path: Path, channels: int, scaled: bool
+) -> None:
+    """It is the network with weights of 64 steps to either side and features of 255; the rest is exact."""
+    torch.manual_seed(1)
+    config = replace(model_config, width=model_config.width + 3, channels=channels, scaled_votes=scaled)
+    network = CapsNet(config)
+    images = torch.cat([images, images.flip(1)], dim=2)[:, :, : config.width]
+    if channels == 3:
+        images = torch.stack([images, images // 2, 255 - images], dim=-1)
+    largest = largest_feature(network, images)
+    onnx.save(encoder_graph(network, largest), tmp_path / "encoder.onnx")
+    first, second = network.encoder.conv, network.encoder.primary_capsules.conv
     with torch.no_grad():
-        for parameter in network.encoder.parameters():
+        for conv in (first, second):
+            step = conv.weight.abs().amax(dim=(1, 2, 3), keepdim=True) / 64
+            conv.weight.copy_(step * (conv.weight / step).round())
+        features = torch.nn.functional.relu(first(as_channels(images)))
+        features = (features * 255 / largest).round() * (largest / 255)
+        u = network.encoder.primary_capsules(features)
+        expected = network.encoder.digit_capsules(u)
+    for size in (1, NUMBER_OF_IMAGES):
+        capsules, _ = run(tmp_path / "encoder.onnx", images[:size])
+        np.testing.assert_allclose(capsules, expected[:size], atol=1e-4)
+
+
+def test_the_largest_feature_by_hand(model_config: ModelConfig) -> None:
+    """It is that of all images, the 65th included, and of nothing but zeros not zero."""
+    network = CapsNet(model_config)
+    conv = network.encoder.conv
+    with torch.no_grad():
+        for parameter in conv.parameters():
             parameter.zero_()
-        conv.weight[0, 0, 0, 0] = 1
-        primary.weight[:3, 0, 0, 0] = torch.tensor([8.0, -16.0, 4.0])
-        primary.get_parameter("bias")[2] = -1
+        conv.weight[0, 0, 0, 0] = 3
+        conv.weight[1, 0, 0, 0] = -4
     images = torch.zeros(65, *model_config.image_shape, dtype=torch.uint8)
     for brightest in (0, 64):
         images.zero_()[brightest] = 255
-        ranges = measure_ranges(network, images)
-        assert ranges.features == 1
-        expected = [1, 2, 1] if scaled else [8, 16, 3]  # of 8 groups
-        np.testing.assert_allclose(ranges.primary[:3], expected)
-        assert (ranges.primary[3:] == np.float32(1e-6)).all()
-    assert measure_ranges(network, images.zero_()).features == 1e-6
+        assert largest_feature(network, images) == 3
+    assert largest_feature(network, images.zero_()) == 1e-6
 
 
 def test_weights_are_read_from_the_other_file(
