@@ -91,14 +91,27 @@ def test_what_answers_otherwise_is_not_measured(
         pass
 
 
-def test_what_ends_at_once_is_said() -> None:
-    """A framework that does not start is an error at once, with what it said."""
+def test_what_never_starts_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """A framework that ends while it starts, each of three times, is an error with what it said."""
     framework = replace(TUTORIAL, command=("-c", "raise SystemExit('no room')"))
     with (
         pytest.raises(processes.FrameworkError, match=r"(?s)it ended with 1.*no room"),
         processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(10, "f4")),
     ):
         pass
+    assert capsys.readouterr().out.count("it is started again") == 2
+
+
+def test_what_starts_the_second_time_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One failed start does not lose what was measured of the others."""
+    framework = answering('{"lengths": [0]}', tmp_path, monkeypatch)
+    first = tmp_path / "first"
+    first.touch()
+    failing = f"from pathlib import Path\nfirst = Path({str(first)!r})\n"
+    failing += "if first.exists():\n    first.unlink()\n    raise SystemExit('not yet')\n"
+    (tmp_path / "server.py").write_text(failing + SERVER)
+    with processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(1, "f4")):
+        assert not first.exists()
 
 
 SERVER = """
