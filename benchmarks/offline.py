@@ -91,7 +91,7 @@ def write_graphs(network: CapsNet, images: np.ndarray[Any, Any], folder: Path) -
     write_encoder(network, paths["fp32"])
     paths["fp32, Winograd"] = folder / "winograd.onnx"
     onnx.save(winograd_encoder(network), paths["fp32, Winograd"])
-    # Speed does not depend on the ranges, so any images will do for them.
+    # Speed does not depend on the range, so any images will do for it.
     paths["int8"] = write_variants(network, torch.from_numpy(images[:RANGE_IMAGES]), paths["fp32"])["int8"]
     return paths
 

@@ -53,7 +53,7 @@ PARITY_TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and PyTorch that an exported model may show, in any output."""
 CALIBRATION_IMAGES = 5000
 RANGE_IMAGES = 1024
-"""Of those, how many at most the 8-bit encoder takes its ranges from."""
+"""Of those, how many at most the 8-bit encoder takes its range from."""
 LEAST_CALIBRATION_IMAGES = 100
 """By the bounds of fewer held-out images too many others would be unusual: of 3 half, of 12 a seventh, where
 a twentieth is meant. Then all training images give them."""

@@ -33,8 +33,8 @@ WEIGHT_STEPS = 64
 """Of an 8-bit convolution's weights, to either side of 0: one bit less than there is. x86 processors without
 VNNI sum pairs of products in 16 bits, and two of a byte and such a weight, 2 * 255 * 64, fit."""
 ROWS = 3
-"""Of an 8-bit filter in one product: all of them at once take 25 MiB more for a batch of 32, and less alone
-are slower for a lone image; measured, see docs/decisions/0020."""
+"""How many rows of the 8-bit filters one product takes: with all nine the service needs 25 MB more, and with
+one at a time it is slower; measured, see docs/decisions/0020."""
 LARGE = 1024
 """Weights of at least so many numbers are stored in half precision."""
 PRIMARY = "encoder.primary_capsules.conv"
@@ -54,9 +54,9 @@ def encoder_graph(
     """The graph `images` -> `digit_capsules`, `capsule_lengths`.
 
     Args:
-        largest: of the features, which the eight bits of int8 convolutions have to span; without, they
-            are in fp32, as all else is in any case.
-        writer: of its nodes, if it is another.
+        largest: the largest feature, up to which the eight bits of int8 convolutions reach; without one
+            the convolutions are in fp32, as all else is in any case.
+        writer: what writes the nodes instead of `EncoderGraph`.
     """
     graph = (writer or EncoderGraph)(network)
     if largest is not None:
@@ -160,8 +160,9 @@ class EncoderGraph:
     def int8_features(self, scale: np.float32) -> str:
         """The first convolution and ReLU as bytes, of `scale` each, (B, conv_channels, rows, columns)."""
         pixel, zero = np.float32(1 / 255), np.uint8(0)
-        steps, step = self.in_steps(self.weights["encoder.conv.weight"])
-        bias = np.rint(self.weights["encoder.conv.bias"] / (pixel * step)).astype(np.int32)
+        bias = self.weights["encoder.conv.bias"]
+        # Or the bias of a filter of next to nothing would be too many steps for 32 bits.
+        steps, step = self.in_steps(self.weights["encoder.conv.weight"], np.abs(bias) / (pixel * 2**30))
         return self.op(
             "QLinearConv",
             self.planes("images"),
@@ -172,7 +173,7 @@ class EncoderGraph:
             self.constant(np.zeros(len(step), np.int8)),
             self.constant(scale),
             self.constant(zero),
-            self.constant(bias, "encoder.conv.bias.int32"),
+            self.constant(np.rint(bias / (pixel * step)).astype(np.int32), "encoder.conv.bias.int32"),
         )
 
     def int8_product(self, features: str, scale: np.float32) -> str:
@@ -210,10 +211,13 @@ class EncoderGraph:
         groups, dimensions = self.config.primary_groups, self.config.primary_dimensions
         return value.reshape(groups, dimensions, -1).swapaxes(0, 1).reshape(value.shape)
 
-    def in_steps(self, weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """Filters as whole steps, and how much a step is for each filter."""
+    def in_steps(
+        self, weight: NDArray[np.float32], least: NDArray[np.float32] | float = 0
+    ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """Filters as whole steps, and how much a step is for each filter, `least` or more."""
         largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
         step = np.maximum(largest, np.float32(1e-12)) / np.float32(WEIGHT_STEPS)
+        step = np.maximum(step, np.float32(least))
         return np.rint(weight / step[:, None, None, None]).astype(np.int8), step
 
     def primary_capsules(self, channels: str) -> str:

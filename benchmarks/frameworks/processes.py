@@ -12,7 +12,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
@@ -31,7 +30,7 @@ ENVIRONMENTS = Path("runs/frameworks")
 START_LIMIT = 90.0
 STOP_LIMIT = 15.0
 STARTS = 3
-"""Of one that ends while it starts: it would take what was measured of all others with it."""
+"""How often one is started that ends before it answers: its error would lose what was measured before."""
 
 
 class FrameworkError(Exception):
@@ -82,16 +81,16 @@ def running(
                     if np.shape(found) != expected.shape or not np.allclose(found, expected, atol=1e-4):
                         raise FrameworkError(f"it answers {found} instead of {expected}")
                 except FrameworkError as error:
-                    if more and isinstance(error, EndedError):
-                        print(f"  {framework.name} ({setting}): {error}; it is started again")
-                        continue
                     log.seek(0)
                     said = f"{framework.name} ({setting}): {error}\n{log.read()[-3000:]}"
-                    raise FrameworkError(said) from None
+                    if not more or not isinstance(error, EndedError):
+                        raise FrameworkError(said) from None
+                    print(f"  it is started again: {said}")
+                    continue
                 yield port
                 return
             finally:
-                _end(process)
+                _end(process, port)
 
 
 def _start(
@@ -152,9 +151,8 @@ def _first_answer(framework: Framework, port: int, process: subprocess.Popen[byt
     raise FrameworkError(f"it has no answer of 200 in {START_LIMIT:g} s; {last}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], port: int) -> None:
     """Ask its processes to end, and after a while make them, with those that left its session."""
-    family = _descendants(process.pid)
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
@@ -165,23 +163,19 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
-    for child in family:
+    for left in _told_of(port):
         with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+            os.kill(left, signal.SIGKILL)
 
 
-def _descendants(ancestor: int) -> list[int]:
-    """Processes that it started, and those that they did."""
-    children = defaultdict(list)
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            # After the name, which may hold anything: its state, and its parent.
-            parent = int(file.read_text().rpartition(")")[2].split()[1])
-            children[parent].append(int(file.parent.name))
-    found = [ancestor]
-    for each in found:
-        found += children[each]
-    return found[1:]
+def _told_of(port: int) -> list[int]:
+    """Processes that were started with this port in their environment, whoever their parent is by now."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended meanwhile, or is somebody else's
+            if f"BENCH_PORT={port}".encode() in file.read_bytes().split(b"\0"):
+                found.append(int(file.parent.name))
+    return found
 
 
 def digit() -> str:

@@ -78,9 +78,9 @@ def test_settings_are_tried() -> None:
     [("/predict", r"it answers \[.*\] instead of \[9"), ("/absent", r"no answer of 200.*404, b'.*Not Found")],
 )
 def test_what_answers_otherwise_is_not_measured(
-    path: str, said: str, monkeypatch: pytest.MonkeyPatch
+    path: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A framework whose lengths are not the graph's, or that gives none, is an error that shows its log."""
+    """A framework whose lengths are not the graph's, or that gives none, is at once an error with its log."""
     monkeypatch.setattr(processes, "START_LIMIT", 5)
     encoder, nine = MODEL / "encoder.onnx", np.full(10, 9.0, "f4")
     framework = replace(TUTORIAL, path=path)
@@ -89,6 +89,7 @@ def test_what_answers_otherwise_is_not_measured(
         processes.running(framework, Path(sys.executable), encoder, Setting(1, 1, 1), nine),
     ):
         pass
+    assert not capsys.readouterr().out
 
 
 def test_what_never_starts_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +100,8 @@ def test_what_never_starts_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(10, "f4")),
     ):
         pass
-    assert capsys.readouterr().out.count("it is started again") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("it is started again") == printed.count("no room") == 2
 
 
 def test_what_starts_the_second_time_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,14 +155,33 @@ def test_an_answer_without_lengths_is_said(
         pass
 
 
+def require_end(place: Path) -> None:
+    """The process that a server of `place` left behind ends."""
+    child = Path(f"/proc/{(place / 'child').read_text()}/cmdline")
+    deadline = time.monotonic() + 10
+    # A killed one is gone, or without a command line until somebody collects it.
+    while child.exists() and child.read_bytes():
+        assert time.monotonic() < deadline, "it goes on"
+        time.sleep(0.01)
+
+
+def test_no_process_outlives_a_failed_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that left the session of a server which then ended by itself do not stay either."""
+    monkeypatch.setattr(processes, "STARTS", 1)
+    framework = answering("", tmp_path, monkeypatch)
+    (tmp_path / "server.py").write_text(SERVER.partition("class Handler")[0] + "raise SystemExit('no')")
+    with (
+        pytest.raises(processes.FrameworkError, match="it ended with 1"),
+        processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(1, "f4")),
+    ):
+        pass
+    require_end(tmp_path)
+
+
 def test_no_process_outlives_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that left the server's session end with it too, so that they load nobody else's turn."""
     framework = answering('{"lengths": [0]}', tmp_path, monkeypatch)
     with processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(1, "f4")):
         child = Path(f"/proc/{(tmp_path / 'child').read_text()}/cmdline")
         assert b"sleep" in child.read_bytes()
-    deadline = time.monotonic() + 10
-    # A killed one is gone, or without a command line until somebody collects it.
-    while child.exists() and child.read_bytes():
-        assert time.monotonic() < deadline, "it goes on"
-        time.sleep(0.01)
+    require_end(tmp_path)

@@ -241,6 +241,22 @@ def test_the_8_bit_graph_by_hand(
         np.testing.assert_allclose(capsules, expected[:size], atol=1e-4)
 
 
+@pytest.mark.parametrize("largest", [0.0, 1e-6, 1e-4])
+def test_filters_of_nothing_in_8_bits(
+    model_config: ModelConfig, images: torch.Tensor, tmp_path: Path, largest: float
+) -> None:
+    """A filter whose weights are as good as zero gives its bias, however many of its steps that would be."""
+    torch.manual_seed(1)
+    network = CapsNet(model_config)
+    with torch.no_grad():
+        for conv in (network.encoder.conv, network.encoder.primary_capsules.conv):
+            conv.weight[:4] *= largest / conv.weight.abs().max()
+            conv.get_parameter("bias")[:4] = 0.5
+    onnx.save(encoder_graph(network, largest_feature(network, images)), tmp_path / "encoder.onnx")
+    capsules, _ = run(tmp_path / "encoder.onnx", images)
+    np.testing.assert_allclose(capsules, network.encoder(images).detach(), atol=1e-3)
+
+
 def test_the_largest_feature_by_hand(model_config: ModelConfig) -> None:
     """It is that of all images, the 65th included, and of nothing but zeros not zero."""
     network = CapsNet(model_config)
