@@ -50,6 +50,8 @@ def _measure(
     paths = write_graphs(network, images, folder)
     sessions = {name: open_session(path, threads) for name, path in paths.items()}
     openvino = through_openvino.version()
+    if openvino != through_openvino.ABSENT:
+        pairs = write_pairs(network, images, folder)
     rows = []
     for batch in [size for size in BATCHES if size <= len(images)]:
         first = np.ascontiguousarray(images[:batch])
@@ -57,7 +59,10 @@ def _measure(
             name: partial(session.run, None, {"images": first}) for name, session in sessions.items()
         }
         if openvino != through_openvino.ABSENT:
-            tasks |= _openvino(network, paths["fp32"], first, threads)
+            tasks |= {
+                f"OpenVINO {name}": through_openvino.compiled(path, first, threads)
+                for name, path in (("fp32", paths["fp32"]), ("int8", pairs))
+            }
         tasks[CONVOLUTIONS] = _convolutions(network, first)
         tasks["sgemm"] = _sgemm()
         medians = take_turns(tasks, seconds)
@@ -72,18 +77,6 @@ def _measure(
     return {"threads": threads, "openvino": openvino, "rows": rows}
 
 
-def _openvino(
-    network: CapsNet, fp32: Path, images: np.ndarray[Any, Any], threads: int
-) -> dict[str, Callable[[], object]]:
-    pairs = fp32.with_name("pairs.onnx")
-    largest = largest_feature(network, torch.from_numpy(images[:RANGE_IMAGES]))
-    onnx.save(encoder_graph(network, largest, through_openvino.PairsGraph), pairs)
-    return {
-        f"OpenVINO {name}": through_openvino.compiled(path, images, threads)
-        for name, path in (("fp32", fp32), ("int8", pairs))
-    }
-
-
 def write_graphs(network: CapsNet, images: np.ndarray[Any, Any], folder: Path) -> dict[str, Path]:
     """The encoder in every form, in `folder`; the first is what the others are compared with."""
     paths = {PLAIN: folder / "plain.onnx", "fp32": folder / "encoder.onnx"}
@@ -94,6 +87,14 @@ def write_graphs(network: CapsNet, images: np.ndarray[Any, Any], folder: Path) -
     # Speed does not depend on the range, so any images will do for it.
     paths["int8"] = write_variants(network, torch.from_numpy(images[:RANGE_IMAGES]), paths["fp32"])["int8"]
     return paths
+
+
+def write_pairs(network: CapsNet, images: np.ndarray[Any, Any], folder: Path) -> Path:
+    """The 8-bit encoder as OpenVINO takes it, in `folder`."""
+    path = folder / "pairs.onnx"
+    largest = largest_feature(network, torch.from_numpy(images[:RANGE_IMAGES]))
+    onnx.save(encoder_graph(network, largest, through_openvino.PairsGraph), path)
+    return path
 
 
 def open_session(path: Path, threads: int) -> ort.InferenceSession:

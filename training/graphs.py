@@ -48,27 +48,6 @@ def largest_feature(network: CapsNet, images: Tensor) -> float:
     return max(largest, 1e-6)  # features that are always zero still need a scale
 
 
-def encoder_graph(
-    network: CapsNet, largest: float | None = None, writer: "type[EncoderGraph] | None" = None
-) -> onnx.ModelProto:
-    """The graph `images` -> `digit_capsules`, `capsule_lengths`.
-
-    Args:
-        largest: the largest feature, up to which the eight bits of int8 convolutions reach; without one
-            the convolutions are in fp32, as all else is in any case.
-        writer: what writes the nodes instead of `EncoderGraph`.
-    """
-    graph = (writer or EncoderGraph)(network)
-    if largest is not None:
-        u = graph.primary_capsules(graph.int8_convolutions(largest))
-        # CUDA, which fp32 is for as well, cannot capture a branch.
-        v = graph.route(u) if network.config.shared_weights else graph.route_by_size(u)
-    else:
-        v = graph.route(graph.primary_capsules(graph.convolutions()))
-    graph.finish(v)
-    return graph.model()
-
-
 class EncoderGraph:
     """Nodes in the order in which they run. Methods take and give the names of values."""
 
@@ -395,6 +374,27 @@ class EncoderGraph:
             [tensor for name, tensor in self.initializers.items() if name in read],
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+
+
+def encoder_graph(
+    network: CapsNet, largest: float | None = None, writer: type[EncoderGraph] = EncoderGraph
+) -> onnx.ModelProto:
+    """The graph `images` -> `digit_capsules`, `capsule_lengths`.
+
+    Args:
+        largest: the largest feature, up to which the eight bits of int8 convolutions reach; without one
+            the convolutions are in fp32, as all else is in any case.
+        writer: what writes the nodes.
+    """
+    graph = writer(network)
+    if largest is not None:
+        u = graph.primary_capsules(graph.int8_convolutions(largest))
+        # CUDA, which fp32 is for as well, cannot capture a branch.
+        v = graph.route(u) if network.config.shared_weights else graph.route_by_size(u)
+    else:
+        v = graph.route(graph.primary_capsules(graph.convolutions()))
+    graph.finish(v)
+    return graph.model()
 
 
 def names_read(nodes: Iterable[onnx.NodeProto]) -> Iterable[str]:

@@ -13,11 +13,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,30 +72,23 @@ def running(
         FrameworkError: if it does not, with the end of its log.
     """
     for more in reversed(range(STARTS)):
-        with tempfile.TemporaryFile("w+") as log:
-            process, port = _start(framework, python, encoder, setting, log)
+        with ExitStack() as started:
             try:
-                try:
-                    found = _first_answer(framework, port, process)
-                    if np.shape(found) != expected.shape or not np.allclose(found, expected, atol=1e-4):
-                        raise FrameworkError(f"it answers {found} instead of {expected}")
-                except FrameworkError as error:
-                    log.seek(0)
-                    said = f"{framework.name} ({setting}): {error}\n{log.read()[-3000:]}"
-                    if not more or not isinstance(error, EndedError):
-                        raise FrameworkError(said) from None
-                    print(f"  it is started again: {said}")
-                    continue
-                yield port
-                return
-            finally:
-                _end(process, port)
+                port = started.enter_context(_started(framework, python, encoder, setting, expected))
+            except EndedError as error:
+                if not more:
+                    raise
+                print(f"  it is started again: {error}")
+                continue
+            yield port
+            return
 
 
-def _start(
-    framework: Framework, python: Path, encoder: Path, setting: Setting, log: IO[str]
-) -> tuple[subprocess.Popen[bytes], int]:
-    """Its process, and the port that it is told to listen on."""
+@contextmanager
+def _started(
+    framework: Framework, python: Path, encoder: Path, setting: Setting, expected: NDArray[np.float32]
+) -> Iterator[int]:
+    """`running`, started once."""
     port = _free_port()
     words = [word.format(port=port, workers=setting.workers) for word in framework.command]
     environment = {
@@ -112,10 +104,22 @@ def _start(
         "BENTOML_DO_NOT_TRACK": "True",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    process = subprocess.Popen(  # noqa: S603 - fixed words
-        [python, *words], env=environment, stdout=log, stderr=log, cwd=ROOT, start_new_session=True
-    )
-    return process, port
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(  # noqa: S603 - fixed words
+            [python, *words], env=environment, stdout=log, stderr=log, cwd=ROOT, start_new_session=True
+        )
+        try:
+            try:
+                found = _first_answer(framework, port, process)
+                if np.shape(found) != expected.shape or not np.allclose(found, expected, atol=1e-4):
+                    raise FrameworkError(f"it answers {found} instead of {expected}")
+            except FrameworkError as error:
+                log.seek(0)
+                said = f"{framework.name} ({setting}): {error}\n{log.read()[-3000:]}"
+                raise type(error)(said) from None
+            yield port
+        finally:
+            _end(process, port)
 
 
 def _first_answer(framework: Framework, port: int, process: subprocess.Popen[bytes]) -> list[float]:
