@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.tables import table
 from benchmarks.timing import take_turns
 from service.binding import BoundSession, fetched
-from service.engine import BOUND, Graphs, bring_together
+from service.engine import Graphs, Way, bring_together
 from service.manifest import Graph, Manifest, Precision, read_manifest
 from service.sessions import Session, UsedDevice, buckets, cuda_options, open_session, warm_up
 from service.settings import Settings
@@ -38,7 +38,7 @@ class Form(NamedTuple):
 
     precision: Precision
     tolerance: float
-    """How far any output may be from fp32 on the CPU."""
+    """How far a capsule's number or its length may be from fp32 on the CPU; a drawing may be `GREY` away."""
     graphs: bool = False
     """As the service is told by `CAPSNET_CUDA_GRAPHS`."""
     changes: Options = MappingProxyType({})
@@ -57,7 +57,9 @@ FORMS = {
     "fp16, CUDA graphs": Form("fp16", 2e-3, graphs=True),
     "fp16, NCHW, bias apart": Form("fp16", 2e-3, changes={"prefer_nhwc": "0", "fuse_conv_bias": "0"}),
 }
-OFFLINE = (256, 512, 1024, 2048)
+GREY = 2 / 255
+"""Two levels of a drawing."""
+OFFLINE = (256, 1024, 2048, 4096, 8192)
 """Batches for the encoder alone, beyond what the service gathers. Each has sessions of its own, as in the
 service: see docs/decisions/0050."""
 PROFILED_RUNS = 10
@@ -84,7 +86,7 @@ def run(
     manifest = read_manifest(model)
     images = sevens(max_batch, manifest.image.shape)
     drawn = np.ones(max_batch, np.bool_)
-    expected = _open(model, manifest, FORMS["fp32"], max_batch, "cpu", threads, bound=False).predict(
+    expected = _open(model, manifest, FORMS["fp32"], max_batch, "cpu", threads, "plain").predict(
         (images, drawn)
     )
     forms: dict[str, Any] = {}
@@ -93,17 +95,22 @@ def run(
         if form.precision not in manifest.encoders:
             continue
         memory = {"before": _used_mib()}
-        graphs = _open(model, manifest, form, max_batch, device, threads)
-        warm_up(graphs.encoder, manifest.encoder, [max_batch])
-        warm_up(graphs.drawer, manifest.decoder, [max_batch])
+        graphs = _open(
+            model, manifest, form, max_batch, device, threads, "bound" if form.graphs else "padded"
+        )
+        warm_up(graphs.encoder, manifest.encoder, [max_batch] * 2)
+        if graphs.drawer is not None:
+            warm_up(graphs.drawer, manifest.decoder, [max_batch] * 2)
         memory["warmed up"] = _used_mib()
-        difference = 0.0
+        difference, drawing = 0.0, 0.0
         for rows in range(1, max_batch + 1):
-            difference = max(difference, _difference(graphs, images[:rows], expected))
+            found = _differences(graphs, images[:rows], expected)
+            difference, drawing = max(difference, *found[:2]), max(drawing, found[2])
         memory["after every size"] = _used_mib()
         opened[name] = graphs
         forms[name] = {
             "difference": difference,
+            "drawing": drawing,
             "tolerance": form.tolerance,
             "memory_mib": memory,
             "nodes": _nodes(model, manifest, form, device, images[:1]),
@@ -133,7 +140,7 @@ def _alone(
     device: UsedDevice,
     threads: int,
 ) -> dict[str, Any]:
-    """The encoder by itself: images a second, bytes in and capsules out, and its kernels."""
+    """The encoder's graph: images a second, bytes in, capsules and lengths out, and its kernels."""
     images = sevens(max(batches), manifest.image.shape)
     rows = []
     kernels: dict[str, dict[str, float]] = {}
@@ -157,8 +164,8 @@ def _speeds(batch: int, tasks: Mapping[str, Callable[[], object]], seconds: floa
 
 
 def _encode(encoder: BoundSession, images: NDArray[np.uint8]) -> None:
-    for value in encoder.run(images):
-        fetched(value)
+    capsules, lengths, *_ = encoder.run(images)
+    fetched(capsules), fetched(lengths)
 
 
 def _kernels(encoder: BoundSession, images: NDArray[np.uint8]) -> dict[str, float]:
@@ -185,6 +192,8 @@ def failures(part: Mapping[str, Any]) -> list[str]:
                 f"{name} differs from fp32 on the CPU by {form['difference']:.2g}, "
                 f"expected at most {form['tolerance']:g}"
             )
+        if not form["drawing"] <= GREY:
+            found.append(f"{name} draws up to {255 * form['drawing']:.1f} levels apart from fp32 on the CPU")
         on_cpu = form["nodes"].get("CPUExecutionProvider", 0)
         if on_cpu and len(form["nodes"]) > 1:
             found.append(f"{name} runs {on_cpu} nodes of the encoder on the CPU")
@@ -208,6 +217,7 @@ def markdown(part: Mapping[str, Any]) -> str:
             ", ".join(f"{count} {provider}" for provider, count in form["nodes"].items()),
             f"{form['difference']:.1e}",
             f"{form['tolerance']:g}",
+            f"{255 * form['drawing']:.2f}",
             *form["memory_mib"].values(),
         ]
         for name, form in forms.items()
@@ -217,7 +227,8 @@ def markdown(part: Mapping[str, Any]) -> str:
         [
             f"## CUDA ({part['device']}, driver {part['driver']})",
             "",
-            "The encoder alone, bytes in and capsules out through bound buffers, images per second.",
+            "The encoder's graph, which in fp16 draws as well: bytes in, capsules and lengths out, through "
+            "bound buffers; images per second.",
             "",
             speeds(part["offline"]),
             "",
@@ -225,10 +236,11 @@ def markdown(part: Mapping[str, Any]) -> str:
             "",
             speeds(part["rows"]),
             "",
-            "Where the encoder's nodes ran; the largest difference of any output from fp32 on the CPU, over "
-            "every batch size up to the largest; and the device's memory in MiB.",
+            "Where the nodes of the encoder's graph ran; the largest difference of capsules and lengths from "
+            "fp32 on the CPU over every batch size up to the largest, and of drawings in grey levels; and "
+            "the device's memory in MiB.",
             "",
-            table(["form", "nodes", "difference", "allowed", *memory], checks),
+            table(["form", "nodes", "difference", "allowed", "drawings", *memory], checks),
             *_slowest(part),
         ]
     )
@@ -271,16 +283,14 @@ def _open(
     max_batch: int,
     device: UsedDevice,
     threads: int,
-    *,
-    bound: bool = True,
+    way: Way,
 ) -> Graphs:
     """As the engine opens it, with the form's options of the provider."""
 
     graph = manifest.encoders[form.precision]
     encoder = _session(model, graph, form, form.precision, device, threads)
     decoder = _session(model, manifest.decoder, form, "fp32", device, threads)
-    devices = BOUND | {device} if bound else frozenset[UsedDevice]()
-    return bring_together(manifest, form.precision, encoder, decoder, (max_batch, max_batch), devices)
+    return bring_together(manifest, form.precision, encoder, decoder, (max_batch, max_batch), way)
 
 
 def _session(
@@ -312,15 +322,15 @@ def _nodes(
     return dict(Counter(event["args"]["provider"] for event in events if "provider" in event.get("args", {})))
 
 
-def _difference(graphs: Graphs, images: NDArray[np.uint8], expected: tuple[NDArray[Any], ...]) -> float:
-    """Of capsules, lengths and reconstructions."""
-    capsules, lengths, _, reconstructions, *_ = graphs.predict((images, np.ones(len(images), np.bool_)))
-    return max(
-        float(np.abs(found - wanted[: len(found)]).max())
-        for found, wanted in zip(
-            (capsules, lengths, reconstructions), (expected[0], expected[1], expected[3]), strict=True
-        )
+def _differences(
+    graphs: Graphs, images: NDArray[np.uint8], expected: tuple[NDArray[Any], ...]
+) -> tuple[float, float, float]:
+    """The largest of capsules, of lengths and of reconstructions."""
+    found = graphs.predict((images, np.ones(len(images), np.bool_)))
+    capsules, lengths, drawings = (
+        float(np.abs(found[output] - expected[output][: len(images)]).max()) for output in (0, 1, 3)
     )
+    return capsules, lengths, drawings
 
 
 def _used_mib() -> int | None:

@@ -21,7 +21,6 @@ from training.export import RANGE_IMAGES, round_to_half, write_encoder
 from training.graphs import encoder_graph, largest_feature
 from training.model import CapsNet
 from training.trained import read_exported
-from training.variants import write_variants
 
 BATCHES = (1, 8, 32, 128, 256)
 PLAIN = "plain einsum"
@@ -84,17 +83,21 @@ def write_graphs(network: CapsNet, images: np.ndarray[Any, Any], folder: Path) -
     write_encoder(network, paths["fp32"])
     paths["fp32, Winograd"] = folder / "winograd.onnx"
     onnx.save(winograd_encoder(network), paths["fp32, Winograd"])
-    # Speed does not depend on the range, so any images will do for it.
-    paths["int8"] = write_variants(network, torch.from_numpy(images[:RANGE_IMAGES]), paths["fp32"])["int8"]
+    paths["int8"] = folder / "encoder.int8.onnx"
+    onnx.save(encoder_graph(network, _largest(network, images)), paths["int8"])
     return paths
 
 
 def write_pairs(network: CapsNet, images: np.ndarray[Any, Any], folder: Path) -> Path:
     """The 8-bit encoder as OpenVINO takes it, in `folder`."""
     path = folder / "pairs.onnx"
-    largest = largest_feature(network, torch.from_numpy(images[:RANGE_IMAGES]))
-    onnx.save(encoder_graph(network, largest, through_openvino.PairsGraph), path)
+    onnx.save(encoder_graph(network, _largest(network, images), through_openvino.PairsGraph), path)
     return path
+
+
+def _largest(network: CapsNet, images: np.ndarray[Any, Any]) -> float:
+    """Speed does not depend on the range, so any images will do for it."""
+    return largest_feature(network, torch.from_numpy(images[:RANGE_IMAGES]))
 
 
 def open_session(path: Path, threads: int) -> ort.InferenceSession:

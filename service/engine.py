@@ -6,12 +6,12 @@ Plain Python over numpy arrays; HTTP stops above this module.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import Context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +26,14 @@ from service.manifest import (
     Manifest,
     ManifestError,
     Precision,
+    draws,
     model_folders,
     read_manifest,
     require_manifest,
 )
 from service.metrics import Metrics
 from service.sessions import (
+    PaddedSession,
     Runs,
     Session,
     UsedDevice,
@@ -49,8 +51,8 @@ logger = logging.getLogger(__name__)
 
 Float = NDArray[np.float32]
 
-# Devices with memory of their own, where graphs run on bound buffers. On a CPU that would only copy.
-BOUND: frozenset[UsedDevice] = frozenset({"cuda"})
+Way = Literal["plain", "padded", "bound"]
+"""How graphs are run: batches as they are, padded to few sizes, or padded in buffers on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,9 @@ class Graphs:
     device: UsedDevice
     threads: int
     encoder: Runs
-    drawer: Runs
-    """The decoder as `predict` runs it: on the capsules that the encoder has just given."""
+    drawer: Runs | None
+    """The decoder as `predict` runs it, on the capsules that the encoder has just given; none if the encoder
+    draws itself."""
     decoder: Runs
 
     def predict(self, inputs: Arrays) -> Arrays:
@@ -88,15 +91,18 @@ class Graphs:
         """
         images, drawn = inputs
         with Measured("encoder"):
-            encoded, found = self.encoder.run(images)
+            encoded, found, *redrawn = self.encoder.run(images)
             capsules, lengths = fetched(encoded), fetched(found)
         index = lengths.argmax(axis=1)
         if not drawn.any():
             nothing = np.zeros(images.shape, np.float32)
             errors, usual = (np.zeros(len(images), kind) for kind in (np.float32, np.bool_))
             return capsules, lengths, index, nothing, errors, usual
-        with Measured("decoder"):
-            reconstructions = fetched(*self.drawer.run(encoded, index))
+        if self.drawer is None:
+            reconstructions = fetched(*redrawn)
+        else:
+            with Measured("decoder"):
+                reconstructions = fetched(*self.drawer.run(encoded, index))
         differences = (reconstructions - images / np.float32(255)).reshape(len(images), -1)
         errors = np.einsum("bp,bp->b", differences, differences)
         usual = self.manifest.calibration.usual(errors, lengths) & ~_blank(images)
@@ -137,9 +143,10 @@ def load_graphs(folder: Path, settings: Settings) -> Graphs:
     precision = choose_precision(folder, manifest, settings.precision, decoder.device)
     chosen = manifest.encoders[precision]
     encoder = opened(chosen, precision)
+    device: UsedDevice = "cpu" if "cpu" in (encoder.device, decoder.device) else "cuda"
+    rows = settings.max_batch, settings.max_decoder_batch
     try:
-        rows = settings.max_batch, settings.max_decoder_batch
-        graphs = bring_together(manifest, precision, encoder, decoder, rows, BOUND)
+        graphs = bring_together(manifest, precision, encoder, decoder, rows, way_of(device, settings))
     except Exception as error:  # the same exceptions as below
         raise DeviceError(f"{folder}: {encoder.device} has no room for its batches: {error}") from error
     for runs, graph, most in (
@@ -147,11 +154,21 @@ def load_graphs(folder: Path, settings: Settings) -> Graphs:
         (graphs.drawer, manifest.decoder, settings.max_batch),
         (graphs.decoder, manifest.decoder, settings.max_decoder_batch),
     ):
+        # Twice on a device: from its second run on, a shape takes all its memory as one piece.
+        sizes = 2 * runs.sizes if isinstance(runs, PaddedSession | BoundSession) else buckets(most)
         try:
-            warm_up(runs, graph, runs.sizes if isinstance(runs, BoundSession) else buckets(most))
+            if runs is not None:
+                warm_up(runs, graph, sizes)
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise ManifestError(f"{folder / graph.file}: ONNX Runtime cannot run it: {error}") from error
     return graphs
+
+
+def way_of(device: UsedDevice, settings: Settings) -> Way:
+    """On a CPU, padding would be computed for nothing; CUDA graphs need their buffers where they were."""
+    if device == "cpu":
+        return "plain"
+    return "bound" if settings.cuda_graphs else "padded"
 
 
 def bring_together(
@@ -160,25 +177,34 @@ def bring_together(
     encoder: Session,
     decoder: Session,
     max_batches: tuple[int, int],
-    bound: AbstractSet[UsedDevice],
+    way: Way,
 ) -> Graphs:
-    """The graphs of a model, on buffers where both are on a device of `bound`.
+    """The graphs of a model, as they are run.
 
     Args:
         max_batches: most rows of the encoder and of the decoder.
     """
-    graphs = Graphs(manifest, precision, encoder.device, encoder.threads, encoder, decoder, decoder)
-    if not {encoder.device, decoder.device} <= bound:
-        return graphs
     chosen = manifest.encoders[precision]
     most, most_decoded = max_batches
-    upstream = BoundSession(encoder, chosen, [most])  # it has convolutions
-    return replace(
-        graphs,
-        encoder=upstream,
-        drawer=BoundSession(decoder, manifest.decoder, [most], upstream=upstream),
-        decoder=BoundSession(decoder, manifest.decoder, buckets(most_decoded)),
+    encodes = _runs(way, encoder, chosen, [most])  # it has convolutions
+    upstream = encodes if isinstance(encodes, BoundSession) else None
+    return Graphs(
+        manifest,
+        precision,
+        encoder.device,
+        encoder.threads,
+        encodes,
+        None if draws(chosen) else _runs(way, decoder, manifest.decoder, [most], upstream),
+        _runs(way, decoder, manifest.decoder, buckets(most_decoded)),
     )
+
+
+def _runs(
+    way: Way, session: Session, graph: Graph, sizes: Sequence[int], upstream: BoundSession | None = None
+) -> Runs:
+    if way == "plain":
+        return session
+    return PaddedSession(session, sizes) if way == "padded" else BoundSession(session, graph, sizes, upstream)
 
 
 class Model:

@@ -157,6 +157,7 @@ class Variant(_Record):
 
     precision: Literal["fp16", "int8"]
     encoder: Graph
+    """With the decoder's output too if it draws the longest capsule itself."""
     test_mistakes: Annotated[int, Field(ge=0)]
     agreement: Annotated[float, Field(ge=0, le=100)]
     """Share of test images, in per cent, that it puts into the same class as fp32."""
@@ -292,6 +293,11 @@ class Manifest(_Record):
             ),
         )
 
+    def variant_tensors(self, variant: Variant) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """The same of a variant's, which may draw as well."""
+        inputs, outputs = self.encoder_tensors()
+        return inputs, outputs + (self.decoder_tensors()[1] if draws(variant.encoder) else ())
+
     def decoder_tensors(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """The inputs and outputs that a decoder of this shape must have."""
         return (
@@ -301,6 +307,11 @@ class Manifest(_Record):
             ),
             (TensorSpec(name="reconstructions", datatype="FP32", shape=(-1, *self.image.shape)),),
         )
+
+
+def draws(encoder: Graph) -> bool:
+    """Whether an encoder's graph gives reconstructions too, from the longest capsule of each image."""
+    return any(output.name == "reconstructions" for output in encoder.outputs)
 
 
 def sha256(path: Path) -> str:
@@ -386,7 +397,7 @@ def read_manifest(folder: Path) -> Manifest:
         ("encoder", manifest.encoder, manifest.encoder_tensors()),
         ("decoder", manifest.decoder, manifest.decoder_tensors()),
         *(
-            (f"{variant.precision} encoder", variant.encoder, manifest.encoder_tensors())
+            (f"{variant.precision} encoder", variant.encoder, manifest.variant_tensors(variant))
             for variant in manifest.variants
         ),
     ):

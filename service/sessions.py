@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 UsedDevice = Literal["cpu", "cuda"]
 
 DTYPES: dict[Datatype, type[np.generic]] = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
+BLOCKING_SYNC = 4
+"""`CU_CTX_SCHED_BLOCKING_SYNC` of CUDA's driver interface."""
 _ELEMENT_TYPES = {"UINT8": "tensor(uint8)", "INT64": "tensor(int64)", "FP32": "tensor(float)"}
 
 # Held by whoever calls CUDA where CUDA graphs are on: while one thread captures, the calls of any other fail;
@@ -64,6 +66,40 @@ class Session:
     def turn(self) -> AbstractContextManager[object]:
         """Held around whatever calls the device."""
         return _alone if self.cuda_graphs else nullcontext()
+
+
+class PaddedSession:
+    """A session that meets few batch sizes: a batch is padded with zeros up to the next of `sizes`.
+
+    Arrays go in and out in a single run, with one wait for the device: where several processes share a GPU,
+    each wait hands it to another. See docs/decisions/0042.
+    """
+
+    def __init__(self, session: Session, sizes: Sequence[int]) -> None:
+        """`sizes` in ascending order; a graph with convolutions should have one, see docs/decisions/0050."""
+        self.sizes = tuple(sizes)
+        self._session = session
+
+    def run(self, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        """Inputs and outputs in the order of the graph.
+
+        Raises:
+            ValueError: there are more rows than the largest size.
+        """
+        rows = len(inputs[0])
+        size = next((size for size in self.sizes if size >= rows), None)
+        if size is None:
+            raise ValueError(f"{rows} rows, expected at most {self.sizes[-1]}")
+        if size == rows:
+            return self._session.run(*inputs)
+        found = self._session.run(*(_padded(given, size) for given in inputs))
+        return tuple(values[:rows] for values in found)
+
+
+def _padded(given: NDArray[Any], rows: int) -> NDArray[Any]:
+    values = np.zeros((rows, *given.shape[1:]), given.dtype)
+    values[: len(given)] = given
+    return values
 
 
 def session_threads(settings: Settings) -> int:
@@ -179,6 +215,7 @@ def _load_on_cuda(path: Path, threads: int, cuda: Mapping[str, str]) -> onnxrunt
         )
     # The CUDA and cuDNN libraries of the nvidia-* wheels lie where the loader does not look by itself.
     onnxruntime.preload_dlls()
+    _sleep_while_waiting()
     try:
         providers = [("CUDAExecutionProvider", dict(cuda)), "CPUExecutionProvider"]
         inference = _load(path, threads, providers)
@@ -192,6 +229,20 @@ def _load_on_cuda(path: Path, threads: int, cuda: Mapping[str, str]) -> onnxrunt
         )
     inference.disable_fallback()  # a failing CUDA run must fail, not move to the CPU in silence
     return inference
+
+
+def _sleep_while_waiting() -> None:
+    """Let threads of this process sleep while they wait for the first GPU, which is the one that is used.
+
+    CUDA has them spin, and many workers' would take the cores from the event loops. See docs/decisions/0050.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no driver: ONNX Runtime will say so
+        return
+    gpu = ctypes.c_int()
+    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(gpu), 0) == 0:
+        driver.cuDevicePrimaryCtxSetFlags_v2(gpu, BLOCKING_SYNC)
 
 
 def _load(path: Path, threads: int, providers: Sequence[Any]) -> onnxruntime.InferenceSession:
@@ -238,7 +289,7 @@ def buckets(max_batch: int) -> list[int]:
 
 
 def warm_up(session: Runs, graph: Graph, sizes: Iterable[int]) -> None:
-    """Run the session once with each of so many rows.
+    """Run the session with each of so many rows.
 
     The first run of a shape allocates memory and, on CUDA, chooses algorithms.
     """

@@ -183,7 +183,7 @@ def _fill(
     files = {}
     if config.architecture == "capsnet":  # the others are small, and PyTorch's exporter writes them
         spread = -(-len(calibration_images) // RANGE_IMAGES)
-        files = write_variants(network, calibration_images.images[::spread], encoder)
+        files = write_variants(network, calibration_images.images[::spread], encoder, decoder)
     write_manifest(folder, manifest)
     exported = OnnxPredictor(folder)
     parity = parity_error(exported, TorchPredictor(network), test)

@@ -69,6 +69,13 @@ class EncoderGraph:
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
+    def ops(self, kind: str, count: int, *inputs: str, **attributes: Any) -> list[str]:
+        """As `op`, of an operator with several outputs."""
+        name = f"{kind}_{next(self.numbers)}"
+        outputs = [f"{name}.{number}" for number in range(count)]
+        self.nodes.append(helper.make_node(kind, list(inputs), outputs, name=name, **attributes))
+        return outputs
+
     def constant(self, value: NDArray[Any] | np.generic, name: str = "") -> str:
         name = name or f"constant_{len(self.initializers)}"
         if name not in self.initializers:
@@ -117,15 +124,18 @@ class EncoderGraph:
         x = self.op("Conv", x, self.weight("encoder.conv.weight"), self.weight("encoder.conv.bias"))
         return self.op("Relu", x)
 
-    def second_convolution(self, features: str, element: int = TensorProto.FLOAT) -> str:
-        """(B, I * G, rows, columns) of features, all in the arithmetic of `element`."""
-        config, kernel = self.config, self.config.kernel_size
+    def second_convolution(self, features: str) -> str:
+        """(B, I * G, rows, columns) of features."""
+        weight, bias = self.filters()
+        weight = self.by_dimension(weight, self.config.conv_channels, *[self.config.kernel_size] * 2)
+        return self.op("Conv", features, weight, self.by_dimension(bias), strides=[2, 2])
+
+    def filters(self, element: int = TensorProto.FLOAT) -> tuple[str, str]:
+        """Weight and bias of the second convolution, first axis (G, I), in the arithmetic of `element`."""
         weight = self.weight(f"{PRIMARY}.weight", element)
         if self.votes != 1:
             weight = self.op("Mul", weight, self.op("Cast", self.constant(self.votes), to=element))
-        weight = self.by_dimension(weight, config.conv_channels, kernel, kernel)
-        bias = self.by_dimension(self.weight(f"{PRIMARY}.bias", element))
-        return self.op("Conv", features, weight, bias, strides=[2, 2])
+        return weight, self.weight(f"{PRIMARY}.bias", element)
 
     def int8_convolutions(self, largest: float) -> str:
         """Both convolutions on bytes with 7-bit weights, a scale for each output channel, summed in 32 bits.
@@ -352,25 +362,23 @@ class EncoderGraph:
             out="capsule_lengths",
         )
 
-    def model(self) -> onnx.ModelProto:
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Of the graph: shapes without the batch."""
         classes = len(self.config.classes)
+        return {"digit_capsules": (classes, self.config.digit_dimensions), "capsule_lengths": (classes,)}
+
+    def model(self) -> onnx.ModelProto:
+        outputs = self.outputs()
         read = set(names_read(self.nodes))
 
         def value(name: str, element: int, *shape: int) -> onnx.ValueInfoProto:
             return helper.make_tensor_value_info(name, element, ["batch", *shape])
 
         graph = helper.make_graph(
-            [
-                node
-                for node in self.nodes
-                if set(node.output) & (read | {"digit_capsules", "capsule_lengths"})
-            ],
+            [node for node in self.nodes if set(node.output) & (read | set(outputs))],
             "encoder",
             [value("images", TensorProto.UINT8, *self.config.image_shape)],
-            [
-                value("digit_capsules", TensorProto.FLOAT, classes, self.config.digit_dimensions),
-                value("capsule_lengths", TensorProto.FLOAT, classes),
-            ],
+            [value(name, TensorProto.FLOAT, *shape) for name, shape in outputs.items()],
             [tensor for name, tensor in self.initializers.items() if name in read],
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
@@ -405,15 +413,16 @@ def names_read(nodes: Iterable[onnx.NodeProto]) -> Iterable[str]:
             yield from names_read(attribute.g.node)
 
 
-def save_sharing(model: onnx.ModelProto, path: Path, holder: Path) -> None:
-    """Save `model` as `path`; weights that the file `holder` beside it has too are read from there."""
-    held = holder.read_bytes()
-    for tensor in model.graph.initializer:
-        offset = held.find(tensor.raw_data) if len(tensor.raw_data) >= LARGE else -1
-        if offset >= 0:
-            length = len(tensor.raw_data)
-            tensor.ClearField("raw_data")
-            tensor.data_location = TensorProto.EXTERNAL
-            for key, entry in (("location", holder.name), ("offset", offset), ("length", length)):
-                tensor.external_data.add(key=key, value=str(entry))
+def save_sharing(model: onnx.ModelProto, path: Path, *holders: Path) -> None:
+    """Save `model` as `path`; weights that a file of `holders` beside it has too are read from there."""
+    for holder in holders:
+        held = holder.read_bytes()
+        for tensor in model.graph.initializer:
+            offset = held.find(tensor.raw_data) if len(tensor.raw_data) >= LARGE else -1
+            if offset >= 0:
+                length = len(tensor.raw_data)
+                tensor.ClearField("raw_data")
+                tensor.data_location = TensorProto.EXTERNAL
+                for key, entry in (("location", holder.name), ("offset", offset), ("length", length)):
+                    tensor.external_data.add(key=key, value=str(entry))
     onnx.save(model, path)

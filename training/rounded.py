@@ -23,17 +23,16 @@ from training.predictor import Floats, Images
 Values = NDArray[Any]
 
 
-class RoundedEncoder:
-    """An exported encoder; `encode` gives what a GPU would, but for the order in which sums are added up."""
+class RoundedGraph:
+    """An exported graph; `predict` gives what a GPU would, but for the order in which sums are added up."""
 
     def __init__(self, path: Path) -> None:
         self._graph = ReferenceEvaluator(onnx.load(path), new_ops=[MatMul, Conv, Mul])
 
-    def encode(self, images: Images) -> tuple[Floats, Floats]:
-        """Images (B, H, W[, 3]) -> digit capsules (B, K, D) and capsule lengths (B, K)."""
-        answers: Any = self._graph.run(["digit_capsules", "capsule_lengths"], {"images": images})
-        capsules, lengths = answers
-        return capsules, lengths
+    def predict(self, images: Images) -> tuple[Floats, ...]:
+        """Images (B, H, W[, 3]) -> the graph's outputs, in its order."""
+        answers: Any = self._graph.run(None, {"images": images})
+        return tuple(answers)
 
 
 class MatMul(OpRun):

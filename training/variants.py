@@ -1,7 +1,9 @@
-"""The encoder in other precisions: written beside the fp32 one, and compared with it on the test images."""
+"""The encoder in other precisions: written beside the fp32 one, and compared with it on the test images.
+
+The one in half precision, which is for GPUs, draws the longest capsule as well.
+"""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,27 +13,28 @@ from torch import Tensor
 
 from service.manifest import Graph, Variant
 from training.data import Dataset
-from training.gpu_graph import gpu_encoder_graph
+from training.gpu_graph import predictor_graph
 from training.graphs import encoder_graph, largest_feature, save_sharing
 from training.losses import mistaken, named
 from training.model import CapsNet
 from training.predictor import Floats, Images, OnnxPredictor, open_graph, run_encoder
-from training.rounded import RoundedEncoder
+from training.rounded import RoundedGraph
 
 BATCH = 32
 BEST_PSNR = 200.0
 """dB of equal images, whose true value is infinite; more than single precision can tell apart."""
 
 
-def write_variants(network: CapsNet, images: Tensor, encoder: Path) -> dict[str, Path]:
+def write_variants(network: CapsNet, images: Tensor, encoder: Path, decoder: Path) -> dict[str, Path]:
     """Write the encoder in each other precision beside the file `encoder`; their paths by precision.
 
     Args:
         images: training images, from which the 8-bit one takes its range.
+        decoder: beside `encoder` too.
     """
     files = {precision: encoder.with_name(f"encoder.{precision}.onnx") for precision in ("fp16", "int8")}
-    # Its weights are those that `encoder` holds in half precision already.
-    save_sharing(gpu_encoder_graph(network), files["fp16"], encoder)
+    # Its weights are those that the two hold in half precision already.
+    save_sharing(predictor_graph(network), files["fp16"], encoder, decoder)
     save_sharing(encoder_graph(network, largest_feature(network, images)), files["int8"], encoder)
     for file in files.values():
         onnx.checker.check_model(file, full_check=True)
@@ -42,8 +45,9 @@ def measure_variants(
     graphs: Mapping[str, Graph], fp32: OnnxPredictor, dataset: Dataset
 ) -> tuple[Variant, ...]:
     """Mistakes, agreement and PSNR of the encoders `graphs` in the folder of `fp32`, on all of `dataset`."""
-    encoders = {
-        precision: _encoder(precision, fp32.folder / graph.file) for precision, graph in graphs.items()
+    predictors = {
+        precision: _predictor(precision, fp32.folder / graph.file, fp32)
+        for precision, graph in graphs.items()
     }
     mistakes = dict.fromkeys(graphs, 0)
     agreed = dict.fromkeys(graphs, 0)
@@ -54,12 +58,12 @@ def measure_variants(
         capsules, lengths = fp32.encode(images)
         expected = named(torch.from_numpy(lengths), labels)
         drawn = fp32.decode(capsules, lengths.argmax(axis=1))
-        for precision, encode in encoders.items():
-            capsules, lengths = encode(images)
+        for precision, predict in predictors.items():
+            lengths, redrawn = predict(images)
             found = named(torch.from_numpy(lengths), labels)
             mistakes[precision] += int(mistaken(found, labels).sum())
             agreed[precision] += len(found) - int(mistaken(found, expected).sum())
-            squares[precision] += _squares(fp32.decode(capsules, lengths.argmax(axis=1)), drawn)
+            squares[precision] += _squares(redrawn, drawn)
     pixels = dataset.images.numel()
     return tuple(
         Variant.model_validate(
@@ -75,11 +79,23 @@ def measure_variants(
     )
 
 
-def _encoder(precision: str, path: Path) -> Callable[[Images], tuple[Floats, Floats]]:
-    """As it computes where it is served: what is in half precision on a GPU."""
+def _predictor(precision: str, path: Path, fp32: OnnxPredictor) -> Callable[[Images], tuple[Floats, Floats]]:
+    """Capsule lengths and reconstructions as where it is served: what is in half precision on a GPU."""
     if precision == "fp16":
-        return RoundedEncoder(path).encode
-    return partial(run_encoder, open_graph(path))
+        graph = RoundedGraph(path)
+
+        def rounded(images: Images) -> tuple[Floats, Floats]:
+            _, lengths, drawn = graph.predict(images)
+            return lengths, drawn
+
+        return rounded
+    session = open_graph(path)
+
+    def plain(images: Images) -> tuple[Floats, Floats]:
+        capsules, lengths = run_encoder(session, images)
+        return lengths, fp32.decode(capsules, lengths.argmax(axis=1))
+
+    return plain
 
 
 def _squares(found: Floats, expected: Floats) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from service.binding import BoundSession, fetched
+from service.engine import Way, bring_together
 from service.manifest import Manifest, Precision, read_manifest
 from service.sessions import open_session
 from tests.support.mnist import ROOT, mnist_test_images
@@ -58,28 +58,36 @@ def test_onnx_runtime_agrees_with_pytorch(folder: Path, mnist: Dataset) -> None:
         )
 
 
+@pytest.mark.parametrize("way", ["padded", "bound"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
-def test_bound_buffers_change_no_answer(folder: Path, precision: Precision, mnist: Dataset) -> None:
-    """In every batch size, padded or not, an image is answered as by a plain run of its own batch."""
+def test_padding_and_buffers_change_no_answer(
+    folder: Path, precision: Precision, way: Way, mnist: Dataset
+) -> None:
+    """In every batch size an image is answered as by a plain run of its own batch, and drawn as well."""
     most = 9
     manifest = read_manifest(folder)
-    encoder, decoder = manifest.encoders[precision], manifest.decoder
-    plain, draws = (
-        open_session(folder / graph.file, graph, device="cpu", threads=1) for graph in (encoder, decoder)
+    encoder, decoder = (
+        open_session(folder / graph.file, graph, device="cpu", threads=1)
+        for graph in (manifest.encoders[precision], manifest.decoder)
     )
-    bound = BoundSession(plain, encoder, [most])
-    drawer = BoundSession(draws, decoder, [most], upstream=bound)
+    one_by_one = bring_together(manifest, precision, encoder, decoder, (most, most), "plain")
+    graphs = bring_together(manifest, precision, encoder, decoder, (most, most), way)
     for size in range(1, most + 1):
-        images = mnist.images[most : most + size].numpy()
-        capsules, lengths = plain.run(images)
-        held, found = bound.run(images)
-        index = fetched(found).argmax(axis=1)
-        np.testing.assert_allclose(fetched(held), capsules, atol=1e-5)
-        np.testing.assert_allclose(fetched(found), lengths, atol=1e-5)
-        np.testing.assert_allclose(
-            fetched(*drawer.run(held, index)), draws.run(capsules, index)[0], atol=1e-5
-        )
+        inputs = mnist.images[most : most + size].numpy(), np.ones(size, np.bool_)
+        for found, expected in zip(graphs.predict(inputs), one_by_one.predict(inputs), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+def test_the_graph_for_gpus_draws_as_the_decoder_does(folder: Path, mnist: Dataset) -> None:
+    """Reconstructions of the fp16 graph are those of the decoder's, from the longest of the same capsules."""
+    manifest = read_manifest(folder)
+    graph = manifest.encoders["fp16"]
+    images = mnist.images[:20].numpy()
+    capsules, lengths, drawn = open_session(folder / graph.file, graph, device="cpu", threads=1).run(images)
+    expected = OnnxPredictor(folder).decode(capsules, lengths.argmax(axis=1))
+    np.testing.assert_allclose(drawn, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)

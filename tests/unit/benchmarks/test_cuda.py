@@ -36,10 +36,11 @@ def test_every_form_is_checked_and_measured(measured: dict[str, Any], tmp_path: 
 
 
 def test_what_is_wrong_is_said() -> None:
-    """A difference beyond the tolerance, NaN too, memory that grew, and nodes that fell back to the CPU."""
+    """A difference beyond the tolerance, NaN too, a drawing that differs, more memory, nodes on the CPU."""
     good = {
         "difference": 1e-5,
         "tolerance": 1e-4,
+        "drawing": 0.004,
         "memory_stays": True,
         "memory_mib": {},
         "nodes": {"CUDA": 9},
@@ -48,6 +49,7 @@ def test_what_is_wrong_is_said() -> None:
     for change, said in (
         ({"difference": 2e-4}, "differs from fp32 on the CPU by 0.0002, expected at most 0.0001"),
         ({"difference": float("nan")}, "differs from fp32 on the CPU by nan"),
+        ({"drawing": 0.012}, "draws up to 3.1 levels apart from fp32 on the CPU"),
         ({"memory_stays": False}, "took more memory after the warm-up"),
         ({"nodes": {"CUDA": 9, "CPUExecutionProvider": 2}}, "runs 2 nodes of the encoder on the CPU"),
     ):

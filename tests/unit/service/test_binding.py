@@ -1,4 +1,4 @@
-"""Bound sessions answer as plain ones do, on buffers that stay, with padding that nobody notices.
+"""Bound and padded sessions answer as plain ones do; bound ones on buffers that stay.
 
 They run on the CPU here; the code is the one that runs on CUDA.
 """
@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from service import sessions
 from service.binding import BoundSession, Held, fetched
 from service.manifest import Graph, TensorSpec, read_manifest, sha256
-from service.sessions import Session, buckets, open_session, warm_up
+from service.sessions import PaddedSession, Session, buckets, open_session, warm_up
 from tests.support.tiny_model import CLASSES, image_of
 
 MAX_BATCH = 12  # no power of two
@@ -81,7 +81,23 @@ def test_every_batch_size_answers_as_a_plain_run(
         assert fetched(redrawn).dtype == np.float32
 
 
-def test_only_the_buckets_reach_the_device(tmp_path: Path) -> None:
+def test_padding_changes_no_answer(plain: tuple[Session, Session]) -> None:
+    """Capsules, lengths and reconstructions of 1 to 12 rows; more than the largest size are refused."""
+    encoder, decoder = (PaddedSession(session, SIZES) for session in plain)
+    for rows in range(1, MAX_BATCH + 1):
+        capsules, lengths = plain[0].run(IMAGES[:rows])
+        (drawn,) = plain[1].run(capsules, TARGETS[:rows])
+        (redrawn,) = decoder.run(capsules, TARGETS[:rows])
+        for found, expected in zip(
+            (*encoder.run(IMAGES[:rows]), redrawn), (capsules, lengths, drawn), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+    with pytest.raises(ValueError, match="13 rows, expected at most 12"):
+        encoder.run(np.zeros((MAX_BATCH + 1, 28, 28), np.uint8))
+
+
+@pytest.mark.parametrize("kind", [BoundSession, PaddedSession])
+def test_only_the_buckets_reach_the_device(tmp_path: Path, kind: type) -> None:
     """A graph that gives its own batch size back never sees another than a bucket's."""
     session, graph = small_graph(
         tmp_path,
@@ -93,12 +109,16 @@ def test_only_the_buckets_reach_the_device(tmp_path: Path) -> None:
         ],
         "FP32",
     )
-    runs = BoundSession(session, graph, SIZES)
+
+    def opened(sizes: Sequence[int]) -> BoundSession | PaddedSession:
+        return PaddedSession(session, sizes) if kind is PaddedSession else BoundSession(session, graph, sizes)
+
+    runs = opened(SIZES)
     warm_up(runs, graph, SIZES)
     met = [int(fetched(*runs.run(np.zeros(rows, np.float32)))[0]) for rows in range(1, MAX_BATCH + 1)]
     assert met == [1, 2, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12]
     assert set(met) == set(SIZES)
-    alone = BoundSession(session, graph, [MAX_BATCH])
+    alone = opened([MAX_BATCH])
     assert {int(fetched(*alone.run(np.zeros(rows, np.float32)))[0]) for rows in (1, 7, 12)} == {12}
 
 

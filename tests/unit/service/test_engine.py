@@ -17,7 +17,7 @@ from service import engine as engine_module
 from service.batching import Arrays
 from service.binding import BoundSession
 from service.context import begin_record
-from service.engine import Engine, Graphs, Model, load_graphs, open_engine
+from service.engine import Engine, Graphs, Model, load_graphs, open_engine, way_of
 from service.errors import (
     DeviceError,
     InferenceFailed,
@@ -38,17 +38,17 @@ from service.manifest import (
     write_manifest,
 )
 from service.metrics import Metrics
+from service.sessions import PaddedSession, Session
 from service.settings import Settings
 from tests.support.tiny_model import CLASSES, DIMENSIONS, band, capsules_of, image_of, write_tiny_model
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(autouse=True, params=["plain", "bound"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Plain runs, as on a CPU, or bound buffers, as on CUDA, here in the process's own memory."""
-    if request.param == "bound":
-        monkeypatch.setattr(engine_module, "BOUND", frozenset({"cpu"}))
+@pytest.fixture(autouse=True, params=["plain", "padded", "bound"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Plain runs, as on a CPU; padded ones, as on CUDA; or bound buffers, as with CUDA graphs."""
+    monkeypatch.setattr(engine_module, "way_of", lambda *_: request.param)
     return str(request.param)
 
 
@@ -297,28 +297,36 @@ async def test_models_can_be_put_together_by_hand(tiny_models: Path) -> None:
     await engine.close(1)
 
 
-async def test_every_path_is_the_one_it_is_called(tiny_models: Path, path: str) -> None:
-    """A CPU runs plain sessions, unless it stands in for CUDA."""
+async def test_every_way_is_the_one_it_is_called(tiny_models: Path, way: str) -> None:
+    """Encoder and decoder are run as plain, padded or bound sessions, all three of them in the same way."""
     graphs = load_graphs(tiny_models / "tiny" / "1", settings(tiny_models))
-    for runs in (graphs.encoder, graphs.drawer, graphs.decoder):
-        assert isinstance(runs, BoundSession) == (path == "bound")
+    kind = {"plain": Session, "padded": PaddedSession, "bound": BoundSession}[way]
+    assert {type(runs) for runs in (graphs.encoder, graphs.drawer, graphs.decoder)} == {kind}
 
 
-@pytest.mark.parametrize("path", ["bound"], indirect=True)
-@pytest.mark.usefixtures("path")
+def test_a_device_is_given_few_sizes_and_cuda_graphs_their_buffers() -> None:
+    """A CPU takes batches as they are; what CUDA captures must find its buffers where they were."""
+    assert way_of("cpu", Settings()) == "plain"
+    assert way_of("cuda", Settings()) == "padded"
+    assert way_of("cuda", Settings(cuda_graphs=True)) == "bound"
+
+
+@pytest.mark.parametrize("way", ["bound"], indirect=True)
+@pytest.mark.usefixtures("way")
 async def test_convolutions_meet_one_batch_size_on_a_device(tiny_models: Path) -> None:
     """Whatever the batch, the same buffers: for another size than the last, CUDA plans convolutions anew."""
     graphs = load_graphs(tiny_models / "tiny" / "1", settings(tiny_models))
     places = set()
     for rows in (1, 2, 5, settings(tiny_models).max_batch):
         capsules, lengths = graphs.encoder.run(np.stack([image_of(3)] * rows))
+        assert graphs.drawer is not None
         (drawn,) = graphs.drawer.run(capsules, np.full(rows, 3))
         places.add((capsules.value.data_ptr(), lengths.value.data_ptr(), drawn.value.data_ptr()))
     assert len(places) == 1
 
 
 async def test_buffers_that_do_not_fit_stop_the_start(
-    tiny_models: Path, path: str, monkeypatch: pytest.MonkeyPatch
+    tiny_models: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error names the model and the device, and has ONNX Runtime's reason."""
 
@@ -327,7 +335,7 @@ async def test_buffers_that_do_not_fit_stop_the_start(
 
     monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", full)
     folder = tiny_models / "tiny" / "1"
-    if path == "plain":
+    if way != "bound":
         load_graphs(folder, settings(tiny_models))
     else:
         with pytest.raises(DeviceError, match=r"tiny.1: cpu has no room for its batches: out of memory"):

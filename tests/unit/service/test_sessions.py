@@ -1,5 +1,6 @@
 """Sessions run on what was asked for, within the container's limits, with the promised tensors."""
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from service.errors import DeviceError
 from service.manifest import Graph, Manifest, ManifestError, Measured, TensorSpec, Variant, read_manifest
 from service.sessions import (
+    BLOCKING_SYNC,
     buckets,
     choose_precision,
     cuda_options,
@@ -23,6 +25,9 @@ from service.settings import Settings
 from tests.support.mnist import ROOT
 from tests.support.process import alone
 from tests.support.tiny_model import DIMENSIONS, image_of
+
+HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+without_cuda = pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
 
 
 @pytest.fixture
@@ -109,9 +114,7 @@ def test_workers_share_the_cpus(
     assert session_threads(Settings.model_validate({"device": "cpu", **settings})) == threads
 
 
-@pytest.mark.skipif(
-    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has CUDA"
-)
+@without_cuda
 def test_cuda_never_falls_back(folder: Path, encoder: Graph) -> None:
     """Without a CUDA provider `cuda` fails and says what to install; `auto` takes the CPU and says so."""
     with pytest.raises(DeviceError, match="extra `gpu`"):
@@ -121,6 +124,7 @@ def test_cuda_never_falls_back(folder: Path, encoder: Graph) -> None:
     assert resolve_device("cuda") == "cuda"
 
 
+@without_cuda
 def test_a_cuda_provider_that_does_not_start_is_an_error(
     folder: Path, encoder: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +137,17 @@ def test_a_cuda_provider_that_does_not_start_is_an_error(
     # The real loader, asked for a provider that this build lacks, warns and goes on with the CPU.
     with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(DeviceError, match="CPU"):
         open_session(folder / encoder.file, encoder, device="cuda", threads=1)
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="this ONNX Runtime has no CUDA")
+def test_threads_sleep_while_they_wait_for_the_gpu(folder: Path, encoder: Graph) -> None:
+    """CUDA's driver was told so for the GPU that the session is on."""
+    open_session(folder / encoder.file, encoder, device="cuda", threads=1)
+    flags, active = ctypes.c_uint(), ctypes.c_int()
+    driver = ctypes.CDLL("libcuda.so.1")
+    assert driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active)) == 0
+    assert active.value
+    assert flags.value == BLOCKING_SYNC
 
 
 def test_a_failing_run_on_cuda_is_not_repeated_on_the_cpu(

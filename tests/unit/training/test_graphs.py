@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from training.config import ModelConfig
 from training.export import round_to_half
-from training.gpu_graph import fits_half, gpu_encoder_graph
+from training.gpu_graph import fits_half, predictor_graph
 from training.graphs import (
     FEW,
     ROWS,
@@ -20,7 +20,7 @@ from training.graphs import (
     save_sharing,
 )
 from training.model import CapsNet, as_channels, length
-from training.rounded import RoundedEncoder
+from training.rounded import RoundedGraph
 
 NUMBER_OF_IMAGES = 5
 
@@ -34,7 +34,7 @@ def images(model_config: ModelConfig) -> torch.Tensor:
 def written(network: CapsNet, images: torch.Tensor, precision: str) -> onnx.ModelProto:
     """The encoder's graph in any precision."""
     if precision == "fp16":
-        return gpu_encoder_graph(network)
+        return predictor_graph(network)
     if precision == "int8":
         return encoder_graph(network, largest_feature(network, images))
     return encoder_graph(network)
@@ -43,7 +43,8 @@ def written(network: CapsNet, images: torch.Tensor, precision: str) -> onnx.Mode
 def run(path: Path, images: torch.Tensor, precision: str = "fp32") -> tuple[np.ndarray, np.ndarray]:
     """By ONNX Runtime; in half precision as a GPU rounds, which it does not on a CPU."""
     if precision == "fp16":
-        return RoundedEncoder(path).encode(images.numpy())
+        capsules, lengths, _ = RoundedGraph(path).predict(images.numpy())
+        return capsules, lengths
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     capsules, lengths = session.run(["digit_capsules", "capsule_lengths"], {"images": images.numpy()})
     return capsules, lengths
@@ -120,7 +121,7 @@ def test_each_branch_runs_on_its_side(model_config: ModelConfig) -> None:
     }
     shared = CapsNet(replace(model_config, shared_weights=True))
     assert "If" not in {node.op_type for node in encoder_graph(shared, largest).graph.node}
-    for model in (encoder_graph(network), gpu_encoder_graph(network)):
+    for model in (encoder_graph(network), predictor_graph(network)):
         graph = model.graph
         assert "If" not in {node.op_type for node in graph.node}, "CUDA cannot capture a branch"
 
@@ -166,7 +167,7 @@ def test_what_half_precision_could_not_hold(model_config: ModelConfig) -> None:
     """Where logits might be too large to be raised, the largest is subtracted first, as on a CPU."""
 
     def subtracts(network: CapsNet) -> bool:
-        return "ReduceMax" in {node.op_type for node in gpu_encoder_graph(network).graph.node}
+        return "ReduceMax" in {node.op_type for node in predictor_graph(network).graph.node}
 
     network = CapsNet(model_config)
     assert fits_half(network)
@@ -280,7 +281,7 @@ def test_weights_are_read_from_the_other_file(
     network = CapsNet(model_config)
     whole, shared, holder = (tmp_path / f"{name}.onnx" for name in ("whole", "shared", "encoder"))
     onnx.save(encoder_graph(network), holder)
-    onnx.save(gpu_encoder_graph(network), whole)
-    save_sharing(gpu_encoder_graph(network), shared, holder)
+    onnx.save(predictor_graph(network), whole)
+    save_sharing(predictor_graph(network), shared, holder)
     assert shared.stat().st_size < whole.stat().st_size / 2
     np.testing.assert_array_equal(run(shared, images)[0], run(whole, images)[0])

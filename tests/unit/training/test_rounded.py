@@ -9,9 +9,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference.op_run import OpRun
 
 from training.config import ModelConfig
-from training.gpu_graph import gpu_encoder_graph
+from training.gpu_graph import predictor_graph
 from training.model import CapsNet
-from training.rounded import Conv, MatMul, RoundedEncoder, Values, read
+from training.rounded import Conv, MatMul, RoundedGraph, Values, read
 
 
 def test_tf32_keeps_ten_bits() -> None:
@@ -43,7 +43,7 @@ def test_every_operator_rounds(tmp_path: Path) -> None:
     )
     path = tmp_path / "sum.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    assert RoundedEncoder(path).encode(np.array([[2048]]))[0] == [[2048]]
+    assert RoundedGraph(path).predict(np.array([[2048]]))[0] == [[2048]]
 
 
 def by(operator: type[OpRun], *inputs: Values) -> Values:
@@ -72,10 +72,10 @@ def test_an_encoder_by_half_precision(model_config: ModelConfig, tmp_path: Path)
     """It is farther from the network than single precision would be, and not far."""
     torch.manual_seed(0)
     network = CapsNet(model_config)
-    onnx.save(gpu_encoder_graph(network), tmp_path / "encoder.onnx")
+    onnx.save(predictor_graph(network), tmp_path / "encoder.onnx")
     images = torch.randint(0, 256, (7, *model_config.image_shape), dtype=torch.uint8)
     expected = network.encoder(images).detach().numpy()
-    capsules, lengths = RoundedEncoder(tmp_path / "encoder.onnx").encode(images.numpy())
+    capsules, lengths, _ = RoundedGraph(tmp_path / "encoder.onnx").predict(images.numpy())
     assert capsules.dtype == lengths.dtype == np.float32
     assert 1e-5 < np.abs(capsules - expected).max() < 2e-3
     np.testing.assert_allclose(lengths, np.linalg.norm(capsules, axis=-1), atol=1e-3)

@@ -45,9 +45,10 @@ def test_mistakes_agreement_and_distance_by_hand(monkeypatch: pytest.MonkeyPatch
     dataset = Dataset("two", ("a", "b"), images, labels, {})
 
     def other(images: Images) -> tuple[Floats, Floats]:
-        return encoded((images[:, 0, 0] - images[:, 0, 1]).tolist())
+        capsules, lengths = encoded((images[:, 0, 0] - images[:, 0, 1]).tolist())
+        return lengths, Reference().decode(capsules, lengths.argmax(axis=1))
 
-    monkeypatch.setattr(variants, "_encoder", lambda *_: other)
+    monkeypatch.setattr(variants, "_predictor", lambda *_: other)
     tensors = (TensorSpec(name="x", datatype="FP32", shape=(-1, 2)),)
     graph = Graph(file="encoder.int8.onnx", sha256="0" * 64, opset=20, inputs=tensors, outputs=tensors)
     (found,) = measure_variants({"int8": graph}, cast("OnnxPredictor", Reference()), dataset)
@@ -58,12 +59,22 @@ def test_mistakes_agreement_and_distance_by_hand(monkeypatch: pytest.MonkeyPatch
 
 
 def test_each_precision_is_computed_as_where_it_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU computes in half precision is measured rounded, and not as a CPU would compute it."""
-    rounded, plain = object(), object()
-    monkeypatch.setattr(variants, "RoundedEncoder", lambda _: SimpleNamespace(encode=rounded))
-    monkeypatch.setattr(variants, "open_graph", lambda _: plain)
-    assert variants._encoder("fp16", Path()) is rounded
-    assert variants._encoder("int8", Path()) is not rounded
+    """In half precision it is what a GPU computes and draws; in eight bits, the decoder draws."""
+    images = np.array([[[1, 0], [0, 0]], [[0, 0], [0, 0]]], np.uint8)
+    capsules, lengths = encoded([1, 0])
+    drawn = np.full((2, 2, 2), 0.7, np.float32)
+
+    def rounded(_: Images) -> tuple[Floats, ...]:
+        return capsules, lengths, drawn
+
+    monkeypatch.setattr(variants, "RoundedGraph", lambda _: SimpleNamespace(predict=rounded))
+    monkeypatch.setattr(variants, "open_graph", lambda _: None)
+    monkeypatch.setattr(variants, "run_encoder", lambda _, images: Reference().encode(images))
+    fp32 = cast("OnnxPredictor", Reference())
+    for precision, pixels in (("fp16", [0.7, 0.7]), ("int8", [0.1, 0])):
+        found, redrawn = variants._predictor(precision, Path(), fp32)(images)
+        np.testing.assert_array_equal(found, lengths)
+        np.testing.assert_allclose(redrawn[:, 0, 0], pixels)
 
 
 def test_decibels() -> None:
