@@ -15,6 +15,7 @@ from service.manifest import (
     ImageSpec,
     ManifestError,
     Variant,
+    draws,
     margins,
     read_manifest,
     version_folders,
@@ -118,6 +119,24 @@ def test_a_variant_is_checked_as_the_encoder_is(
     with pytest.raises(ManifestError) as refused:
         read_manifest(folder)
     assert named in str(refused.value)
+
+
+def test_a_variant_may_draw_and_the_encoder_may_not(folder: Path) -> None:
+    """A variant may have the decoder's output behind the encoder's, just as it is there, and nothing else."""
+    manifest = read_manifest(folder)
+    encoder, decoder = manifest.encoder.model_dump(), manifest.decoder.model_dump()
+    drawing = {**encoder, "outputs": [*encoder["outputs"], *decoder["outputs"]]}
+    variant = {"precision": "fp16", "encoder": drawing, "test_mistakes": 0, "agreement": 100, "psnr": 50}
+    change(folder, "variants", value=[variant])
+    assert draws(read_manifest(folder).encoders["fp16"])
+    assert not draws(manifest.encoder)
+    change(folder, "variants", 0, "encoder", "outputs", 2, "shape", value=[-1, 27, 28])
+    with pytest.raises(ManifestError, match=r"fp16 encoder\.outputs"):
+        read_manifest(folder)
+    change(folder, "variants", value=[])
+    change(folder, "encoder", "outputs", value=drawing["outputs"])
+    with pytest.raises(ManifestError, match=r"encoder\.outputs"):
+        read_manifest(folder)
 
 
 def test_each_precision_has_one_variant(folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from onnx import numpy_helper
 
 from training.config import ModelConfig
-from training.export import round_to_half
+from training.export import round_to_half, write_decoder
 from training.gpu_graph import fits_half, predictor_graph
 from training.graphs import (
     FEW,
@@ -163,6 +163,47 @@ def test_logits_beyond_what_exp_can_take(
         np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_graph_for_gpus_draws(
+    model_config: ModelConfig, images: torch.Tensor, tmp_path: Path, channels: int
+) -> None:
+    """Its third output is the decoder's, of the longest capsule of each image."""
+    torch.manual_seed(1)
+    network = CapsNet(replace(model_config, channels=channels))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(3)  # or no capsule would be long enough to be seen
+    round_to_half(network)
+    assert fits_half(network)
+    if channels == 3:
+        images = torch.stack([images, images.flip(0), 255 - images], dim=-1)
+    onnx.save(predictor_graph(network), tmp_path / "predictor.onnx")
+    capsules, lengths, drawn = RoundedGraph(tmp_path / "predictor.onnx").predict(images.numpy())
+    longest = torch.from_numpy(lengths.argmax(axis=1))
+    expected = network.decoder(torch.from_numpy(capsules), longest).detach().numpy()
+    assert drawn.shape == images.shape
+    np.testing.assert_allclose(drawn, expected, atol=2e-3)
+    others = network.decoder(torch.from_numpy(capsules), (longest + 1) % len(model_config.classes))
+    assert np.abs(drawn - others.detach().numpy()).max() > 2e-3, "any capsule would have been drawn like this"
+
+
+def test_of_equally_long_capsules_the_first_is_drawn(model_config: ModelConfig, tmp_path: Path) -> None:
+    """As the service names the first of them."""
+    torch.manual_seed(1)
+    network = CapsNet(model_config)
+    round_to_half(network)
+    whole, end = tmp_path / "predictor.onnx", tmp_path / "end.onnx"
+    onnx.save(predictor_graph(network), whole)
+    onnx.utils.extract_model(whole, end, ["digit_capsules", "capsule_lengths"], ["reconstructions"])
+    session = ort.InferenceSession(end, providers=["CPUExecutionProvider"])
+    capsules = torch.randn(3, len(model_config.classes), model_config.digit_dimensions)
+    lengths = np.array([[0.2, 0.7, 0.7], [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]], np.float32)
+    inputs = {"digit_capsules": capsules.numpy(), "capsule_lengths": lengths}
+    (drawn,) = session.run(None, inputs)
+    expected = network.decoder(capsules, torch.tensor([1, 0, 2])).detach().numpy()
+    np.testing.assert_allclose(drawn, expected, atol=1e-5)
+
+
 def test_what_half_precision_could_not_hold(model_config: ModelConfig) -> None:
     """Where logits might be too large to be raised, the largest is subtracted first, as on a CPU."""
 
@@ -277,11 +318,18 @@ def test_the_largest_feature_by_hand(model_config: ModelConfig) -> None:
 def test_weights_are_read_from_the_other_file(
     model_config: ModelConfig, images: torch.Tensor, tmp_path: Path
 ) -> None:
-    """The fp16 graph stores no weight that the fp32 file has, and reads the same numbers from there."""
+    """The fp16 graph stores no weight that the fp32 files have, and reads the same numbers from there."""
     network = CapsNet(model_config)
-    whole, shared, holder = (tmp_path / f"{name}.onnx" for name in ("whole", "shared", "encoder"))
-    onnx.save(encoder_graph(network), holder)
+    names = ("whole", "shared", "encoder", "decoder")
+    whole, shared, encoder, decoder = (tmp_path / f"{name}.onnx" for name in names)
+    onnx.save(encoder_graph(network), encoder)
+    write_decoder(network, decoder)
     onnx.save(predictor_graph(network), whole)
-    save_sharing(predictor_graph(network), shared, holder)
-    assert shared.stat().st_size < whole.stat().st_size / 2
-    np.testing.assert_array_equal(run(shared, images)[0], run(whole, images)[0])
+    save_sharing(predictor_graph(network), shared, encoder, decoder)
+    stored = onnx.load(shared, load_external_data=False).graph.initializer
+    entries = [entry for tensor in stored for entry in tensor.external_data]
+    assert {entry.value for entry in entries if entry.key == "location"} == {"encoder.onnx", "decoder.onnx"}
+    assert shared.stat().st_size < whole.stat().st_size / 4
+    answers = (RoundedGraph(path).predict(images.numpy()) for path in (shared, whole))
+    for found, expected in zip(*answers, strict=True):
+        np.testing.assert_array_equal(found, expected)
