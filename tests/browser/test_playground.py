@@ -538,7 +538,7 @@ def test_a_stroke_does_not_dim_what_it_changes(page: Page) -> None:
 
 def test_the_pad_rests_under_a_stroke(page: Page) -> None:
     """Complaints come and go before and after it, or its line would have a step."""
-    page.locator("#file").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b""})
+    page.locator("#file").set_input_files(NOTHING)
     alert = page.get_by_role("alert")
     expect(alert).to_be_visible()
     draw_on_what_rests(page)
@@ -546,6 +546,44 @@ def test_the_pad_rests_under_a_stroke(page: Page) -> None:
     page.route("**/predict?*", lambda route: route.fulfill(status=500, json={"detail": "Broken."}))
     draw_on_what_rests(page)
     expect(alert).to_have_text("Broken.")
+
+
+NOTHING: FilePayload = {"name": "a.png", "mimeType": "image/png", "buffer": b""}
+
+
+def test_a_complaint_stays_until_the_visitor_goes_on(page: Page) -> None:
+    """What was drawn before the file that cannot be read, and comes after it, does not take it away."""
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    page.evaluate(
+        """() => {
+            const encode = HTMLCanvasElement.prototype.toBlob;
+            HTMLCanvasElement.prototype.toBlob = function (...given) {
+                setTimeout(() => encode.apply(this, given), 500);
+            };
+        }"""
+    )
+    page.get_by_role("button", name="Example 3").click()
+    page.locator("#file").set_input_files(NOTHING)
+    alert = page.get_by_role("alert")
+    expect(alert).to_be_visible()
+    page.wait_for_timeout(1000)
+    expect(alert).to_contain_text("cannot open “a.png”")
+    page.get_by_role("button", name="Example 3").click()
+    expect(alert).to_be_hidden()
+
+
+def test_a_file_may_come_before_the_models(page: Page) -> None:
+    """The page is there before it knows them; when it does, it draws no example over what it complains of."""
+    gate = Gate(page, "**/models")
+    page.reload()
+    gate.wait_for(1)
+    page.locator("#file").set_input_files(NOTHING)
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("cannot open “a.png”")
+    gate.open()
+    expect(page.locator("#verdict")).to_have_text("Draw something.")
+    page.wait_for_timeout(300)
+    expect(alert).to_contain_text("cannot open “a.png”")
 
 
 def draw_on_what_rests(page: Page) -> None:

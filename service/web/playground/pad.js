@@ -22,8 +22,8 @@ export class Pad {
   #told = 0; // the last of them that `changed` heard of
   #down = new Set(); // ids of the pointers that draw
 
-  /** @param {(picture: Blob | null, settled: boolean) => void} changed gets the picture, or null if there is
-   *    none, and whether all pointers are up */
+  /** @param {(picture: Blob | null, settled: boolean, drawn: number) => void} changed gets the picture, or null
+   *    if there is none, whether all pointers are up, and when it was drawn, in milliseconds as `performance` has them */
   constructor(canvas, changed) {
     this.#canvas = canvas;
     this.#context = canvas.getContext("2d");
@@ -126,16 +126,15 @@ export class Pad {
   #draw(settled = true) {
     this.#paint();
     const turn = ++this.#turn;
+    const drawn = performance.now();
+    const tell = (picture) => {
+      if (turn < this.#told) return; // pictures may be encoded out of order: what comes after a newer one is old
+      this.#told = turn;
+      this.#changed(picture, settled, drawn);
+    };
     const { strokes, opened } = this.#shown;
-    if (strokes.length === 0) this.#tell(turn, opened?.sent ?? null, settled);
-    else this.#canvas.toBlob((picture) => this.#tell(turn, picture, settled), "image/png");
-  }
-
-  /** Pictures may be encoded out of order: what comes after a newer one is old. */
-  #tell(turn, picture, settled) {
-    if (turn < this.#told) return;
-    this.#told = turn;
-    this.#changed(picture, settled);
+    if (strokes.length === 0) tell(opened?.sent ?? null);
+    else this.#canvas.toBlob(tell, "image/png");
   }
 
   #paint() {

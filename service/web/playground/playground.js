@@ -25,9 +25,9 @@ const state = {
 };
 
 const byId = (id) => document.getElementById(id);
-const pad = new Pad(byId("pad"), (picture, settled) => {
+const pad = new Pad(byId("pad"), (picture, settled, drawn) => {
   Object.assign(state, { picture, settled });
-  showProblem(null);
+  if (drawn > complained) showProblem(null);
   if (picture) render();
   else forget();
   look();
@@ -158,11 +158,11 @@ async function start() {
   const first = models.find((model) => model.default) ?? models[0];
   choice.value = api.reference(first);
   useModel(first);
-  if (!state.picture && !pad.isOpening && first.manifest.classes.includes(FIRST)) pad.show(EXAMPLES[FIRST]);
+  const untouched = !state.picture && !pad.isOpening && byId("problem").hidden;
+  if (untouched && first.manifest.classes.includes(FIRST)) pad.show(EXAMPLES[FIRST]);
 }
 
 function useModel(model) {
-  showProblem(null);
   forget();
   state.model = model;
   const { classes, image } = model.manifest;
@@ -344,10 +344,13 @@ function exampleButton(label) {
   return button;
 }
 
+let complained = 0; // when a problem was shown last; what was drawn before does not take it away
+
 /** @param {api.Problem | null} problem null when the visitor goes on to something else */
 function showProblem(problem) {
   if (problem && !(problem instanceof api.Problem)) throw problem; // a fault of this page's: for the console
   if (!state.settled) return; // or the pad would move under the stroke, whose end is read in any case
+  if (problem) complained = performance.now();
   const { message, received, expected, status } = problem ?? {};
   const lines = [message, received && `Received: ${received}`, expected && `Expected: ${expected}`];
   const paragraphs = lines.filter(Boolean).map((textContent) => Object.assign(document.createElement("p"), { textContent }));
@@ -381,6 +384,7 @@ document.addEventListener("drop", (event) => {
   open(event.dataTransfer.files[0]);
 });
 byId("model").addEventListener("change", (event) => {
+  showProblem(null);
   useModel(state.models.find((model) => api.reference(model) === event.target.value));
 });
 byId("reset").addEventListener("click", () => {
