@@ -154,11 +154,12 @@ def load_graphs(folder: Path, settings: Settings) -> Graphs:
         (graphs.drawer, manifest.decoder, settings.max_batch),
         (graphs.decoder, manifest.decoder, settings.max_decoder_batch),
     ):
+        if runs is None:
+            continue
         # Twice on a device: from its second run on, a shape takes all its memory as one piece.
         sizes = 2 * runs.sizes if isinstance(runs, PaddedSession | BoundSession) else buckets(most)
         try:
-            if runs is not None:
-                warm_up(runs, graph, sizes)
+            warm_up(runs, graph, sizes)
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise ManifestError(f"{folder / graph.file}: ONNX Runtime cannot run it: {error}") from error
     return graphs

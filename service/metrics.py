@@ -37,7 +37,8 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 _QUEUE = ("model", "version", "queue")
 
-# The graphs that each queue's batches run through; what was encoded is decoded as well (decision 11).
+# The graphs that each queue's batches run through; what was encoded is decoded as well (decision 11). Where
+# the encoder's graph draws (decision 42) it is one run, and the decoder's figures are of its own queue alone.
 _GRAPHS = {"encoder": ("encoder", "decoder"), "decoder": ("decoder",)}
 
 

@@ -5,7 +5,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -234,15 +234,14 @@ def _load_on_cuda(path: Path, threads: int, cuda: Mapping[str, str]) -> onnxrunt
 def _sleep_while_waiting() -> None:
     """Let threads of this process sleep while they wait for the first GPU, which is the one that is used.
 
-    CUDA has them spin, and many workers' would take the cores from the event loops. See docs/decisions/0050.
+    CUDA has them spin, and many workers' would take the cores from the event loops. See docs/decisions/0042.
     """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:  # no driver: ONNX Runtime will say so
-        return
     gpu = ctypes.c_int()
-    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(gpu), 0) == 0:
-        driver.cuDevicePrimaryCtxSetFlags_v2(gpu, BLOCKING_SYNC)
+    # Without the driver, or with one that knows no such call, ONNX Runtime says what there is to say.
+    with suppress(OSError, AttributeError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(gpu), 0) == 0:
+            driver.cuDevicePrimaryCtxSetFlags_v2(gpu, BLOCKING_SYNC)
 
 
 def _load(path: Path, threads: int, providers: Sequence[Any]) -> onnxruntime.InferenceSession:

@@ -110,7 +110,7 @@ class PredictorGraph(EncoderGraph):
 
     def convolutions(self) -> str:
         """Both convolutions, (B, I * G, rows, columns) in single precision, for `route`."""
-        return self.second_convolution(self.op("Cast", self.features(), to=SINGLE))
+        return self.op("Cast", self.second_convolution(self.features(), HALF), to=SINGLE)
 
     def capsules(self) -> str:
         """Both convolutions and squashing, u (B * N, I) in half precision, N ordered (rows, columns, G)."""

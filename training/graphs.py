@@ -124,9 +124,9 @@ class EncoderGraph:
         x = self.op("Conv", x, self.weight("encoder.conv.weight"), self.weight("encoder.conv.bias"))
         return self.op("Relu", x)
 
-    def second_convolution(self, features: str) -> str:
-        """(B, I * G, rows, columns) of features."""
-        weight, bias = self.filters()
+    def second_convolution(self, features: str, element: int = TensorProto.FLOAT) -> str:
+        """(B, I * G, rows, columns) of features, all in the arithmetic of `element`."""
+        weight, bias = self.filters(element)
         weight = self.by_dimension(weight, self.config.conv_channels, *[self.config.kernel_size] * 2)
         return self.op("Conv", features, weight, self.by_dimension(bias), strides=[2, 2])
 
@@ -231,11 +231,11 @@ class EncoderGraph:
         """
         return self.route_without_u_hat(u, *self.matrices())
 
-    def matrices(self, element: int = TensorProto.FLOAT) -> tuple[str, str]:
+    def matrices(self) -> tuple[str, str]:
         """The transformation matrices class by class, (K, I * G, D), and the same transposed."""
         config = self.config
         groups = config.primary_groups if config.shared_weights else config.primary_count
-        weight = self.weight("encoder.digit_capsules.weight", element)
+        weight = self.weight("encoder.digit_capsules.weight")
         weight = self.op("Transpose", weight, perm=[0, 2, 1, 3])
         shape = len(config.classes), config.primary_dimensions * groups, config.digit_dimensions
         weight = self.op("Reshape", weight, self.axes(*shape))

@@ -142,7 +142,7 @@ def _judge(kind: Honest, answer: Answer, seen: Seen) -> None:
         stages = answer.stages
         seen.seconds.append(stages["total"])
         seen.waited.append(stages["queue"])
-        seen.batches.append(stages["encoder"] + stages["decoder"])
+        seen.batches.append(stages["encoder"] + stages.get("decoder", 0.0))  # fp16 draws in one run
 
 
 async def _settled(service: Served, before: Vitals, seen: Seen) -> None:

@@ -35,6 +35,16 @@ def test_every_form_is_checked_and_measured(measured: dict[str, Any], tmp_path: 
     assert "| fp16, CUDA graphs | " in text
 
 
+def test_what_is_no_number_is_not_overlooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One NaN in one batch size is found, whatever the others give."""
+    monkeypatch.setattr(timing, "TURN", 0)
+    answers = iter([(0.0, 0.0, 0.0), (0.0, float("nan"), 0.0), (0.0, 0.0, float("nan"))])
+    monkeypatch.setattr(cuda, "FORMS", {"fp32": cuda.FORMS["fp32"]})
+    monkeypatch.setattr(cuda, "_differences", lambda *_: next(answers))
+    found = cuda.failures(cuda.run(MODEL, 0, max_batch=3, device="cpu", offline=(2,)))
+    assert [sentence.split()[1] for sentence in found] == ["differs", "draws"]
+
+
 def test_what_is_wrong_is_said() -> None:
     """A difference beyond the tolerance, NaN too, a drawing that differs, more memory, nodes on the CPU."""
     good = {

@@ -4,6 +4,8 @@ import asyncio
 import json
 import shutil
 import threading
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from onnx import numpy_helper
 
 from service import engine as engine_module
+from service import sessions
 from service.batching import Arrays
 from service.binding import BoundSession
 from service.context import begin_record
@@ -38,7 +41,7 @@ from service.manifest import (
     write_manifest,
 )
 from service.metrics import Metrics
-from service.sessions import PaddedSession, Session
+from service.sessions import PaddedSession, Session, UsedDevice
 from service.settings import Settings
 from tests.support.tiny_model import CLASSES, DIMENSIONS, band, capsules_of, image_of, write_tiny_model
 
@@ -302,6 +305,42 @@ async def test_every_way_is_the_one_it_is_called(tiny_models: Path, way: str) ->
     graphs = load_graphs(tiny_models / "tiny" / "1", settings(tiny_models))
     kind = {"plain": Session, "padded": PaddedSession, "bound": BoundSession}[way]
     assert {type(runs) for runs in (graphs.encoder, graphs.drawer, graphs.decoder)} == {kind}
+
+
+def test_a_device_is_warmed_up_twice(tiny_models: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With each size that it is to meet, since the second run of one takes other memory; a CPU once."""
+    sizes = []
+
+    def warm_up(_: object, __: object, given: Iterable[int]) -> None:
+        sizes.append(list(given))
+
+    monkeypatch.setattr(engine_module, "warm_up", warm_up)
+    load_graphs(tiny_models / "tiny" / "1", settings(tiny_models, max_batch=5, max_decoder_batch=3))
+    once = [1, 2, 4, 5]
+    expected = [once, once, [1, 2, 3]] if way == "plain" else [[5, 5], [5, 5], [1, 2, 3, 1, 2, 3]]
+    assert sizes == expected
+
+
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_with_one_graph_on_the_cpu_nothing_is_padded(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, devices: tuple[UsedDevice, UsedDevice]
+) -> None:
+    """`auto` may find CUDA for the decoder and not for the encoder: arrays go to both."""
+    asked: list[str] = []
+
+    def way_of(device: str, _: Settings) -> str:
+        asked.append(device)
+        return "plain"
+
+    opened = iter(devices)
+
+    def open_session(*arguments: Any, device: str, **options: Any) -> Session:
+        return replace(sessions.open_session(*arguments, device="cpu", **options), device=next(opened))
+
+    monkeypatch.setattr(engine_module, "way_of", way_of)
+    monkeypatch.setattr(engine_module, "open_session", open_session)
+    load_graphs(tiny_models / "tiny" / "1", settings(tiny_models))
+    assert asked == ["cpu"]
 
 
 def test_a_device_is_given_few_sizes_and_cuda_graphs_their_buffers() -> None:

@@ -147,7 +147,7 @@ def test_threads_sleep_while_they_wait_for_the_gpu(folder: Path, encoder: Graph)
     driver = ctypes.CDLL("libcuda.so.1")
     assert driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active)) == 0
     assert active.value
-    assert flags.value == BLOCKING_SYNC
+    assert flags.value & 0b111 == BLOCKING_SYNC  # the bits of how to wait
 
 
 def test_a_failing_run_on_cuda_is_not_repeated_on_the_cpu(
