@@ -152,8 +152,8 @@ class PredictorGraph(EncoderGraph):
         one_row = self.op("Reshape", u, self.axes(1, -1))
         ones = self.constant(np.ones((1, classes), np.float16), "ones_classes")
 
-        uniform = self.op("Mul", u, self.constant(np.float16(1 / classes)))
-        uniform = self.op("Reshape", uniform, self.axes(-1, inner))
+        uniform = self.op("Reshape", u, self.axes(-1, inner))
+        uniform = self.op("Mul", uniform, self.constant(np.float16(1 / classes)))
         s = self.op("Reshape", self.op("MatMul", uniform, side_by_side), self.axes(-1, classes, dimensions))
         v = self.digit_capsules(self.op("Cast", self.op("Transpose", s, perm=[1, 0, 2]), to=SINGLE))
         total = v
