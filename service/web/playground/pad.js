@@ -91,7 +91,7 @@ export class Pad {
     event.preventDefault();
     this.#canvas.setPointerCapture(event.pointerId);
     const stroke = new Path2D();
-    const [x, y] = this.#place(event);
+    let [x, y] = this.#place(event);
     stroke.moveTo(x, y);
     stroke.lineTo(x + 0.01, y); // a tap is a dot: lines without length are not drawn
     this.#down.add(event.pointerId);
@@ -101,7 +101,10 @@ export class Pad {
     const on = (type, listen) => this.#canvas.addEventListener(type, listen, { signal: listening.signal });
     on("pointermove", (moved) => {
       if (moved.pointerId !== event.pointerId || !this.#shown.strokes.includes(stroke)) return; // or it was cleared
-      for (const point of moved.getCoalescedEvents?.() ?? [moved]) stroke.lineTo(...this.#place(point));
+      const points = (moved.getCoalescedEvents?.() ?? [moved]).map((point) => this.#place(point));
+      if (points.every((point) => point[0] === x && point[1] === y)) return; // a pen's pressure changed, say
+      for (const point of points) stroke.lineTo(...point);
+      [x, y] = points.at(-1);
       this.#draw(false);
     });
     const end = (ended) => {
