@@ -29,8 +29,8 @@ Arrays = tuple[NDArray[Any], ...]
 """Arrays that share their first axis: one row for each image or capsule set."""
 
 
-# A graph gains little from more rows than these.
-_FEW = 8
+FEW = 8
+"""On a CPU a graph gains little from more rows."""
 _QUIET = 1 / 8  # of the last run's time: if nobody comes for so long, nobody else is waited for
 _LONGEST_QUIET = 0.05  # seconds, after a run that was held up
 _PATIENCE = 1 / 2  # of the last run's time: a longer wait costs more than it saves
@@ -80,12 +80,19 @@ class Batcher:
         max_batch: int,
         queue_length: int,
         metrics: QueueMetrics,
+        few: int = FEW,
     ) -> None:
+        """Start the thread.
+
+        Args:
+            few: rows up to which all callers run in one batch: as many as are computed for the price of one.
+        """
         self.name = name
         self._run = run
         self._metrics = metrics
         self._max_batch = max_batch
         self._queue_length = queue_length
+        self._few = min(few, max_batch)
         self._loop = asyncio.get_running_loop()
         self._changed = threading.Condition()  # guards the fields below, down to `_in_turns`
         self._waiting: deque[_Item] = deque()
@@ -219,7 +226,7 @@ class Batcher:
     def _expect_callers_of(self, ended: list[_Slice], seconds: float) -> None:
         """Make the next batch wait for the callers of this one, if it would be a small one without them."""
         with self._changed:
-            small = self._depth + _rows(ended) <= min(_FEW, self._max_batch)
+            small = self._depth + _rows(ended) <= self._few
             self._together = small and not self._in_turns
             self._in_turns = max(0, self._in_turns - 1)
             answered = sum(not part.item.answer.done() for part in ended)

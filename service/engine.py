@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batching import Arrays, Batcher
+from service.batching import FEW, Arrays, Batcher
 from service.binding import BoundSession, fetched
 from service.context import Measured
 from service.errors import DeviceError, NotWorking, ShuttingDown, StartError, UnableToAnswer, UnknownModel
@@ -225,12 +225,15 @@ class Model:
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
+        # Where every batch is padded to the largest, one takes as long as the other.
+        flat = isinstance(graphs.encoder, PaddedSession | BoundSession)
         self._encoder = Batcher(
             f"{name} encoder",
             graphs.predict,
             max_batch=settings.max_batch,
             queue_length=settings.queue_length,
             metrics=metrics.queue(*served, "encoder"),
+            few=settings.max_batch if flat else FEW,
         )
         self._decoder = Batcher(
             f"{name} decoder",

@@ -72,7 +72,7 @@ def rows(*values: int) -> NDArray[Any]:
 
 @asynccontextmanager
 async def batcher(
-    run: Callable[[Arrays], Arrays], max_batch: int = 4, queue_length: int = 8
+    run: Callable[[Arrays], Arrays], max_batch: int = 4, queue_length: int = 8, **more: int
 ) -> AsyncIterator[Batcher]:
     made = Batcher(
         "test",
@@ -80,6 +80,7 @@ async def batcher(
         max_batch=max_batch,
         queue_length=queue_length,
         metrics=Metrics().queue("test", "1", "encoder"),
+        **more,
     )
     try:
         async with asyncio.timeout(LIMIT) as limit:
@@ -180,6 +181,18 @@ async def test_few_callers_run_together(clock: Clock) -> None:
         await submitted(made, rows(3))
         await device.started()
     assert device.batches == [[0], [1, 2, 3]]
+
+
+@pytest.mark.parametrize(("few", "together"), [(8, False), (12, True), (99, True)])
+async def test_how_many_are_few_is_told(clock: Clock, few: int, together: bool) -> None:
+    """Ten wait for him who was answered where twelve cost as much as one; elsewhere half of them leave."""
+    device = Device()
+    async with batcher(device, max_batch=16, queue_length=16, few=few) as made:
+        await go_on_after(600, made, device, clock, *(rows(number) for number in range(1, 11)))
+        if together:
+            await submitted(made, rows(11))
+        await device.started()
+    assert device.batches[1] == list(range(1, 12 if together else 7))
 
 
 async def test_few_callers_are_waited_for_while_they_keep_coming(clock: Clock) -> None:

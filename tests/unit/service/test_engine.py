@@ -321,6 +321,15 @@ def test_a_device_is_warmed_up_twice(tiny_models: Path, way: str, monkeypatch: p
     assert sizes == expected
 
 
+async def test_all_run_in_one_batch_where_its_size_makes_no_difference(tiny_models: Path, way: str) -> None:
+    """Padded to the largest, a batch takes as long with one image as with all; on a CPU eight are few."""
+    chosen = settings(tiny_models, max_batch=20)
+    model = Model(load_graphs(tiny_models / "tiny" / "1", chosen), chosen, Metrics())
+    assert model._encoder._few == (8 if way == "plain" else 20)
+    assert model._decoder._few == 8
+    await Engine([model], None).close(1)
+
+
 @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")])
 def test_with_one_graph_on_the_cpu_nothing_is_padded(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch, devices: tuple[UsedDevice, UsedDevice]
