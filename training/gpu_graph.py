@@ -4,12 +4,11 @@ There a kernel takes as long as reading and writing its values does, so that the
 convolutions. Hence half precision for whatever is as large as the classes times the capsules; digit capsules
 and all squashing have the range of single precision (and its products the 10 bits of TF32). ONNX Runtime has
 no fast kernel for a convolution of one channel, nor for a sum over an axis: both are products of matrices
-here. Its kernels that multiply number by number are fast where one operand is a whole number of the other,
-so that these are matrices too. And the longest capsule is drawn in the same run, since each wait for the GPU
-hands it to another process. Measured: docs/decisions/0050.
+here. Where it multiplies number by number it is fast if the smaller operand is repeated as a whole, hence the
+long rows. And the longest capsule is drawn in the same run, since each wait for the GPU hands it to another
+process. Measured: docs/decisions/0050.
 
-The letters are those of `model.py`; B capsules of N each lie one behind the other, the I numbers of each
-together.
+The letters are those of `model.py`; here the I numbers of a capsule lie together, and capsule behind capsule.
 """
 
 import math
