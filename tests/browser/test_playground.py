@@ -77,6 +77,9 @@ class Gate:
     def refuse(self) -> None:
         self._held.pop(0).fulfill(status=503, json={"detail": "Busy."})
 
+    def break_off(self) -> None:
+        self._held.pop(0).fulfill(status=500, json={"detail": "Broken."})
+
     def open(self) -> None:
         """Let everything through from now on."""
         self._is_open = True
@@ -424,26 +427,32 @@ def test_a_pen_that_rests_draws_nothing(page: Page) -> None:
     """Events of a pen's pressure, say, without any movement are no part of a stroke."""
     page.get_by_role("button", name="Clear").click()
     expect(page.locator("#verdict")).to_have_text("Draw something.")
-    finger(page, "down", 11)
+    box = page.locator("#pad").bounding_box()
+    assert box
+    browser = page.context.new_cdp_session(page)
+
+    def pen(what: str, force: float, right: float = 50.5) -> None:
+        place = {"x": box["x"] + right, "y": box["y"] + 60.25}
+        kind = {"pointerType": "pen", "button": "left", "buttons": 1, "clickCount": 1}
+        browser.send("Input.dispatchMouseEvent", {"type": what, "force": force, **place, **kind})
+
+    pen("mousePressed", 0.2)
     expect(page.locator("#verdict")).to_contain_text("This is")
     asked = asked_for(page, "capsules=true")
-    finger(page, "move", 11)
+    for force in (0.3, 0.4, 0.5):
+        pen("mouseMoved", force)
     page.wait_for_timeout(300)
     assert not asked
-    finger(page, "up", 11)
+    pen("mouseMoved", 0.5, right=60.5)
+    page.wait_for_timeout(300)
+    assert asked
+    pen("mouseReleased", 0, right=60.5)
 
 
 def test_a_picture_that_was_encoded_late_is_forgotten(page: Page) -> None:
     """Encoding takes its time: what was cleared meanwhile does not come back."""
     expect(page.locator("#verdict")).to_contain_text("This is")
-    page.evaluate(
-        """() => {
-            const encode = HTMLCanvasElement.prototype.toBlob;
-            HTMLCanvasElement.prototype.toBlob = function (done, ...rest) {
-                encode.call(this, (blob) => setTimeout(() => done(blob), 500), ...rest);
-            };
-        }"""
-    )
+    encode_late(page)
     page.get_by_role("button", name="Example 7").click()
     page.get_by_role("button", name="Clear").click()
     page.wait_for_timeout(1000)
@@ -564,17 +573,22 @@ def test_the_pad_rests_under_a_stroke(page: Page) -> None:
 NOTHING: FilePayload = {"name": "a.png", "mimeType": "image/png", "buffer": b""}
 
 
-def test_a_complaint_stays_until_the_visitor_goes_on(page: Page) -> None:
-    """What was drawn before the file that cannot be read, and comes after it, does not take it away."""
-    expect(page.locator("#verdict")).to_contain_text("This is")
+def encode_late(page: Page) -> None:
+    """Have whatever is drawn from now on reach the page half a second later."""
     page.evaluate(
         """() => {
             const encode = HTMLCanvasElement.prototype.toBlob;
-            HTMLCanvasElement.prototype.toBlob = function (...given) {
-                setTimeout(() => encode.apply(this, given), 500);
+            HTMLCanvasElement.prototype.toBlob = function (done, ...rest) {
+                encode.call(this, (blob) => setTimeout(() => done(blob), 500), ...rest);
             };
         }"""
     )
+
+
+def test_a_complaint_stays_until_the_visitor_goes_on(page: Page) -> None:
+    """What was drawn before the file that cannot be read, and comes after it, does not take it away."""
+    expect(page.locator("#verdict")).to_contain_text("This is")
+    encode_late(page)
     page.get_by_role("button", name="Example 3").click()
     page.locator("#file").set_input_files(NOTHING)
     alert = page.get_by_role("alert")
@@ -583,6 +597,29 @@ def test_a_complaint_stays_until_the_visitor_goes_on(page: Page) -> None:
     expect(alert).to_contain_text("cannot open “a.png”")
     page.get_by_role("button", name="Example 3").click()
     expect(alert).to_be_hidden()
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_of_a_picture_that_was_left_nothing_is_complained(page: Page, encoded: bool) -> None:
+    """Its strips fail once another was drawn: before that one is encoded, and while it is read."""
+    expect(page.locator(".strip").first).to_be_visible()
+    strips = Gate(page, "**/reconstruct/sweep?*")
+    page.get_by_role("button", name="Example 4").click()
+    strips.wait_for(1)
+    reading = Gate(page, "**/predict?*capsules=true*")
+    if not encoded:
+        encode_late(page)
+    page.get_by_role("button", name="Example 3").click()
+    if encoded:
+        reading.wait_for(1)
+    strips.break_off()
+    if not encoded:
+        reading.wait_for(1)
+    page.wait_for_timeout(300)
+    expect(page.get_by_role("alert")).to_be_hidden()
+    reading.open()
+    strips.open()
+    expect(page.get_by_role("alert")).to_be_hidden()
 
 
 def test_a_file_may_come_before_the_models(page: Page) -> None:

@@ -64,7 +64,7 @@ const look = asked(async (superseded) => {
 });
 
 const draw = asked(async (superseded) => {
-  const { model, found, label, deltas } = state;
+  const { model, found, label, deltas, picture } = state;
   if (!found) return;
   const late = () => state.found !== found || state.label !== label;
   try {
@@ -74,7 +74,7 @@ const draw = asked(async (superseded) => {
     if (state.deltas === deltas) readAgain();
     render();
   } catch (error) {
-    if (late() || superseded.aborted) return;
+    if (late() || state.picture !== picture || superseded.aborted) return;
     Object.assign(state, { tweaked: null, readAgain: null });
     render();
     throw error;
@@ -98,7 +98,7 @@ const readAgain = asked(async (superseded) => {
 });
 
 const sweep = asked(async (superseded) => {
-  const { model, found, label } = state;
+  const { model, found, label, picture } = state;
   if (!found || !state.settled) return;
   const late = () => state.found !== found || state.label !== label;
   state.unswept = false;
@@ -106,7 +106,7 @@ const sweep = asked(async (superseded) => {
     const swept = await api.sweep(model, found.capsules, label, superseded);
     if (!late()) dimensions.showStrips(swept.reconstructions);
   } catch (error) {
-    if (late() || superseded.aborted) return;
+    if (late() || state.picture !== picture || superseded.aborted) return;
     state.unswept = true;
     throw error;
   }
@@ -124,10 +124,11 @@ const saveFigure = asked(async (superseded) => {
 /** `work`, one run at a time, with its errors shown. */
 function asked(work) {
   return api.oneAtATime(async (superseded) => {
+    const began = performance.now();
     try {
       await work(superseded);
     } catch (error) {
-      if (!superseded.aborted || !(error instanceof api.Problem)) showProblem(error);
+      if (!superseded.aborted || !(error instanceof api.Problem)) showProblem(error, began);
     }
   });
 }
@@ -344,13 +345,16 @@ function exampleButton(label) {
   return button;
 }
 
-let complained = 0; // when a problem was shown last; what was drawn before does not take it away
+let complained = 0; // when that began what failed last: what was drawn before does not take the complaint away
 
-/** @param {api.Problem | null} problem null when the visitor goes on to something else */
-function showProblem(problem) {
+/**
+ * @param {api.Problem | null} problem null when the visitor goes on to something else
+ * @param {number} began when what failed did, in milliseconds of `performance`
+ */
+function showProblem(problem, began = performance.now()) {
   if (problem && !(problem instanceof api.Problem)) throw problem; // a fault of this page's: for the console
   if (!state.settled) return; // or the pad would move under the stroke, whose end is read in any case
-  if (problem) complained = performance.now();
+  if (problem) complained = began;
   const { message, received, expected, status } = problem ?? {};
   const lines = [message, received && `Received: ${received}`, expected && `Expected: ${expected}`];
   const paragraphs = lines.filter(Boolean).map((textContent) => Object.assign(document.createElement("p"), { textContent }));
@@ -365,9 +369,10 @@ function showProblem(problem) {
 // Events ---------------------------------------------------------------------------------------------
 
 async function open(file) {
+  const began = performance.now();
   if (file && !(await pad.open(file))) {
     const detail = `This browser cannot open “${file.name}” as a picture. It may be damaged, or of a kind unknown here.`;
-    showProblem(new api.Problem(0, { detail }));
+    showProblem(new api.Problem(0, { detail }), began);
   }
 }
 
