@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.tables import table
 from benchmarks.timing import take_turns
 from service.binding import BoundSession, fetched
-from service.engine import Graphs, Way, bring_together
+from service.engine import Graphs, Way, bring_together, warm_up_sizes, way_of
 from service.manifest import Graph, Manifest, Precision, read_manifest
 from service.sessions import Session, UsedDevice, buckets, cuda_options, open_session, warm_up
 from service.settings import Settings
@@ -95,12 +95,11 @@ def run(
         if form.precision not in manifest.encoders:
             continue
         memory = {"before": _used_mib()}
-        graphs = _open(
-            model, manifest, form, max_batch, device, threads, "bound" if form.graphs else "padded"
-        )
-        warm_up(graphs.encoder, manifest.encoder, [max_batch] * 2)
+        way = way_of("cuda", Settings(cuda_graphs=form.graphs))
+        graphs = _open(model, manifest, form, max_batch, device, threads, way)
+        warm_up(graphs.encoder, manifest.encoder, warm_up_sizes(graphs.encoder, max_batch))
         if graphs.drawer is not None:
-            warm_up(graphs.drawer, manifest.decoder, [max_batch] * 2)
+            warm_up(graphs.drawer, manifest.decoder, warm_up_sizes(graphs.drawer, max_batch))
         memory["warmed up"] = _used_mib()
         differences = [_differences(graphs, images[:rows], expected) for rows in range(1, max_batch + 1)]
         *numbers, drawing = np.max(differences, axis=0).tolist()  # of all sizes; Python's max would lose NaN

@@ -16,7 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from service.manifest import Graph, TensorSpec
-from service.sessions import DTYPES, Session
+from service.sessions import DTYPES, Session, size_for
 
 _graph_ids: Iterator[int] = count(1)  # ONNX Runtime keeps 0 for itself
 
@@ -58,10 +58,10 @@ class BoundSession:
         """
         self.sizes = tuple(sizes)
         self._session = session
-        above = upstream._buckets if upstream else [None] * len(sizes)
-        self._buckets: list[_Bucket] = [
-            _Bucket(session, graph, rows, given) for rows, given in zip(self.sizes, above, strict=True)
-        ]
+        above = upstream._buckets if upstream else dict.fromkeys(self.sizes)
+        self._buckets: dict[int, _Bucket] = {
+            rows: _Bucket(session, graph, rows, above[rows]) for rows in self.sizes
+        }
 
     def run(self, *inputs: NDArray[Any] | Held) -> tuple[Held, ...]:
         """Inputs and outputs in the order of the graph; what upstream gave is not copied again.
@@ -71,9 +71,7 @@ class BoundSession:
         """
         first = inputs[0]
         rows = first.rows if isinstance(first, Held) else len(first)
-        bucket = next((bucket for bucket in self._buckets if bucket.rows >= rows), None)
-        if bucket is None:
-            raise ValueError(f"{rows} rows, expected at most {self._buckets[-1].rows}")
+        bucket = self._buckets[size_for(rows, self.sizes)]
         with self._session.turn():
             bucket.run(inputs, rows)
         return tuple(Held(self._session, value, rows) for value in bucket.outputs.values())

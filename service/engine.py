@@ -53,6 +53,7 @@ Float = NDArray[np.float32]
 
 Way = Literal["plain", "padded", "bound"]
 """How graphs are run: batches as they are, padded to few sizes, or padded in buffers on the device."""
+Padded = PaddedSession | BoundSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +157,19 @@ def load_graphs(folder: Path, settings: Settings) -> Graphs:
     ):
         if runs is None:
             continue
-        # Twice on a device: from its second run on, a shape takes all its memory as one piece.
-        sizes = 2 * runs.sizes if isinstance(runs, PaddedSession | BoundSession) else buckets(most)
         try:
-            warm_up(runs, graph, sizes)
+            warm_up(runs, graph, warm_up_sizes(runs, most))
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise ManifestError(f"{folder / graph.file}: ONNX Runtime cannot run it: {error}") from error
     return graphs
+
+
+def warm_up_sizes(runs: Runs, most: int) -> Sequence[int]:
+    """Rows to run once before the first request, where a batch has `most` at most.
+
+    On a device each size twice: from its second run on, it takes all its memory as one piece.
+    """
+    return 2 * runs.sizes if isinstance(runs, Padded) else buckets(most)
 
 
 def way_of(device: UsedDevice, settings: Settings) -> Way:
@@ -226,7 +233,7 @@ class Model:
         self._unused = asyncio.Event()
         self._unused.set()
         # Where every batch is padded to the largest, one takes as long as the other.
-        flat = isinstance(graphs.encoder, PaddedSession | BoundSession)
+        flat = isinstance(graphs.encoder, Padded)
         self._encoder = Batcher(
             f"{name} encoder",
             graphs.predict,

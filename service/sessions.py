@@ -87,13 +87,23 @@ class PaddedSession:
             ValueError: there are more rows than the largest size.
         """
         rows = len(inputs[0])
-        size = next((size for size in self.sizes if size >= rows), None)
-        if size is None:
-            raise ValueError(f"{rows} rows, expected at most {self.sizes[-1]}")
+        size = size_for(rows, self.sizes)
         if size == rows:
             return self._session.run(*inputs)
         found = self._session.run(*(_padded(given, size) for given in inputs))
         return tuple(values[:rows] for values in found)
+
+
+def size_for(rows: int, sizes: Sequence[int]) -> int:
+    """The smallest of the ascending `sizes` that holds so many rows.
+
+    Raises:
+        ValueError: none does.
+    """
+    for size in sizes:
+        if size >= rows:
+            return size
+    raise ValueError(f"{rows} rows, expected at most {sizes[-1]}")
 
 
 def _padded(given: NDArray[Any], rows: int) -> NDArray[Any]:

@@ -132,11 +132,14 @@ class PredictorGraph(EncoderGraph):
         return self.op("MatMul", rows, self.constant(ones, "ones"))
 
     def squash(self, s: str, axis: int) -> str:
-        """Of (K, B, D) over D, whose sum is a product with ones; of (B, I, N) as on a CPU."""
+        """Of (B, I, N) or (K, B, D) over the named axis, whose sum is a product with ones."""
+        squares = self.op("Mul", s, s)
         if axis == 1:
-            return super().squash(s, axis)
-        ones = np.ones((self.config.digit_dimensions, 1), np.float32)
-        squared = self.op("MatMul", self.op("Mul", s, s), self.constant(ones, "ones_digit"))
+            ones = np.ones((1, self.config.primary_dimensions), np.float32)
+            squared = self.op("MatMul", self.constant(ones, "ones_primary"), squares)
+        else:
+            ones = np.ones((self.config.digit_dimensions, 1), np.float32)
+            squared = self.op("MatMul", squares, self.constant(ones, "ones_digit"))
         return self.op("Mul", s, self.squash_factor(squared))
 
     def half_route(self, u: str) -> str:

@@ -4,6 +4,7 @@ The one in half precision, which is for GPUs, draws the longest capsule as well.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,8 @@ def measure_variants(
     graphs: Mapping[str, Graph], fp32: OnnxPredictor, dataset: Dataset
 ) -> tuple[Variant, ...]:
     """Mistakes, agreement and PSNR of the encoders `graphs` in the folder of `fp32`, on all of `dataset`."""
-    predictors = {
-        precision: _predictor(precision, fp32.folder / graph.file, fp32)
-        for precision, graph in graphs.items()
+    encoders = {
+        precision: _encoder(precision, fp32.folder / graph.file) for precision, graph in graphs.items()
     }
     mistakes = dict.fromkeys(graphs, 0)
     agreed = dict.fromkeys(graphs, 0)
@@ -58,12 +58,13 @@ def measure_variants(
         capsules, lengths = fp32.encode(images)
         expected = named(torch.from_numpy(lengths), labels)
         drawn = fp32.decode(capsules, lengths.argmax(axis=1))
-        for precision, predict in predictors.items():
-            lengths, redrawn = predict(images)
+        for precision, encode in encoders.items():
+            capsules, lengths, *redrawn = encode(images)
             found = named(torch.from_numpy(lengths), labels)
             mistakes[precision] += int(mistaken(found, labels).sum())
             agreed[precision] += len(found) - int(mistaken(found, expected).sum())
-            squares[precision] += _squares(redrawn, drawn)
+            (again,) = redrawn or [fp32.decode(capsules, lengths.argmax(axis=1))]
+            squares[precision] += _squares(again, drawn)
     pixels = dataset.images.numel()
     return tuple(
         Variant.model_validate(
@@ -79,23 +80,11 @@ def measure_variants(
     )
 
 
-def _predictor(precision: str, path: Path, fp32: OnnxPredictor) -> Callable[[Images], tuple[Floats, Floats]]:
-    """Capsule lengths and reconstructions as where it is served: what is in half precision on a GPU."""
+def _encoder(precision: str, path: Path) -> Callable[[Images], tuple[Floats, ...]]:
+    """As it computes, and draws if it does, where it is served: what is in half precision on a GPU."""
     if precision == "fp16":
-        graph = RoundedGraph(path)
-
-        def rounded(images: Images) -> tuple[Floats, Floats]:
-            _, lengths, drawn = graph.predict(images)
-            return lengths, drawn
-
-        return rounded
-    session = open_graph(path)
-
-    def plain(images: Images) -> tuple[Floats, Floats]:
-        capsules, lengths = run_encoder(session, images)
-        return lengths, fp32.decode(capsules, lengths.argmax(axis=1))
-
-    return plain
+        return RoundedGraph(path).predict
+    return partial(run_encoder, open_graph(path))
 
 
 def _squares(found: Floats, expected: Floats) -> float:

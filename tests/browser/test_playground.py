@@ -77,9 +77,6 @@ class Gate:
     def refuse(self) -> None:
         self._held.pop(0).fulfill(status=503, json={"detail": "Busy."})
 
-    def break_off(self) -> None:
-        self._held.pop(0).fulfill(status=500, json={"detail": "Broken."})
-
     def open(self) -> None:
         """Let everything through from now on."""
         self._is_open = True
@@ -612,7 +609,7 @@ def test_of_a_picture_that_was_left_nothing_is_complained(page: Page, encoded: b
     page.get_by_role("button", name="Example 3").click()
     if encoded:
         reading.wait_for(1)
-    strips.break_off()
+    strips.refuse()
     if not encoded:
         reading.wait_for(1)
     page.wait_for_timeout(300)

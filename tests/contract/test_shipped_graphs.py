@@ -76,7 +76,7 @@ def test_padding_and_buffers_change_no_answer(
     for size in range(1, most + 1):
         inputs = mnist.images[most : most + size].numpy(), np.ones(size, np.bool_)
         for found, expected in zip(graphs.predict(inputs), one_by_one.predict(inputs), strict=True):
-            np.testing.assert_allclose(found, expected, atol=1e-4)
+            np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)

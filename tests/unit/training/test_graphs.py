@@ -157,8 +157,7 @@ def test_logits_beyond_what_exp_can_take(
     v = torch.nn.functional.normalize(layer.uniform_sum(grouped), dim=-1)
     assert layer.agreement(grouped, v).max() > 100, "these weights do not reach where exp overflows"
     expected = network.encoder(images).detach().numpy()
-    # Half precision moves an agreement of hundreds by tenths, and so a coupling.
-    for precision, tolerance in (("fp32", 1e-3), ("fp16", 5e-2)):
+    for precision, tolerance in (("fp32", 1e-3), ("fp16", 2e-2)):
         onnx.save(written(network, images, precision), tmp_path / "encoder.onnx")
         found, _ = run(tmp_path / "encoder.onnx", images, precision)
         np.testing.assert_allclose(found, expected, atol=tolerance)
