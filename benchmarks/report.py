@@ -138,5 +138,5 @@ def plot(part: dict[str, Any], path: Path) -> None:
         )
     axes.set(xscale="log", xlabel="batch size", ylabel="images per second", ylim=(0, None))
     axes.set_xticks(batches, [str(batch) for batch in batches])
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3)  # or it would hide a curve
     figure.savefig(path, dpi=110)
