@@ -26,8 +26,8 @@ from benchmarks.tables import table
 from benchmarks.timing import take_turns
 from service.binding import BoundSession, fetched
 from service.engine import Graphs, Way, bring_together, warm_up_sizes, way_of
-from service.manifest import Graph, Manifest, Precision, read_manifest
-from service.sessions import Session, UsedDevice, buckets, cuda_options, open_session, warm_up
+from service.manifest import Graph, Manifest, Precision, UsedDevice, read_manifest
+from service.sessions import Session, buckets, cuda_options, open_session, warm_up
 from service.settings import Settings
 
 Options = Mapping[str, str]
@@ -92,7 +92,7 @@ def run(
     forms: dict[str, Any] = {}
     opened: dict[str, Graphs] = {}
     for name, form in FORMS.items():
-        if form.precision not in manifest.encoders:
+        if form.precision not in manifest.encoders("cuda"):
             continue
         memory = {"before": _used_mib()}
         way = way_of("cuda", Settings(cuda_graphs=form.graphs))
@@ -144,8 +144,8 @@ def _alone(
     for batch in batches:
         encoders: dict[str, BoundSession] = {}
         for name, form in FORMS.items():
-            if form.precision in manifest.encoders:
-                graph = manifest.encoders[form.precision]
+            if form.precision in manifest.encoders("cuda"):
+                graph = manifest.encoders("cuda")[form.precision]
                 session = _session(model, graph, form, form.precision, device, threads)
                 encoders[name] = BoundSession(session, graph, [batch])
         tasks = {name: partial(_encode, encoder, images[:batch]) for name, encoder in encoders.items()}
@@ -284,7 +284,7 @@ def _open(
 ) -> Graphs:
     """As the engine opens it, with the form's options of the provider."""
 
-    graph = manifest.encoders[form.precision]
+    graph = manifest.encoders("cuda")[form.precision]
     encoder = _session(model, graph, form, form.precision, device, threads)
     decoder = _session(model, manifest.decoder, form, "fp32", device, threads)
     return bring_together(manifest, form.precision, encoder, decoder, (max_batch, max_batch), way)
@@ -312,7 +312,7 @@ def _nodes(
         options = ort.SessionOptions()
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        encoder = manifest.encoders[form.precision]
+        encoder = manifest.encoders("cuda")[form.precision]
         session = ort.InferenceSession(model / encoder.file, options, providers=providers)
         session.run(None, {encoder.inputs[0].name: image})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -16,15 +16,17 @@ from torch.nn import functional as F
 from benchmarks import through_openvino
 from benchmarks.plain import write_plain_encoder
 from benchmarks.timing import CONVOLUTIONS, take_turns
-from benchmarks.winograd import winograd_encoder
 from training.export import RANGE_IMAGES, round_to_half, write_encoder
 from training.graphs import encoder_graph, largest_feature
 from training.model import CapsNet
 from training.trained import read_exported
+from training.winograd import WinogradGraph
 
 BATCHES = (1, 8, 32, 128, 256)
 PLAIN = "plain einsum"
 """What each form is compared with."""
+DIRECT = "fp32, direct"
+"""The form that is for GPUs, and for other runtimes."""
 GEMM = 2048
 """Side of the matrices whose product gives the peak."""
 
@@ -60,7 +62,7 @@ def _measure(
         if openvino != through_openvino.ABSENT:
             tasks |= {
                 f"OpenVINO {name}": through_openvino.compiled(path, first, threads)
-                for name, path in (("fp32", paths["fp32"]), ("int8", pairs))
+                for name, path in (("fp32", paths[DIRECT]), ("int8", pairs))
             }
         tasks[CONVOLUTIONS] = _convolutions(network, first)
         tasks["sgemm"] = _sgemm()
@@ -78,12 +80,11 @@ def _measure(
 
 def write_graphs(network: CapsNet, images: np.ndarray[Any, Any], folder: Path) -> dict[str, Path]:
     """The encoder in every form, in `folder`; the first is what the others are compared with."""
-    paths = {PLAIN: folder / "plain.onnx", "fp32": folder / "encoder.onnx"}
+    names = {PLAIN: "plain", DIRECT: "encoder", "fp32": "encoder.winograd", "int8": "encoder.int8"}
+    paths = {name: folder / f"{stem}.onnx" for name, stem in names.items()}
     write_plain_encoder(network, paths[PLAIN])
-    write_encoder(network, paths["fp32"])
-    paths["fp32, Winograd"] = folder / "winograd.onnx"
-    onnx.save(winograd_encoder(network), paths["fp32, Winograd"])
-    paths["int8"] = folder / "encoder.int8.onnx"
+    write_encoder(network, paths[DIRECT])
+    onnx.save(encoder_graph(network, writer=WinogradGraph), paths["fp32"])
     onnx.save(encoder_graph(network, _largest(network, images)), paths["int8"])
     return paths
 

@@ -77,7 +77,7 @@ def run(model: Path, images: Images, seconds: float, threads: int, rounds: int) 
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         bodies = _write_bodies(images, folder)
-        precisions = [precision for precision in PRECISIONS if precision in manifest.encoders]
+        precisions = [precision for precision in PRECISIONS if precision in manifest.encoders("cpu")]
         found = {
             precision: _of_precision(model, manifest, precision, images, bodies, seconds, threads, rounds)
             for precision in precisions
@@ -113,7 +113,7 @@ def _of_precision(
     threads: int,
     rounds: int,
 ) -> dict[str, Any]:
-    encoder = model / manifest.encoders[precision].file
+    encoder = model / manifest.encoders("cpu")[precision].file
     raw = open_session(encoder, threads)
     rows: list[dict[str, float]] = []
     with _serving(model, precision) as service, least.serving(encoder, threads) as least_port:

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.served import DIGIT, h2load, require_h2load
 from benchmarks.tables import table
 from service.cpus import cpu_limit
-from service.sessions import UsedDevice
+from service.manifest import UsedDevice
 from tests.support.process import served
 
 CALLERS = (1, 32, 128, 512)

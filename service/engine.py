@@ -26,6 +26,7 @@ from service.manifest import (
     Manifest,
     ManifestError,
     Precision,
+    UsedDevice,
     draws,
     model_folders,
     read_manifest,
@@ -36,7 +37,6 @@ from service.sessions import (
     PaddedSession,
     Runs,
     Session,
-    UsedDevice,
     buckets,
     choose_precision,
     cuda_options,
@@ -142,7 +142,7 @@ def load_graphs(folder: Path, settings: Settings) -> Graphs:
 
     decoder = opened(manifest.decoder, "fp32")
     precision = choose_precision(folder, manifest, settings.precision, decoder.device)
-    chosen = manifest.encoders[precision]
+    chosen = manifest.encoders(decoder.device)[precision]
     encoder = opened(chosen, precision)
     device: UsedDevice = "cpu" if "cpu" in (encoder.device, decoder.device) else "cuda"
     rows = settings.max_batch, settings.max_decoder_batch
@@ -192,7 +192,7 @@ def bring_together(
     Args:
         max_batches: most rows of the encoder and of the decoder.
     """
-    chosen = manifest.encoders[precision]
+    chosen = manifest.encoders(encoder.device)[precision]
     most, most_decoded = max_batches
     encodes = _runs(way, encoder, chosen, [most])  # it has convolutions
     upstream = encodes if isinstance(encodes, BoundSession) else None

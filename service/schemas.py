@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from service.images import Preprocess
-from service.manifest import Manifest, Precision
-from service.sessions import UsedDevice
+from service.manifest import Manifest, Precision, UsedDevice
 from service.tweaks import MAX_COMPONENT, Tweak
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -24,13 +24,12 @@ from service.manifest import (
     ManifestError,
     Precision,
     TensorSpec,
+    UsedDevice,
     check_content,
 )
 from service.settings import Device, Settings, WantedPrecision
 
 logger = logging.getLogger(__name__)
-
-UsedDevice = Literal["cpu", "cuda"]
 
 DTYPES: dict[Datatype, type[np.generic]] = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
 BLOCKING_SYNC = 4
@@ -131,24 +130,25 @@ def choose_precision(
     """The precision to serve a model in: on a CPU int8 is the fastest, on CUDA fp16.
 
     `auto` takes that one if the model has it and its figures are as good as fp32's, and fp32 otherwise. A
-    model without variants is served in fp32, whatever is asked for, since it may stand beside one with some.
+    model in no other is served in fp32, whatever is asked for, since it may stand beside one with some.
 
     Raises:
-        ManifestError: the model has variants, but none in the precision that was asked for.
+        ManifestError: the model is there in several precisions, but not in the one that was asked for.
         DeviceError: the device cannot run it.
     """
     if wanted == "auto":
         fastest = "int8" if device == "cpu" else "fp16"
         good = (found.precision for found in manifest.variants if manifest.as_good(found))
         return next((precision for precision in good if precision == fastest), "fp32")
-    if not manifest.variants:  # a smaller model beside a larger one, which has some
+    encoders = manifest.encoders(device)
+    if len(encoders) == 1:  # a smaller model beside a larger one, which has some
         if wanted != "fp32":
             logger.info("%s is served in fp32, not in %s: it has nothing else", manifest.reference, wanted)
         return "fp32"
-    if wanted not in manifest.encoders:
+    if wanted not in encoders:
         raise ManifestError(
             f"{folder / MANIFEST_FILE}: CAPSNET_PRECISION is {wanted!r}, but this model has "
-            f"{', '.join(manifest.encoders)}; set CAPSNET_PRECISION=auto, or export the model again"
+            f"{', '.join(encoders)}; set CAPSNET_PRECISION=auto, or export the model again"
         )
     if wanted == "int8" and device == "cuda":
         raise DeviceError(

@@ -15,11 +15,10 @@ import math
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from training.graphs import EncoderGraph
+from training.graphs import EncoderGraph, softmax_fits
 from training.model import CapsNet
 from training.precision import ALIGNED
 
@@ -47,16 +46,9 @@ def predictor_graph(network: CapsNet) -> onnx.ModelProto:
 
 
 def fits_half(network: CapsNet) -> bool:
-    """Whether no image can bring the softmax out of half precision, by the norms of the matrices.
-
-    An agreement is u . W^T v, and the logits are the agreement with the sum of all v so far; u and v are
-    shorter than 1. So the softmax needs no subtraction of the largest logit. What does not fit, and matrices
-    that a group shares, are routed as on a CPU.
-    """
-    config = network.config
-    norms = torch.linalg.matrix_norm(network.encoder.digit_capsules.weight.detach(), ord=2)
-    largest_logit = float(norms.max()) * (config.routing_iterations - 1)
-    return not config.shared_weights and largest_logit < math.log(LARGEST / len(config.classes))
+    """Whether the softmax fits half precision. What does not, and matrices that a group shares, are routed
+    as on a CPU."""
+    return not network.config.shared_weights and softmax_fits(network, LARGEST)
 
 
 class PredictorGraph(EncoderGraph):
@@ -72,7 +64,7 @@ class PredictorGraph(EncoderGraph):
     def outputs(self) -> dict[str, tuple[int, ...]]:
         return {**super().outputs(), "reconstructions": self.config.image_shape}
 
-    def features(self) -> str:
+    def features(self, images: str = "images") -> str:
         """The first convolution as a product with every patch of the image, and ReLU.
 
         In half precision. Channels come out innermost, as convolutions on a GPU want them, so the
@@ -83,7 +75,7 @@ class PredictorGraph(EncoderGraph):
         rows, columns = config.height - kernel + 1, config.width - kernel + 1
         pixels, taps = config.height * config.width * config.channels, kernel**2 * config.channels
         more = ALIGNED - taps % ALIGNED  # at least one
-        x = self.op("Reshape", self.op("Cast", self.scaled_images(), to=HALF), self.axes(0, pixels))
+        x = self.op("Reshape", self.op("Cast", self.scaled_images(images), to=HALF), self.axes(0, pixels))
         x = self.op("Pad", x, self.axes(0, 0, 0, 1), self.constant(np.float16(1), "one.half"))
         # Where the numbers of a patch lie: its corner's place, and from there those of the kernel's taps.
         places = np.arange(pixels, dtype=np.int32).reshape(config.height, config.width, config.channels)

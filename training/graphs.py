@@ -9,7 +9,7 @@ PyTorch's names, shapes and half precision; what changes them is folded when a r
 The letters are those of `model.py`.
 """
 
-from collections.abc import Callable, Iterable
+import math
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ VNNI sum pairs of products in 16 bits, and two of a byte and such a weight, 2 * 
 ROWS = 3
 """How many rows of the 8-bit filters one product takes: with all nine the service needs 25 MB more, and with
 one at a time it is slower; measured, see docs/decisions/0020."""
+LARGEST = float(np.finfo(np.float32).max)
 LARGE = 1024
 """Weights of at least so many numbers are stored in half precision."""
 PRIMARY = "encoder.primary_capsules.conv"
@@ -48,6 +49,18 @@ def largest_feature(network: CapsNet, images: Tensor) -> float:
     return max(largest, 1e-6)  # features that are always zero still need a scale
 
 
+@torch.no_grad()
+def softmax_fits(network: CapsNet, largest: float) -> bool:
+    """Whether no image can bring the routing's softmax beyond `largest`, by the norms of the matrices.
+
+    An agreement is u . W^T v, and the logits are the agreement with the sum of all v so far; u and v are
+    shorter than 1. What fits needs no subtraction of the largest logit.
+    """
+    config = network.config
+    norms = torch.linalg.matrix_norm(network.encoder.digit_capsules.weight, ord=2)
+    return float(norms.max()) * (config.routing_iterations - 1) < math.log(largest / len(config.classes))
+
+
 class EncoderGraph:
     """Nodes in the order in which they run. Methods take and give the names of values."""
 
@@ -59,6 +72,7 @@ class EncoderGraph:
         }
         # What `scaled_votes` divides by, all but the bias: the weights then, which are folded.
         self.votes = np.float32(1 / self.config.primary_groups if self.config.scaled_votes else 1)
+        self.softmax_fits = softmax_fits(network, LARGEST)
         self.nodes: list[onnx.NodeProto] = []
         self.numbers = count()
         self.initializers: dict[str, onnx.TensorProto] = {}
@@ -112,15 +126,14 @@ class EncoderGraph:
         """Both convolutions, (B, I * G, rows, columns)."""
         return self.second_convolution(self.features())
 
-    def scaled_images(self) -> str:
+    def scaled_images(self, images: str = "images") -> str:
         """Bytes to numbers in [0, 1]."""
-        return self.op(
-            "Mul", self.op("Cast", "images", to=TensorProto.FLOAT), self.constant(np.float32(1 / 255))
-        )
+        numbers = self.op("Cast", images, to=TensorProto.FLOAT)
+        return self.op("Mul", numbers, self.constant(np.float32(1 / 255), "level"))
 
-    def features(self) -> str:
+    def features(self, images: str = "images") -> str:
         """The first convolution and ReLU, (B, conv_channels, rows, columns)."""
-        x = self.planes(self.scaled_images())
+        x = self.planes(self.scaled_images(images))
         x = self.op("Conv", x, self.weight("encoder.conv.weight"), self.weight("encoder.conv.bias"))
         return self.op("Relu", x)
 
@@ -279,14 +292,19 @@ class EncoderGraph:
                 products = self.op("Mul", back, u)
             logits = self.op("ReduceSum", products, self.axes(2), keepdims=0)  # (K, B, N)
             # The softmax over K, its division moved to u, which has K times fewer numbers than c.
-            logits = self.op("Sub", logits, self.op("ReduceMax", logits, self.axes(0), keepdims=1))
-            raised = self.op("Exp", logits)
+            raised = self.raised(logits)
             whole = self.op("ReduceSum", raised, self.axes(0), keepdims=0)  # (B, N)
             shares = self.op("Div", u, self.op("Unsqueeze", whole, self.axes(1)))
             coupled = self.op("Mul", self.op("Unsqueeze", raised, self.axes(2)), shares)  # c u, (K, B, I, N)
             v = output(pool(coupled, classes))
             total = self.op("Add", total, v)
         return v
+
+    def raised(self, logits: str) -> str:
+        """exp of logits (K, …), less the largest over K where it might overflow otherwise."""
+        if not self.softmax_fits:
+            logits = self.op("Sub", logits, self.op("ReduceMax", logits, self.axes(0), keepdims=1))
+        return self.op("Exp", logits)
 
     def digit_capsules(self, s: str) -> str:
         """v (K, B, D) of weighted sums s."""
@@ -297,29 +315,28 @@ class EncoderGraph:
     def route_by_size(self, u: str) -> str:
         """`route`, which for few images stores u_hat, instead of reading all matrices again."""
         config = self.config
-        # Outside of the branches, where a runtime folds what is done to weights.
         by_class = self.matrices()
         by_capsule = self.op("Transpose", self.weight("encoder.digit_capsules.weight"), perm=[1, 2, 0, 3])
         width = len(config.classes) * config.digit_dimensions
         shape = config.primary_count, config.primary_dimensions, width
         by_capsule = self.op("Reshape", by_capsule, self.axes(*shape))
-        size = self.op("Shape", u, start=0, end=1)
-        few = self.op("LessOrEqual", self.op("Squeeze", size), self.constant(np.int64(FEW), "few"))
-        return self.op(
-            "If",
-            few,
-            then_branch=self.branch("few", lambda: self.route_with_u_hat(u, by_capsule)),
-            else_branch=self.branch("many", lambda: self.route_without_u_hat(u, *by_class)),
-        )
+        few, many = self.by_size(u, FEW)
+        v = self.route_with_u_hat(few, by_capsule), self.route_without_u_hat(many, *by_class)
+        return self.op("Concat", *v, axis=1)
 
-    def branch(self, name: str, make: Callable[[], str]) -> onnx.GraphProto:
-        """The nodes that `make` adds, as a graph of their own that gives v (K, B, D)."""
-        outside, self.nodes = self.nodes, []
-        result = make()
-        inside, self.nodes = self.nodes, outside
-        shape: list[str | int | None] = [len(self.config.classes), "batch", self.config.digit_dimensions]
-        return helper.make_graph(
-            inside, name, [], [helper.make_tensor_value_info(result, TensorProto.FLOAT, shape)]
+    def by_size(self, values: str, most: int) -> tuple[str, str]:
+        """Values (B, …) for one way of two, whose results are concatenated: one has them all, the other none.
+
+        The first has up to `most`. Branches would do as well, but for what they cost: ONNX Runtime plans no
+        memory for graphs with some, and loses its blocked layout for convolutions in them.
+        """
+        size = self.op("Shape", values, start=0, end=1)
+        few = self.op("LessOrEqual", size, self.constant(np.array([most], np.int64), f"up_to_{most}"))
+        none = self.axes(0)
+        first = self.op("Where", few, size, none)
+        return (
+            self.op("Slice", values, none, first, none),
+            self.op("Slice", values, first, size, none),
         )
 
     def route_with_u_hat(self, u: str, weight: str) -> str:
@@ -345,8 +362,7 @@ class EncoderGraph:
                 "MatMul", u_hat, self.op("Reshape", total, self.axes(classes, -1, dimensions, 1))
             )
             logits = self.op("Reshape", logits, self.axes(classes, -1, 1, capsules))
-            logits = self.op("Sub", logits, self.op("ReduceMax", logits, self.axes(0), keepdims=1))
-            raised = self.op("Exp", logits)  # ONNX Runtime's Softmax over the first axis takes thrice as long
+            raised = self.raised(logits)  # ONNX Runtime's Softmax over the first axis takes thrice as long
             coupling = self.op("Div", raised, self.op("ReduceSum", raised, self.axes(0), keepdims=1))
             v = output(self.op("MatMul", coupling, u_hat))
             total = self.op("Add", total, v)
@@ -369,7 +385,7 @@ class EncoderGraph:
 
     def model(self) -> onnx.ModelProto:
         outputs = self.outputs()
-        read = set(names_read(self.nodes))
+        read = {name for node in self.nodes for name in node.input}
 
         def value(name: str, element: int, *shape: int) -> onnx.ValueInfoProto:
             return helper.make_tensor_value_info(name, element, ["batch", *shape])
@@ -403,14 +419,6 @@ def encoder_graph(
         v = graph.route(graph.primary_capsules(graph.convolutions()))
     graph.finish(v)
     return graph.model()
-
-
-def names_read(nodes: Iterable[onnx.NodeProto]) -> Iterable[str]:
-    """The names of all values that nodes read, those in their branches included."""
-    for node in nodes:
-        yield from node.input
-        for attribute in node.attribute:
-            yield from names_read(attribute.g.node)
 
 
 def save_sharing(model: onnx.ModelProto, path: Path, *holders: Path) -> None:

@@ -60,8 +60,12 @@ AUTHORS = {
     "Self-Attention Routing* (2021)",
 }
 
-COMPUTED = {"fp16": ", computed by ONNX's reference implementation and rounded as on a GPU"}
-"""What computed a precision's figures, where it was not ONNX Runtime. See docs/decisions/0050."""
+REMARKS = {
+    "fp32": " for CPUs",
+    "fp16": ", computed by ONNX's reference implementation and rounded as on a GPU",
+}
+"""What else there is to say of a variant: in fp32 what it is for (docs/decisions/0020), in fp16 what computed
+its figures, where it was not ONNX Runtime (docs/decisions/0050)."""
 
 CALIBRATION_SOURCES = {
     "held-out": "training images that were held out",
@@ -76,6 +80,7 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
     rise = train.rise(train.epochs * steps)
     risen = min(rise, made.epochs * steps)
     several = test.labels.ndim == 2
+    others = [variant.precision for variant in manifest.variants if variant.precision != "fp32"]
     shown = test.labels if several else test.labels[:, None]  # (M, L)
     return TEMPLATE.format(
         name=manifest.name,
@@ -103,7 +108,7 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                 ),
                 *(
                     (
-                        f"the encoder in {variant.precision}{COMPUTED.get(variant.precision, '')}",
+                        f"the encoder in {variant.precision}{REMARKS.get(variant.precision, '')}",
                         f"{variant.test_mistakes} mistakes, {variant.agreement:.2f} % classified as by fp32, "
                         f"reconstructions {variant.psnr:.1f} dB from fp32's",
                     )
@@ -178,7 +183,7 @@ def model_card(manifest: Manifest, config: ModelConfig, train: TrainConfig, test
                 (
                     "weights stored in",
                     "half precision; computed in single precision"
-                    + (" but for the encoders above" if manifest.variants else ""),
+                    + (f" but for the encoder in {' and in '.join(others)}" if others else ""),
                 ),
                 ("code", made.code_revision),
             ],

@@ -1,6 +1,6 @@
-"""The encoder in other precisions: written beside the fp32 one, and compared with it on the test images.
+"""The encoder in other forms: written beside the fp32 one, and compared with it on the test images.
 
-The one in half precision, which is for GPUs, draws the longest capsule as well.
+One in fp32 and one in 8 bits are for CPUs; one in half precision is for GPUs, and draws the longest capsule.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +20,7 @@ from training.losses import mistaken, named
 from training.model import CapsNet
 from training.predictor import Floats, Images, OnnxPredictor, open_graph, run_encoder
 from training.rounded import RoundedGraph
+from training.winograd import WinogradGraph
 
 BATCH = 32
 BEST_PSNR = 200.0
@@ -27,18 +28,21 @@ BEST_PSNR = 200.0
 
 
 def write_variants(network: CapsNet, images: Tensor, encoder: Path, decoder: Path) -> dict[str, Path]:
-    """Write the encoder in each other precision beside the file `encoder`; their paths by precision.
+    """Write the variants beside the file `encoder`; their paths by precision.
 
     Args:
         images: training images, from which the 8-bit one takes its range.
         decoder: beside `encoder` too.
     """
-    files = {precision: encoder.with_name(f"encoder.{precision}.onnx") for precision in ("fp16", "int8")}
-    # Its weights are those that the two hold in half precision already.
-    save_sharing(predictor_graph(network), files["fp16"], encoder, decoder)
-    save_sharing(encoder_graph(network, largest_feature(network, images)), files["int8"], encoder)
-    for file in files.values():
-        onnx.checker.check_model(file, full_check=True)
+    graphs = {
+        "fp32": ("winograd", encoder_graph(network, writer=WinogradGraph)),
+        "fp16": ("fp16", predictor_graph(network)),
+        "int8": ("int8", encoder_graph(network, largest_feature(network, images))),
+    }
+    files = {precision: encoder.with_name(f"encoder.{name}.onnx") for precision, (name, _) in graphs.items()}
+    for precision, (_, graph) in graphs.items():
+        save_sharing(graph, files[precision], encoder, decoder)
+        onnx.checker.check_model(files[precision], full_check=True)
     return files
 
 

@@ -15,7 +15,7 @@ from tests.support.mnist import ROOT, mnist_test_images
 from training.config import ModelConfig
 from training.data import Dataset
 from training.model import CapsNet
-from training.model_card import AUTHORS, COMPUTED, meaning
+from training.model_card import AUTHORS, REMARKS, meaning
 from training.predictor import OnnxPredictor, TorchPredictor
 
 VERSIONS = sorted(path.parent for path in (ROOT / "models").glob("mnist/*/manifest.json"))
@@ -69,7 +69,7 @@ def test_padding_and_buffers_change_no_answer(
     manifest = read_manifest(folder)
     encoder, decoder = (
         open_session(folder / graph.file, graph, device="cpu", threads=1)
-        for graph in (manifest.encoders[precision], manifest.decoder)
+        for graph in (manifest.encoders("cuda")[precision], manifest.decoder)
     )
     one_by_one = bring_together(manifest, precision, encoder, decoder, (most, most), "plain")
     graphs = bring_together(manifest, precision, encoder, decoder, (most, most), way)
@@ -80,10 +80,24 @@ def test_padding_and_buffers_change_no_answer(
 
 
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+def test_the_graph_for_cpus_is_the_encoder(folder: Path, mnist: Dataset) -> None:
+    """In fp32 a CPU is served by another graph, whose capsules and lengths are those of `encoder.onnx`."""
+    manifest = read_manifest(folder)
+    graph = manifest.encoders("cpu")["fp32"]
+    assert graph.file != manifest.encoder.file
+    found = open_session(folder / graph.file, graph, device="cpu", threads=1)
+    expected = open_session(folder / manifest.encoder.file, manifest.encoder, device="cpu", threads=1)
+    for size in range(1, 9):
+        images = mnist.images[:size].numpy()
+        for one, other in zip(found.run(images), expected.run(images), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
 def test_the_graph_for_gpus_draws_as_the_decoder_does(folder: Path, mnist: Dataset) -> None:
     """Reconstructions of the fp16 graph are those of the decoder's, from the longest of the same capsules."""
     manifest = read_manifest(folder)
-    graph = manifest.encoders["fp16"]
+    graph = manifest.encoders("cuda")["fp16"]
     images = mnist.images[:20].numpy()
     capsules, lengths, drawn = open_session(folder / graph.file, graph, device="cpu", threads=1).run(images)
     expected = OnnxPredictor(folder).decode(capsules, lengths.argmax(axis=1))
@@ -112,4 +126,4 @@ def test_a_card_says_whose_network_it_is_and_what_computed_it(folder: Path) -> N
     manifest, card = read_manifest(folder), (folder / "MODEL_CARD.md").read_text()
     assert f"A capsule network after {AUTHORS[manifest.architecture]}.\n" in card
     for variant in manifest.variants:
-        assert f"| the encoder in {variant.precision}{COMPUTED.get(variant.precision, '')} |" in card
+        assert f"| the encoder in {variant.precision}{REMARKS.get(variant.precision, '')} |" in card

@@ -113,7 +113,7 @@ async def honest(port: int, folder: Path) -> list[Honest]:
 
 
 def _prove_lengths(folder: Path, precision: Precision, images: NDArray[np.uint8], bulk: Answer) -> None:
-    graph = read_manifest(folder).encoders[precision]
+    graph = read_manifest(folder).encoders("cpu")[precision]
     session = onnxruntime.InferenceSession(folder / graph.file, providers=["CPUExecutionProvider"])
     (lengths,) = session.run(["capsule_lengths"], {"images": images})
     assert _close(lengths, np.load(io.BytesIO(bulk.body)))

@@ -33,6 +33,7 @@ from service.errors import (
 from service.manifest import (
     MANIFEST_FILE,
     ManifestError,
+    UsedDevice,
     Variant,
     manifest_checksum,
     model_folders,
@@ -41,7 +42,7 @@ from service.manifest import (
     write_manifest,
 )
 from service.metrics import Metrics
-from service.sessions import PaddedSession, Session, UsedDevice
+from service.sessions import PaddedSession, Session
 from service.settings import Settings
 from tests.support.tiny_model import CLASSES, DIMENSIONS, band, capsules_of, image_of, write_tiny_model
 

@@ -128,7 +128,7 @@ def test_a_variant_may_draw_and_the_encoder_may_not(folder: Path) -> None:
     drawing = {**encoder, "outputs": [*encoder["outputs"], *decoder["outputs"]]}
     variant = {"precision": "fp16", "encoder": drawing, "test_mistakes": 0, "agreement": 100, "psnr": 50}
     change(folder, "variants", value=[variant])
-    assert draws(read_manifest(folder).encoders["fp16"])
+    assert draws(read_manifest(folder).encoders("cuda")["fp16"])
     assert not draws(manifest.encoder)
     change(folder, "variants", 0, "encoder", "outputs", 2, "shape", value=[-1, 27, 28])
     with pytest.raises(ManifestError, match=r"fp16 encoder\.outputs"):

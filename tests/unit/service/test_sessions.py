@@ -273,6 +273,22 @@ def test_auto_takes_the_fastest_as_good_variant(folder: Path) -> None:
     assert choose_precision(folder, read_manifest(folder), "auto", "cpu") == "fp32"
 
 
+def test_a_cpu_has_its_own_fp32(folder: Path) -> None:
+    """The variant in fp32 is for CPUs, as long as its figures are as good; elsewhere the encoder is."""
+    manifest = with_variants(folder)
+    own = manifest.encoder.model_copy(update={"file": "encoder.cpu.onnx"})
+    for figures, file in (({}, own.file), ({"psnr": 39.9}, manifest.encoder.file)):
+        variant = manifest.variants[0].model_copy(update={"precision": "fp32", "encoder": own, **figures})
+        both = manifest.model_copy(update={"variants": (variant, *manifest.variants)})
+        assert both.encoders("cpu")["fp32"].file == file
+        assert both.encoders("cuda")["fp32"].file == manifest.encoder.file
+        assert list(both.encoders("cpu")) == list(both.encoders("cuda")) == ["fp32", "fp16", "int8"]
+        assert choose_precision(folder, both, "auto", "cpu") == "int8"
+        alone = manifest.model_copy(update={"variants": (variant,)})
+        assert choose_precision(folder, alone, "auto", "cpu") == "fp32"
+        assert choose_precision(folder, alone, "int8", "cpu") == "fp32", "it has nothing else"
+
+
 def test_a_precision_that_is_not_there(folder: Path) -> None:
     """A precision that a model with variants lacks is an error that says which; int8 never goes to CUDA."""
     manifest = with_variants(folder)

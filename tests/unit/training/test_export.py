@@ -61,6 +61,7 @@ def test_export(state: Checkpoint, exported: Name, load_split: Load) -> None:
         "encoder.fp16.onnx",
         "encoder.int8.onnx",
         "encoder.onnx",
+        "encoder.winograd.onnx",
         "manifest.json",
     ]
     assert manifest.classes == ("bar", "pole", "dot")
@@ -82,7 +83,7 @@ def test_export(state: Checkpoint, exported: Name, load_split: Load) -> None:
     assert set(manifest.measured.beyond_threshold) == {"test", "noise", "blank pages", "letters", "garments"}
     usual = manifest.calibration.usual(result.reconstruction_errors, result.lengths)
     assert manifest.measured.beyond_threshold["test"] == pytest.approx(100 * (1 - usual.mean()))
-    assert [variant.precision for variant in manifest.variants] == ["fp16", "int8"]
+    assert [variant.precision for variant in manifest.variants] == ["fp32", "fp16", "int8"]
     assert all(manifest.as_good(variant) for variant in manifest.variants)
     assert set(manifest.dimensions) <= {"bar", "pole", "dot"}
     assert manifest.dimensions, "the classes that are recognised"

@@ -18,6 +18,7 @@ from training.graphs import (
     encoder_graph,
     largest_feature,
     save_sharing,
+    softmax_fits,
 )
 from training.model import CapsNet, as_channels, length
 from training.rounded import RoundedGraph
@@ -103,27 +104,47 @@ def test_both_routings_are_the_networks(
     graph.finish(graph.route_by_size(graph.primary_capsules(graph.convolutions())))
     onnx.checker.check_model(graph.model(), full_check=True)
     onnx.save(graph.model(), tmp_path / "encoder.onnx")
-    assert FEW < NUMBER_OF_IMAGES, "one branch would never run"
+    assert FEW < NUMBER_OF_IMAGES, "one of them would never run"
     for size in range(1, NUMBER_OF_IMAGES + 1):
         expected = network.encoder(images[:size]).detach()
         np.testing.assert_allclose(run(tmp_path / "encoder.onnx", images[:size])[0], expected, atol=2e-6)
 
 
-def test_each_branch_runs_on_its_side(model_config: ModelConfig) -> None:
-    """The 8-bit graph stores u_hat for few images only, and where matrices are shared never."""
+@pytest.mark.parametrize(("size", "stored"), [(1, True), (FEW, True), (FEW + 1, False)])
+def test_each_routing_gets_its_batches(
+    model_config: ModelConfig, images: torch.Tensor, tmp_path: Path, size: int, stored: bool
+) -> None:
+    """The 8-bit graph stores u_hat of up to `FEW` images, and of none where there are more."""
     network = CapsNet(model_config)
-    largest = largest_feature(network, torch.zeros(1, *model_config.image_shape, dtype=torch.uint8))
-    (branch,) = (n for n in encoder_graph(network, largest).graph.node if n.op_type == "If")
-    branches = {attribute.name: attribute.g for attribute in branch.attribute}
-    assert {name: graph.name for name, graph in branches.items()} == {
-        "then_branch": "few",
-        "else_branch": "many",
-    }
+    model = written(network, images, "int8")
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph.value_info
+    count = model_config.primary_count
+    (u_hat,) = (
+        value
+        for value in inferred
+        if [axis.dim_value for axis in value.type.tensor_type.shape.dim][0::2]
+        == [count, len(model_config.classes) * model_config.digit_dimensions]
+        and value.name.startswith("MatMul")
+    )
+    model.graph.output.append(u_hat)
+    onnx.save(model, tmp_path / "encoder.onnx")
+    session = ort.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run([u_hat.name], {"images": images[:size].numpy()})
+    assert found.shape[1] == (size if stored else 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_what_cannot_be_captured(model_config: ModelConfig, images: torch.Tensor, precision: str) -> None:
+    """No graph has branches, which CUDA graphs cannot have; those for GPUs are alike for every batch."""
+    kinds = {node.op_type for node in written(CapsNet(model_config), images, precision).graph.node}
+    assert "If" not in kinds
+    assert ("Where" in kinds) is (precision == "int8")
+
+
+def test_shared_matrices_have_one_routing(model_config: ModelConfig, images: torch.Tensor) -> None:
+    """u_hat is never stored where a group's capsules share their matrices."""
     shared = CapsNet(replace(model_config, shared_weights=True))
-    assert "If" not in {node.op_type for node in encoder_graph(shared, largest).graph.node}
-    for model in (encoder_graph(network), predictor_graph(network)):
-        graph = model.graph
-        assert "If" not in {node.op_type for node in graph.node}, "CUDA cannot capture a branch"
+    assert "Where" not in {node.op_type for node in written(shared, images, "int8").graph.node}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -227,20 +248,37 @@ def test_of_equally_long_capsules_the_first_is_drawn(model_config: ModelConfig, 
     np.testing.assert_allclose(drawn, expected, atol=1e-5)
 
 
-def test_what_half_precision_could_not_hold(model_config: ModelConfig) -> None:
-    """Where logits might be too large to be raised, the largest is subtracted first, as on a CPU."""
-
-    def subtracts(network: CapsNet) -> bool:
-        return "ReduceMax" in {node.op_type for node in predictor_graph(network).graph.node}
-
+@pytest.mark.parametrize(
+    ("norm", "in_half", "in_single"), [(2.5, True, True), (20, False, True), (50, False, False)]
+)
+def test_what_a_precision_could_not_hold(
+    model_config: ModelConfig, images: torch.Tensor, norm: float, in_half: bool, in_single: bool
+) -> None:
+    """Too large logits for half precision are raised in single; too large for that, one is subtracted."""
     network = CapsNet(model_config)
-    assert fits_half(network)
-    assert not subtracts(network)
-    layer = network.encoder.digit_capsules
+    weight = network.encoder.digit_capsules.weight
     with torch.no_grad():
-        layer.weight[1, 0] *= 20 / torch.linalg.matrix_norm(layer.weight[1, 0], ord=2)
-    assert not fits_half(network)
-    assert subtracts(network)
+        weight.mul_(0.1 / torch.linalg.matrix_norm(weight, ord=2).max())
+        weight[1, 0] *= norm / torch.linalg.matrix_norm(weight[1, 0], ord=2)
+    assert fits_half(network) is in_half
+    for precision in ("fp32", "fp16", "int8"):
+        model = written(network, images, precision)
+        assert ("ReduceMax" not in {node.op_type for node in model.graph.node}) is in_single
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph.value_info
+        types = {value.name: value.type.tensor_type.elem_type for value in inferred}
+        raised = {types[node.output[0]] for node in model.graph.node if node.op_type == "Exp"}
+        half = precision == "fp16" and in_half
+        assert raised == {onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT}
+
+
+def test_iterations_add_up_in_the_logits(model_config: ModelConfig) -> None:
+    """With an iteration more the same matrices may bring a logit out of range, which here is 5.3."""
+    for iterations, fits in ((1, True), (2, True), (3, False)):
+        network = CapsNet(replace(model_config, routing_iterations=iterations))
+        weight = network.encoder.digit_capsules.weight
+        with torch.no_grad():
+            weight.mul_(4 / torch.linalg.matrix_norm(weight, ord=2).max())
+        assert softmax_fits(network, 200 * len(model_config.classes)) is fits
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 2e-3), ("int8", 2e-2)])
