@@ -109,7 +109,7 @@ def run(
         FrameworkError: what a framework did not do, with the end of its log.
     """
     require_h2load()
-    encoder = (model / read_manifest(model).encoder.file).resolve()
+    encoder = (model / read_manifest(model).encoders("cpu")["fp32"].file).resolve()
     session = open_session(encoder, threads)
     image = np.asarray(Image.open(DIGIT).convert("L"))[None]
     expected = session.run(["capsule_lengths"], {"images": image})[0][0]
