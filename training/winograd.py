@@ -1,7 +1,7 @@
-"""The fp32 encoder for ONNX Runtime on a CPU: the second convolution of more than a few images by Winograd.
+"""The fp32 encoder for ONNX Runtime on a CPU: the second convolution of several images by Winograd.
 
 The same mathematics as in `graphs.py` with a quarter of the multiplications, but weights two and a half times
-as large, which few images do not repay; so the batch's size decides. Measured: docs/decisions/0020.
+as large, which a lone image does not repay; so the batch's size decides. Measured: docs/decisions/0020.
 
 A convolution of stride 2 is the sum of four of stride 1, each on every other row and column. For three
 outputs in a row, each of five taps, F(3, 5) multiplies at seven points: y = A ((G w) * (B x)). In two
@@ -21,7 +21,7 @@ from training.graphs import PRIMARY, EncoderGraph
 
 Matrix = NDArray[np.float64]
 
-DIRECT = 2
+DIRECT = 1
 """Images up to which the direct convolution is faster; measured, see docs/decisions/0020."""
 OUTPUTS, PHASES, TAPS = 3, 2, 5
 POINTS = (0.0, 1.0, -1.0, 0.5, -0.5, 2.0)

@@ -15,7 +15,7 @@ from training.graphs import FEW, encoder_graph
 from training.model import CapsNet, length
 from training.winograd import DIRECT, WinogradGraph, transforms
 
-SIZES = (1, DIRECT, DIRECT + 1, FEW, FEW + 1)
+SIZES = (DIRECT, DIRECT + 1, FEW, FEW + 1)
 """Of batches: both convolutions, with either routing or, where the matrices are shared, with one."""
 
 
@@ -76,7 +76,7 @@ def test_it_is_the_network(switches: dict[str, object], height: int, width: int,
         np.testing.assert_allclose(lengths, length(expected).numpy(), atol=2e-6)
 
 
-@pytest.mark.parametrize(("size", "direct"), [(1, True), (DIRECT, True), (DIRECT + 1, False)])
+@pytest.mark.parametrize(("size", "direct"), [(DIRECT, True), (DIRECT + 1, False)])
 def test_each_way_gets_its_batches(size: int, direct: bool, tmp_path: Path) -> None:
     """Up to `DIRECT` images are convolved directly, and none of more."""
     network = made(ModelConfig(("a", "b"), conv_channels=4, primary_groups=2))
