@@ -127,17 +127,18 @@ def resolve_device(device: Device) -> Device:
 def choose_precision(
     folder: Path, manifest: Manifest, wanted: WantedPrecision, device: UsedDevice
 ) -> Precision:
-    """The precision to serve a model in: on a CPU int8 is the fastest, on CUDA fp16.
+    """The precision to serve a model in.
 
-    `auto` takes that one if the model has it and its figures are as good as fp32's, and fp32 otherwise. A
-    model in no other is served in fp32, whatever is asked for, since it may stand beside one with some.
+    `auto` takes int8 on a CPU and fp16 on CUDA if the model has it and its figures are as good as fp32's,
+    and fp32 otherwise. A model in no other is served in fp32, whatever is asked for, since it may stand
+    beside one with some.
 
     Raises:
         ManifestError: the model is there in several precisions, but not in the one that was asked for.
         DeviceError: the device cannot run it.
     """
     if wanted == "auto":
-        fastest = "int8" if device == "cpu" else "fp16"
+        fastest = "int8" if device == "cpu" else "fp16"  # with one exception: docs/decisions/0021
         good = (found.precision for found in manifest.variants if manifest.as_good(found))
         return next((precision for precision in good if precision == fastest), "fp32")
     encoders = manifest.encoders(device)
