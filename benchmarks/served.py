@@ -408,5 +408,5 @@ def plot(part: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="callers", xscale="log")
         axes.set_xticks(CONCURRENCIES, [str(callers) for callers in CONCURRENCIES])
         axes.minorticks_off()
-        axes.legend()
+        axes.legend(loc="lower right")  # beneath what rises
     figure.savefig(path, dpi=110)
