@@ -287,7 +287,7 @@ def _open(
     graph = manifest.encoders("cuda")[form.precision]
     encoder = _session(model, graph, form, form.precision, device, threads)
     decoder = _session(model, manifest.decoder, form, "fp32", device, threads)
-    return bring_together(manifest, form.precision, encoder, decoder, (max_batch, max_batch), way)
+    return bring_together(manifest, form.precision, graph, encoder, decoder, (max_batch, max_batch), way)
 
 
 def _session(

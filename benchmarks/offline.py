@@ -150,8 +150,6 @@ def by_operator(events: list[dict[str, Any]]) -> dict[str, float]:
     nodes: dict[tuple[str, str], float] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            if event["args"]["op_name"] == "If":  # the time of its branch's nodes, which are there as well
-                continue
             key = event["args"]["op_name"], event["name"]
             nodes[key] = min(nodes.get(key, float("inf")), event["dur"])
     sums: dict[str, float] = {}

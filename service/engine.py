@@ -147,7 +147,7 @@ def load_graphs(folder: Path, settings: Settings) -> Graphs:
     device: UsedDevice = "cpu" if "cpu" in (encoder.device, decoder.device) else "cuda"
     rows = settings.max_batch, settings.max_decoder_batch
     try:
-        graphs = bring_together(manifest, precision, encoder, decoder, rows, way_of(device, settings))
+        graphs = bring_together(manifest, precision, chosen, encoder, decoder, rows, way_of(device, settings))
     except Exception as error:  # the same exceptions as below
         raise DeviceError(f"{folder}: {encoder.device} has no room for its batches: {error}") from error
     for runs, graph, most in (
@@ -182,6 +182,7 @@ def way_of(device: UsedDevice, settings: Settings) -> Way:
 def bring_together(
     manifest: Manifest,
     precision: Precision,
+    chosen: Graph,
     encoder: Session,
     decoder: Session,
     max_batches: tuple[int, int],
@@ -190,9 +191,9 @@ def bring_together(
     """The graphs of a model, as they are run.
 
     Args:
+        chosen: what the manifest says about the encoder's graph.
         max_batches: most rows of the encoder and of the decoder.
     """
-    chosen = manifest.encoders(encoder.device)[precision]
     most, most_decoded = max_batches
     encodes = _runs(way, encoder, chosen, [most])  # it has convolutions
     upstream = encodes if isinstance(encodes, BoundSession) else None

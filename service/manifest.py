@@ -25,8 +25,9 @@ Datatype = Literal["UINT8", "INT64", "FP32"]
 """Element types by their Open Inference Protocol names."""
 
 Precision = Literal["fp32", "fp16", "int8"]
-UsedDevice = Literal["cpu", "cuda"]
 """Arithmetic of an encoder; int8 is that of its convolutions alone."""
+
+UsedDevice = Literal["cpu", "cuda"]
 
 Measure = Literal["thickness", "slant", "width", "height", "ink", "across", "down"]
 """What is measured on a drawing, in pixels; slant in degrees, growing to the right; ink in per cent of what
@@ -302,9 +303,10 @@ class Manifest(_Record):
         )
 
     def variant_tensors(self, variant: Variant) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        """The same of a variant's, which may draw as well."""
+        """The same of a variant's, which may draw as well, but in fp32: who takes it may get the encoder."""
         inputs, outputs = self.encoder_tensors()
-        return inputs, outputs + (self.decoder_tensors()[1] if draws(variant.encoder) else ())
+        drawn = draws(variant.encoder) and variant.precision != "fp32"
+        return inputs, outputs + (self.decoder_tensors()[1] if drawn else ())
 
     def decoder_tensors(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """The inputs and outputs that a decoder of this shape must have."""

@@ -413,7 +413,7 @@ def encoder_graph(
     graph = writer(network)
     if largest is not None:
         u = graph.primary_capsules(graph.int8_convolutions(largest))
-        # CUDA, which fp32 is for as well, cannot capture a branch.
+        # In 8 bits it is for CPUs alone.
         v = graph.route(u) if network.config.shared_weights else graph.route_by_size(u)
     else:
         v = graph.route(graph.primary_capsules(graph.convolutions()))

@@ -67,12 +67,13 @@ def test_padding_and_buffers_change_no_answer(
     """In every batch size an image is answered as by a plain run of its own batch, and drawn as well."""
     most = 9
     manifest = read_manifest(folder)
+    chosen = manifest.encoders("cuda")[precision]
     encoder, decoder = (
         open_session(folder / graph.file, graph, device="cpu", threads=1)
-        for graph in (manifest.encoders("cuda")[precision], manifest.decoder)
+        for graph in (chosen, manifest.decoder)
     )
-    one_by_one = bring_together(manifest, precision, encoder, decoder, (most, most), "plain")
-    graphs = bring_together(manifest, precision, encoder, decoder, (most, most), way)
+    one_by_one = bring_together(manifest, precision, chosen, encoder, decoder, (most, most), "plain")
+    graphs = bring_together(manifest, precision, chosen, encoder, decoder, (most, most), way)
     for size in range(1, most + 1):
         inputs = mnist.images[most : most + size].numpy(), np.ones(size, np.bool_)
         for found, expected in zip(graphs.predict(inputs), one_by_one.predict(inputs), strict=True):

@@ -283,7 +283,8 @@ function link(id, target) {
 
 function facts({ device, precision, manifest }) {
   const { test_images: images } = manifest.measured;
-  const variant = manifest.variants.find((each) => each.precision === precision);
+  // A variant in fp32 is not served everywhere, and where it is nobody could tell.
+  const variant = manifest.variants.find((each) => each.precision === precision && precision !== "fp32");
   const mistakes = (variant ?? manifest.measured).test_mistakes;
   const millions = (manifest.provenance.parameters / 1e6).toFixed(1);
   const routing = manifest.capsules.routing_iterations;

@@ -122,7 +122,7 @@ def test_a_variant_is_checked_as_the_encoder_is(
 
 
 def test_a_variant_may_draw_and_the_encoder_may_not(folder: Path) -> None:
-    """A variant may have the decoder's output behind the encoder's, just as it is there, and nothing else."""
+    """A variant may have the decoder's output behind the encoder's, just as it is there; not so in fp32."""
     manifest = read_manifest(folder)
     encoder, decoder = manifest.encoder.model_dump(), manifest.decoder.model_dump()
     drawing = {**encoder, "outputs": [*encoder["outputs"], *decoder["outputs"]]}
@@ -132,6 +132,9 @@ def test_a_variant_may_draw_and_the_encoder_may_not(folder: Path) -> None:
     assert not draws(manifest.encoder)
     change(folder, "variants", 0, "encoder", "outputs", 2, "shape", value=[-1, 27, 28])
     with pytest.raises(ManifestError, match=r"fp16 encoder\.outputs"):
+        read_manifest(folder)
+    change(folder, "variants", value=[variant | {"precision": "fp32"}])
+    with pytest.raises(ManifestError, match=r"fp32 encoder\.outputs"):
         read_manifest(folder)
     change(folder, "variants", value=[])
     change(folder, "encoder", "outputs", value=drawing["outputs"])

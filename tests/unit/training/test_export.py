@@ -84,6 +84,8 @@ def test_export(state: Checkpoint, exported: Name, load_split: Load) -> None:
     usual = manifest.calibration.usual(result.reconstruction_errors, result.lengths)
     assert manifest.measured.beyond_threshold["test"] == pytest.approx(100 * (1 - usual.mean()))
     assert [variant.precision for variant in manifest.variants] == ["fp32", "fp16", "int8"]
+    for_cpus = onnx.load(exported.folder / "encoder.winograd.onnx", load_external_data=False).graph
+    assert any(node.op_type == "Slice" and node.input[0] == "images" for node in for_cpus.node), "two ways"
     assert all(manifest.as_good(variant) for variant in manifest.variants)
     assert set(manifest.dimensions) <= {"bar", "pole", "dot"}
     assert manifest.dimensions, "the classes that are recognised"
