@@ -33,6 +33,7 @@ from service.errors import (
 from service.manifest import (
     MANIFEST_FILE,
     ManifestError,
+    Precision,
     UsedDevice,
     Variant,
     manifest_checksum,
@@ -417,8 +418,8 @@ async def test_models_do_not_disturb_one_another(tiny_models: Path) -> None:
         )
 
 
-async def test_the_chosen_precision_is_served(tiny_models: Path, tmp_path: Path) -> None:
-    """The variant's own file answers, and the model says in which precision."""
+def with_blind_variant(tiny_models: Path, tmp_path: Path, precision: Precision, agreement: float) -> Path:
+    """A models folder whose model has a variant that sees nothing, of such an agreement."""
     folder = tmp_path / "models" / "tiny" / "1"
     shutil.copytree(tiny_models / "tiny" / "1", folder)
     manifest = read_manifest(folder)
@@ -426,14 +427,35 @@ async def test_the_chosen_precision_is_served(tiny_models: Path, tmp_path: Path)
     model = onnx.load(blind)
     weights = next(node for node in model.graph.node if node.output[0] == "weights").attribute[0]
     weights.t.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(weights.t)), "weights"))
-    onnx.save(model, folder / "encoder.int8.onnx")
-    graph = manifest.encoder.model_copy(
-        update={"file": "encoder.int8.onnx", "sha256": sha256(folder / "encoder.int8.onnx")}
+    file = folder / "encoder.variant.onnx"
+    onnx.save(model, file)
+    graph = manifest.encoder.model_copy(update={"file": file.name, "sha256": sha256(file)})
+    mistakes = manifest.measured.test_mistakes
+    variant = Variant(
+        precision=precision, encoder=graph, test_mistakes=mistakes, agreement=agreement, psnr=60
     )
-    variant = Variant(precision="int8", encoder=graph, test_mistakes=0, agreement=50, psnr=9)
     write_manifest(folder, manifest.model_copy(update={"variants": (variant,)}))
+    return tmp_path / "models"
+
+
+async def test_the_chosen_precision_is_served(tiny_models: Path, tmp_path: Path) -> None:
+    """The variant's own file answers, and the model says in which precision."""
+    models = with_blind_variant(tiny_models, tmp_path, "int8", agreement=50)
     for wanted, served, light in (("auto", "fp32", 1), ("int8", "int8", 0)):
-        async with open_engine(settings(tmp_path / "models", precision=wanted), Metrics()) as engine:
+        async with open_engine(settings(models, precision=wanted), Metrics()) as engine:
             found = await engine.default.predict(image_of(3)[np.newaxis])
         assert engine.default.precision == served
+        assert found.lengths[0, 3] == pytest.approx(light, abs=1e-3)
+
+
+@pytest.mark.parametrize(("agreement", "light"), [(100, 0), (50, 1)])
+async def test_a_cpu_is_served_the_variant_in_fp32(
+    tiny_models: Path, tmp_path: Path, agreement: float, light: float
+) -> None:
+    """The file for CPUs answers where its figures are as good, and the encoder's own where they are not."""
+    models = with_blind_variant(tiny_models, tmp_path, "fp32", agreement)
+    for wanted in ("auto", "fp32"):
+        async with open_engine(settings(models, precision=wanted), Metrics()) as engine:
+            found = await engine.default.predict(image_of(3)[np.newaxis])
+        assert engine.default.precision == "fp32"
         assert found.lengths[0, 3] == pytest.approx(light, abs=1e-3)
