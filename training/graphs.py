@@ -313,9 +313,14 @@ class EncoderGraph:
         return self.squash(s, axis=2)
 
     def route_by_size(self, u: str) -> str:
-        """`route`, which for few images stores u_hat, instead of reading all matrices again."""
+        """`route`, which for few images stores u_hat, instead of reading all matrices again.
+
+        Not where a group's capsules share their matrices, which are few to read.
+        """
         config = self.config
         by_class = self.matrices()
+        if config.shared_weights:
+            return self.route_without_u_hat(u, *by_class)
         by_capsule = self.op("Transpose", self.weight("encoder.digit_capsules.weight"), perm=[1, 2, 0, 3])
         width = len(config.classes) * config.digit_dimensions
         shape = config.primary_count, config.primary_dimensions, width
@@ -414,7 +419,7 @@ def encoder_graph(
     if largest is not None:
         u = graph.primary_capsules(graph.int8_convolutions(largest))
         # In 8 bits it is for CPUs alone.
-        v = graph.route(u) if network.config.shared_weights else graph.route_by_size(u)
+        v = graph.route_by_size(u)
     else:
         v = graph.route(graph.primary_capsules(graph.convolutions()))
     graph.finish(v)

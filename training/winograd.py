@@ -56,7 +56,7 @@ class WinogradGraph(EncoderGraph):
 
     def route(self, u: str) -> str:
         """As on bytes: few images store u_hat."""
-        return super().route(u) if self.config.shared_weights else self.route_by_size(u)
+        return self.route_by_size(u)
 
     def weight_at_points(self) -> str:
         """G w of the second convolution in both directions, (S * S, I * G, P * P * C).
