@@ -44,7 +44,13 @@ class _Application(FastAPI):
         contexts = iter_route_contexts(self.routes)
         known = [context.route for context in contexts if isinstance(context.route, Route)]
         inner = security.protect(inner, self._settings, known)
-        inner = Observation(inner, self._metrics, self._tracing, access_log=self._settings.access_log)
+        inner = Observation(
+            inner,
+            self._metrics,
+            self._tracing,
+            access_log=self._settings.access_log,
+            headers=security.HEADERS,
+        )
         # Outermost, because what follows an answer serves the connection and is no longer the request.
         return Connections(
             inner,

@@ -94,7 +94,8 @@ class Batcher:
         self._queue_length = queue_length
         self._few = min(few, max_batch)
         self._loop = asyncio.get_running_loop()
-        self._changed = threading.Condition()  # guards the fields below, down to `_in_turns`
+        self._lock = threading.Lock()  # guards the fields below, down to `_in_turns`
+        self._changed = threading.Condition(self._lock)  # whose own `with` is written in Python
         self._waiting: deque[_Item] = deque()
         self._depth = 0
         self._running: list[_Slice] = []
@@ -134,12 +135,13 @@ class Batcher:
             InferenceFailed: the batch that carried the item failed.
         """
         item = _Item(inputs, len(inputs[0]), self._loop.create_future(), time.perf_counter())
-        with self._changed:
+        weight = self._weight(item)
+        with self._lock:
             if self._closing:
                 raise ShuttingDown(f"{self.name} takes no more work")
-            self._require_room(self._weight(item))
+            self._require_room(weight)
             self._waiting.append(item)
-            self._depth += self._weight(item)
+            self._depth += weight
             self._metrics.depth.set(self._depth)
             if self._expected:
                 self._expected -= 1
@@ -163,8 +165,7 @@ class Batcher:
         Raises:
             Overloaded: the queue has no room for a single row.
         """
-        with self._changed:
-            self._require_room(1)
+        self._require_room(1)
 
     def _require_room(self, rows: int) -> None:
         if self._depth + rows > self._queue_length:
@@ -179,12 +180,12 @@ class Batcher:
         Every caller has an answer when this returns. A run that outlasts the limit ends by itself; its
         outputs go nowhere.
         """
-        with self._changed:
+        with self._lock:
             self._closing = True
             self._changed.notify()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopped.wait(), limit)
-        with self._changed:
+        with self._lock:
             left = {*self._waiting, *(part.item for part in self._running)}
             self._waiting.clear()
             self._depth = 0
@@ -194,7 +195,7 @@ class Batcher:
                 item.answer.set_exception(ShuttingDown(f"{self.name} closed before this request's turn"))
 
     def _withdraw(self, item: _Item) -> None:
-        with self._changed, contextlib.suppress(ValueError):  # not there: every row is with the device
+        with self._lock, contextlib.suppress(ValueError):  # not there: every row is with the device
             self._waiting.remove(item)
             self._depth -= self._weight(item)
             self._metrics.depth.set(self._depth)
@@ -225,7 +226,7 @@ class Batcher:
 
     def _expect_callers_of(self, ended: list[_Slice], seconds: float) -> None:
         """Make the next batch wait for the callers of this one, if it would be a small one without them."""
-        with self._changed:
+        with self._lock:
             small = self._depth + _rows(ended) <= self._few
             self._together = small and not self._in_turns
             self._in_turns = max(0, self._in_turns - 1)
@@ -242,7 +243,7 @@ class Batcher:
         the device runs these, the event loop answers and reads the others.
         """
         batch: list[_Slice] = []
-        with self._changed:
+        with self._lock:
             while (self._expected or not self._waiting) and not self._closing:
                 self._changed.wait()
             ended = _rows(self._running)
@@ -287,7 +288,7 @@ class Batcher:
                 item.answer.set_exception(InferenceFailed(f"the batch in {self.name} failed; see the log"))
                 continue
             item.stages += stages
-            item.parts.append(tuple(output[first:offset] for output in outputs))
+            item.parts.append(tuple([output[first:offset] for output in outputs]))
             if stop == item.rows:
                 item.answer.set_result(_join(item.parts))
         # Behind those who have their answers now.
@@ -296,7 +297,7 @@ class Batcher:
 
     def _look_out(self, ended: list[_Slice], quiet: float, missing: int | None = None) -> None:
         """Let the next batch leave without the callers of `ended` who are missing, once nobody else comes."""
-        with self._changed:
+        with self._lock:
             if not self._expected or self._running is not ended:
                 return
             if self._expected != missing and time.perf_counter() < self._deadline:

@@ -6,12 +6,19 @@ gzip are enough for minutes. See docs/decisions/0013.
 
 import re
 import struct
+import zlib
 from collections.abc import Iterator
 
 from service.errors import InvalidInput, TooLarge
 
 # Chunks of a PNG (W3C, third edition) that its pixels need; an animation's first image is in them, too.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+
+# A PNG's signature and header, and where its first chunk begins; behind that chunk come its checksum, which
+# Pillow does not look at, and the chunk that ends the file.
+_PNG_BEGINNING = struct.Struct(">16sII5sII4s")
+_PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
+_PNG_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # 8 bits, rows from top to bottom
 
 # A JPEG's next marker (ITU-T T.81, B.1.1.2) past fill bytes, stuffed zeros, restarts, and what is reserved:
 # libjpeg skips that as well, and not what follows it.
@@ -28,6 +35,27 @@ _MOST_TABLES = 8 * 1024  # bytes
 
 _ORIENTATION = 0x0112
 _INTEGERS = {1: 1, 3: 2, 4: 4}  # Exif's types for an integer without sign, and their bytes
+
+
+def only_rows(data: bytes) -> tuple[str, tuple[int, int], bytes] | None:
+    """What a PNG has that is nothing but a chunk of rows, in 8 bits of grey or colour; None of another file.
+
+    Most programs write a small image so. These are Pillow's mode, width and height, and the compressed rows.
+    """
+    if len(data) < _PNG_BEGINNING.size + 4 + len(_PNG_END):
+        return None
+    signature, width, height, form, checksum, length, kind = _PNG_BEGINNING.unpack_from(data)
+    mode = _PNG_MODES.get(form)
+    end = _PNG_BEGINNING.size + length
+    if (
+        mode is None
+        or signature != b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR"
+        or kind != b"IDAT"
+        or data[end + 4 :] != _PNG_END
+        or checksum != zlib.crc32(data[12:29])
+    ):
+        return None
+    return mode, (width, height), data[_PNG_BEGINNING.size : end]
 
 
 def cut_down(data: bytes) -> tuple[bytes, bytes]:

@@ -36,6 +36,12 @@ trace_id: ContextVar[str] = ContextVar("trace_id", default="")
 REFUSED = "refused"
 """In the ASGI state of a request that was refused for overload."""
 
+WHOLE = "whole"
+"""In the ASGI state of a request whose whole body has arrived."""
+
+STARTED = "started"
+"""In the ASGI state of a request whose answer has begun."""
+
 # As long as any id in use, and nothing that could forge a log line or a header.
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -48,7 +54,11 @@ def identify(headers: Iterable[tuple[bytes, bytes]]) -> str:
     Args:
         headers: names, in lower case as in ASGI and in gRPC's metadata, and values.
     """
-    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    given = b""
+    for name, value in headers:
+        if name == b"x-request-id":
+            given = value
+            break
     return given.decode() if _SANE_ID.fullmatch(given) else f"{getrandbits(128):032x}"
 
 
@@ -69,8 +79,8 @@ def add_stages(stages: Iterable[Stage]) -> None:
 def totals(stages: Iterable[Stage]) -> dict[str, float]:
     """Seconds in each stage; one that came several times is summed."""
     sums: dict[str, float] = {}
-    for stage in stages:
-        sums[stage.name] = sums.get(stage.name, 0) + stage.seconds
+    for name, started, ended in stages:
+        sums[name] = sums.get(name, 0) + ended - started
     return sums
 
 

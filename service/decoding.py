@@ -50,7 +50,8 @@ class Decoder:
     ) -> Pixels:
         if len(images) == 1 and len(images[0]) <= _SMALL_BYTES:
             opened = open_image(images[0], self._settings.max_pixels)
-            if opened.width * opened.height <= _SMALL_PIXELS:
+            width, height = opened.size
+            if width * height <= _SMALL_PIXELS:
                 return prepare(opened, spec, preprocess)[np.newaxis]
         if self._pending >= self._settings.max_decoding:
             raise Overloaded(f"{self._pending} requests wait for image decoding", retry_after=1)

@@ -1,7 +1,6 @@
 """The hot routes, called without the way through the framework, which costs more than their own work."""
 
 from collections.abc import Awaitable, Callable
-from typing import cast
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
@@ -24,21 +23,22 @@ class Direct:
 
     def __init__(self, app: ASGIApp, router: APIRouter) -> None:
         self._app = app
-        self._routes = {
-            route.path: route
+        self._routes: dict[str, tuple[APIRoute, Handler]] = {
+            route.path: (route, route.endpoint)
             for route in router.routes
             if isinstance(route, APIRoute) and route.methods == {"POST"}
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self._routes.get(scope["path"]) if scope["type"] == "http" else None
-        if route is None or scope["method"] != "POST":
+        found = self._routes.get(scope["path"]) if scope["type"] == "http" else None
+        if found is None or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        route, handler = found
         scope["route"] = route  # metrics and logs call the request by it
         request = Request(scope, receive)
         try:
-            response = await cast("Handler", route.endpoint)(request)
+            response = await handler(request)
         except Exception as error:
             response = await answer(request, error)
             await response(scope, receive, send)

@@ -6,10 +6,10 @@ Plain Python over numpy arrays; HTTP stops above this module.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from contextvars import Context
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -252,17 +252,19 @@ class Model:
         )
         metrics.model(*told)
 
-    @contextmanager
-    def in_use(self) -> Iterator["Model"]:
-        """Keep the version served for as long as a request needs it, whoever retires it meanwhile."""
-        self._users += 1
-        self._unused.clear()
-        try:
-            yield self
-        finally:
-            self._users -= 1
-            if not self._users:
-                self._unused.set()
+    def in_use(self) -> "_Use":
+        """Keep the version served for as long as a request needs it, whoever retires it meanwhile.
+
+        For a `with`, which gets the model.
+        """
+        return _Use(self)
+
+    def _count(self, users: int) -> None:
+        self._users += users
+        if self._users:
+            self._unused.clear()
+        else:
+            self._unused.set()
 
     def works(self) -> bool:
         """Whether answers can be expected of it.
@@ -293,7 +295,7 @@ class Model:
     async def predict(self, images: NDArray[np.uint8]) -> Predictions:
         """Classify images (N, H, W[, 3]) and reconstruct each from its longest capsule."""
         _require(images, np.uint8, self.manifest.image.shape)
-        return Predictions(*await self._encoder.submit(images, np.ones(len(images), np.bool_)))
+        return Predictions(*await self._encoder.submit(images, _all(len(images))))
 
     async def encode(self, images: NDArray[np.uint8]) -> tuple[Float, Float]:
         """Capsules (N, classes, dimensions) of images (N, H, W[, 3]), and their lengths (N, classes)."""
@@ -332,6 +334,27 @@ class Model:
         self._forget()
 
 
+class _Use:
+    __slots__ = ("_model",)
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def __enter__(self) -> Model:
+        self._model._count(1)
+        return self._model
+
+    def __exit__(self, *_: object) -> None:
+        self._model._count(-1)
+
+
+@lru_cache(maxsize=64)
+def _all(rows: int) -> NDArray[np.bool_]:
+    everyone = np.ones(rows, np.bool_)
+    everyone.flags.writeable = False  # it is everybody's
+    return everyone
+
+
 def _require(array: NDArray[np.generic], dtype: type[np.generic], row: tuple[int, ...]) -> None:
     """Keep a batch's neighbours safe: an array of another form would spoil all of them."""
     if array.dtype != dtype or array.shape[1:] != row or len(array) == 0:
@@ -344,7 +367,7 @@ class Engine:
     """All served models by name and version."""
 
     def __init__(self, models: Sequence[Model], default_model: str | None) -> None:
-        self._models: dict[str, dict[str, Model]] = {}
+        self._models: dict[str, dict[str, Model]] = {}  # by name and version, the newest first
         for model in models:
             self._add(model)
         self._retiring: set[Model] = set()
@@ -361,7 +384,7 @@ class Engine:
     def __iter__(self) -> Iterator[Model]:
         """Models by name, newest version first."""
         for name in sorted(self._models):
-            yield from (self._models[name][version] for version in self._newest_first(name))
+            yield from self._models[name].values()
 
     @property
     def default(self) -> Model:
@@ -376,7 +399,7 @@ class Engine:
         name, _, version = (reference or self._default).partition("/")
         versions = self._models.get(name, {})
         if versions and not version and "/" not in reference:
-            version = self._newest_first(name)[0]
+            version = next(iter(versions))
         if version not in versions:
             served = ", ".join(model.manifest.reference for model in self)
             raise UnknownModel(
@@ -400,11 +423,10 @@ class Engine:
             names = ", ".join(found.manifest.reference for found in broken)
             raise NotWorking(f"Runs of {names} fail or do not end; the log says more.")
 
-    def _newest_first(self, name: str) -> list[str]:
-        return sorted(self._models[name], key=int, reverse=True)
-
     def _add(self, model: Model) -> None:
-        self._models.setdefault(model.manifest.name, {})[model.manifest.version] = model
+        versions = self._models.get(model.manifest.name, {}) | {model.manifest.version: model}
+        newest_first = sorted(versions.items(), key=lambda served: int(served[0]), reverse=True)
+        self._models[model.manifest.name] = dict(newest_first)
 
     async def change(self, added: Sequence[Model], retired: Sequence[Model], limit: float) -> None:
         """Serve the versions in `added` from now on, and those in `retired` no longer.

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 
@@ -52,7 +52,8 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
-    return cast("Service", request.app.state.service)
+    service: Service = request.scope["app"].state.service
+    return service
 
 
 async def answer_in_time(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -62,7 +63,7 @@ async def answer_in_time(request: Request, work: Coroutine[Any, Any, Result]) ->
         TimedOut: it took too long.
         ClientGone: nobody waits for it any more.
     """
-    task = cast("asyncio.Task[Any]", asyncio.current_task())  # a coroutine always runs in a task
+    task: Any = asyncio.current_task()  # never None: a coroutine always runs in a task
     limit = service_of(request).settings.request_timeout
     unwatched = min(_UNWATCHED, limit)
     given_up: Exception | None = None

@@ -10,7 +10,7 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.context import REFUSED
+from service.context import REFUSED, WHOLE
 from service.errors import Overloaded
 from service.one_write import OneWrite
 from service.refusals import RefusalLog
@@ -101,8 +101,6 @@ class LimitedProtocol(HttpToolsProtocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            self._await_head()
         self._unread += len(data)
         self._unset_keepalive_if_required()
         # Not uvicorn's own, which logs a line for each that is no request, and two for CONNECT.
@@ -114,6 +112,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse()
         if self._unread > MAX_HEAD:
             self.transport.close()  # without a word: what still arrives would destroy it
+        elif self.cycle is None or self.cycle.response_complete:  # else the head came whole, as nearly all do
+            self._await_head()
 
     def _refuse(self) -> None:
         client = self.client[0] if self.client else "somebody"
@@ -152,6 +152,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if not self._is_offer():
             super().on_message_complete()
+            self.cycle.scope["state"][WHOLE] = True
 
     def _is_offer(self) -> bool:
         """Whether the head in hand is read a second time, by `_Parser`."""

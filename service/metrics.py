@@ -82,7 +82,7 @@ class Metrics:
             ("route", "status"),
             registry=registry,
         )
-        self.request_seconds = Histogram(
+        self._request_seconds = Histogram(
             "capsnet_request_duration_seconds",
             "From a request's head to the last byte of its answer.",
             ("route",),
@@ -142,10 +142,27 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=registry,
         )
+        # Looked up once: a look-up costs as much as an observation.
+        self._ended: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         PlatformCollector(registry)
         if self._multiprocess_folder is None:
             ProcessCollector(registry=registry)
             GCCollector(registry)
+
+    def request_ended(self, route: str, status: str, seconds: float) -> None:
+        """Count a request.
+
+        Args:
+            status: HTTP's or gRPC's, or how else it ended.
+            seconds: that it took.
+        """
+        metrics = self._ended.get((route, status))
+        if metrics is None:
+            metrics = self.requests.labels(route, status), self._request_seconds.labels(route)
+            self._ended[route, status] = metrics
+        count, duration = metrics
+        count.inc()
+        duration.observe(seconds)
 
     def queue(self, model: str, version: str, queue: str) -> "QueueMetrics":
         """The metrics of one batcher."""
@@ -200,7 +217,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class QueueMetrics:
-    """The metrics of one batcher, looked up once: a look-up costs as much as an observation."""
+    """The metrics of one batcher, looked up once."""
 
     seconds: Histogram
     depth: Gauge

@@ -1,12 +1,13 @@
 """What is seen of every request from outside: its id, figures, `Server-Timing`, and a line in the log."""
 
 import time
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import log_access
-from service.context import Stage, begin_record, identify, request_id, totals
+from service.context import STARTED, Stage, begin_record, identify, request_id, totals
 from service.metrics import Metrics
 from service.tracing import Tracing
 
@@ -18,13 +19,25 @@ class Observation:
     """ASGI middleware around everything that answers; what keeps and closes connections is outside of it.
 
     A request keeps the X-Request-ID that it came with, if that is sane, and gets one otherwise.
+
+    Args:
+        headers: others that every answer has.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None, *, access_log: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        tracing: Tracing | None,
+        *,
+        access_log: bool,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._tracing = tracing
         self._access_log = access_log
+        self._headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,6 +49,7 @@ class Observation:
         if self._tracing:
             self._tracing.begin(identity)
         stages = begin_record()
+        scope.setdefault("state", {})
         status: int | None = None
         ended = 0.0
 
@@ -44,8 +58,9 @@ class Observation:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 timing = _server_timing(stages, time.perf_counter() - started)
-                observed = [(b"x-request-id", identity.encode()), (b"server-timing", timing.encode())]
-                message = {**message, "headers": [*message["headers"], *observed]}
+                observed = (b"x-request-id", identity.encode()), (b"server-timing", timing.encode())
+                message = {**message, "headers": [*message["headers"], *observed, *self._headers]}
+                scope["state"][STARTED] = True
             elif not message.get("more_body"):
                 ended = time.perf_counter()  # what follows serves the connection alone
             await send(message)
@@ -61,8 +76,7 @@ class Observation:
 
     def _observe(self, scope: Scope, status: int | None, stages: list[Stage], seconds: float) -> None:
         route = getattr(scope.get("route"), "path", NO_ROUTE)
-        self._metrics.requests.labels(route, str(status or "aborted")).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
+        self._metrics.request_ended(route, str(status or "aborted"), seconds)
         for stage in stages:
             if stage.name == "image_decode":
                 self._metrics.image_decode_seconds.observe(stage.seconds)
@@ -82,4 +96,4 @@ class Observation:
 def _server_timing(stages: list[Stage], total: float) -> str:
     """The header's value, in milliseconds, `total` up to the head of the answer."""
     spent = {**totals(stages), "total": total}
-    return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in spent.items())
+    return ", ".join([f"{name};dur={seconds * 1000:.3f}" for name, seconds in spent.items()])

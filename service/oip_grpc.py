@@ -213,9 +213,8 @@ class _Inference:
                     self._tracing.end_rpc(code.value[0], failed=code in _OUR_FAULT)
                 ending.close()
                 self._metrics.in_flight.dec()
-                self._metrics.requests.labels(route, code.name).inc()
                 seconds = time.perf_counter() - started
-                self._metrics.request_seconds.labels(route).observe(seconds)
+                self._metrics.request_ended(route, code.name, seconds)
                 if self._settings.access_log:
                     log_access(
                         client=_address(context.peer()),

@@ -11,9 +11,9 @@ from typing import cast
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.context import REFUSED, request_id
+from service.context import REFUSED, STARTED, request_id
 from service.errors import InvalidInput, Overloaded, RequestError, ShuttingDown, UnableToAnswer
 from service.oip_schemas import ProtocolError
 from service.protocol import error_text
@@ -63,17 +63,10 @@ class GivenUp:
         self._stopping = stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def noted_send(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
         try:
-            await self._app(scope, receive, noted_send)
+            await self._app(scope, receive, send)
         except asyncio.CancelledError:
-            if scope["type"] != "http" or begun or not self._stopping():
+            if scope["type"] != "http" or STARTED in scope.get("state", ()) or not self._stopping():
                 raise
             cast("asyncio.Task[None]", asyncio.current_task()).uncancel()
             error = ShuttingDown("The service stopped before the answer was ready.")

@@ -479,7 +479,7 @@ async def ready(request: Request) -> ReadyAnswer:
 async def metrics(request: Request) -> Response:
     """Counts and durations since the start, in Prometheus' text form or, if accepted, OpenMetrics."""
     body, kind = await asyncio.to_thread(
-        service_of(request).metrics.exposition, list_header(request, "accept", "")
+        service_of(request).metrics.exposition, list_header(request, b"accept", "")
     )
     return Response(body, headers={"Content-Type": kind})
 
@@ -496,7 +496,7 @@ async def _encode(count: int, encode: Callable[..., Response], *arguments: objec
 
 def _of(model: Model, response: Response) -> Response:
     """The answer with the model's name in a header, since arrays and images have no place for it."""
-    response.headers["X-Capsnet-Model"] = model.manifest.reference
+    response.raw_headers.append((b"x-capsnet-model", model.manifest.reference.encode()))
     return response
 
 

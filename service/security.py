@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import problems
 from service.errors import Unauthorized
@@ -31,7 +31,7 @@ _SENDABLE_HEADERS = (
     "X-Request-ID",
 )
 
-_SECURITY_HEADERS = (
+HEADERS = (
     # Swagger UI sets styles from its script and draws icons from data URLs.
     (
         b"content-security-policy",
@@ -42,6 +42,7 @@ _SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
 )
+"""Of every answer; they keep browsers careful."""
 
 
 def open_paths(settings: Settings) -> frozenset[str]:
@@ -66,7 +67,7 @@ def protect(app: ASGIApp, settings: Settings, routes: Sequence[Route]) -> ASGIAp
             allow_headers=_SENDABLE_HEADERS,
             expose_headers=_READABLE_HEADERS,
         )
-    return _SecurityHeaders(app)
+    return app
 
 
 class _KeyCheck:
@@ -98,18 +99,3 @@ class _KeyCheck:
         )
         response = await problems.request_error(Request(scope), refusal)
         await response(scope, receive, send)
-
-
-class _SecurityHeaders:
-    """ASGI middleware that adds the headers which keep browsers careful."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def careful_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *_SECURITY_HEADERS]}
-            await send(message)
-
-        await self._app(scope, receive, careful_send)

@@ -27,6 +27,12 @@ def test_a_sane_request_id_is_kept(client: TestClient) -> None:
     assert problem(answer, 422)["request_id"] == "trace-7:a/b"
 
 
+def test_of_several_request_ids_the_first_counts(client: TestClient) -> None:
+    """A proxy that adds an id of its own stands behind the one that named the request."""
+    answer = client.get("/livez", headers=[("x-request-id", "a"), ("x-request-id", "b")])
+    assert answer.headers["x-request-id"] == "a"
+
+
 @pytest.mark.parametrize("given", [b"", b"a b", b'a"', b"x" * 129, "é".encode()])
 def test_another_request_id_is_replaced(client: TestClient, given: bytes) -> None:
     """What could forge a log line, or is too long, is not repeated."""

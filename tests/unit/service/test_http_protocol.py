@@ -14,7 +14,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from service import http_protocol
-from service.context import REFUSED
+from service.context import REFUSED, WHOLE
 from service.http_protocol import LimitedProtocol
 from service.refusals import RefusalLog
 from service.room import Room
@@ -95,6 +95,30 @@ async def test_a_head_without_end_is_refused(line: bytes) -> None:
         writer.write(b"GET / HTTP/1.1\r\n")
         await refused(line, reader, writer)
     assert app.requests == 0
+
+
+async def test_a_body_is_known_to_be_whole_once_it_is() -> None:
+    """Whoever reads a request's body can tell whether some of it is still to come."""
+    told: asyncio.Queue[bool] = asyncio.Queue()
+
+    class Reader(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            told.put_nowait(WHOLE in scope["state"])
+            while (await receive())["more_body"]:
+                pass
+            told.put_nowait(WHOLE in scope["state"])
+            await super().__call__(scope, receive, send)
+
+    app = Reader()
+    app.refusing = False
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+    async with served(app) as (_, reader, writer):
+        for first, rest, whole in ((head + b"o", b"k", False), (head + b"ok", b"", True)):
+            writer.write(first)
+            assert await told.get() is whole
+            writer.write(rest)
+            assert await told.get()
+            assert await answer(reader) == b"ok"
 
 
 async def test_a_head_up_to_the_limit_is_read() -> None:

@@ -1,8 +1,10 @@
 """Bytes from anybody become the network's pixels, or an error that says why not."""
 
 import io
+import itertools
 import struct
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from service import images
 from service.errors import InvalidInput, TooLarge
 from service.images import (
     Pixels,
@@ -81,6 +85,17 @@ def test_the_models_own_size_on_a_grey_ground_is_laid_out(spec: ImageSpec) -> No
         else:
             np.testing.assert_array_equal(got, prepared(encode(image), spec, "centre"))
             assert got[0, 0] == (0 if spec is MNIST else 255)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_all_four_sides_decide_on_the_ground(turns: int) -> None:
+    """Two grey sides are most of the border with their three corners, and less than half without any."""
+    image = glyph()
+    image[-1] = image[:, -1] = 90
+    most, rest = np.rot90(image, turns), np.rot90(image, turns).copy()
+    rest[[0, 0, -1, -1], [0, -1, 0, -1]] = 0
+    np.testing.assert_array_equal(prepared(encode(most)), prepared(encode(most), preprocess="centre"))
+    np.testing.assert_array_equal(prepared(encode(rest)), rest)
 
 
 def test_every_mnist_test_image_passes_untouched() -> None:
@@ -275,6 +290,16 @@ def test_orientation_is_applied(orientation: int) -> None:
     np.testing.assert_array_equal(prepared(encode(stored, "PNG", exif=exif.tobytes())), upright)
 
 
+def test_orientation_behind_the_rows_is_applied() -> None:
+    """A PNG may say at its end how it is to be turned."""
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down
+    body = b"eXIf" + turned.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    data = encode(glyph()[::-1, ::-1])
+    np.testing.assert_array_equal(prepared(data[:-12] + chunk + data[-12:]), glyph())
+
+
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
 def test_a_truncated_image_is_refused(image_format: str) -> None:
     """Half a file is refused, whatever its format, and the answer says that it breaks off."""
@@ -303,6 +328,66 @@ def test_what_is_no_image_is_refused(data: bytes) -> None:
         prepared(data)
     assert "PNG" in str(refused.value.expected)
     assert refused.value.received
+
+
+@pytest.mark.parametrize("spec", [MNIST, DARK, PLAIN, COLOUR], ids=["MNIST", "dark", "plain", "colour"])
+@pytest.mark.parametrize("colours", [(), (3,)], ids=["grey", "in colour"])
+@pytest.mark.parametrize("size", [28, 32, 64, 65])
+def test_a_png_of_nothing_but_rows_is_read_as_any_other(
+    size: int, colours: tuple[int, ...], spec: ImageSpec
+) -> None:
+    """The short way to a small PNG's pixels and the long one, which a text in it forces, end alike."""
+    pixels = np.random.default_rng(size).integers(0, 256, (size, size, *colours), np.uint8)
+    pixels[0] = pixels[-1] = pixels[:, 0] = pixels[:, -1] = 255 * (spec is DARK)  # on the ground: it may pass
+    text = PngInfo()
+    text.add_text("a", "b")
+    got, expected = prepared(encode(pixels), spec), prepared(encode(pixels, pnginfo=text), spec)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_small_png_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What most clients send, a small grey PNG of nothing but rows, is not opened as a file."""
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("it was")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", opened)
+        np.testing.assert_array_equal(prepared(encode(glyph())), glyph())
+        with pytest.raises(InvalidInput):
+            prepared(encode(glyph(280)))
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [glyph(), np.stack([glyph()] * 3, axis=-1)],
+    ids=["grey", "in colour"],
+)
+def test_the_short_way_refuses_what_the_long_one_refuses(pixels: NDArray[np.uint8]) -> None:
+    """Whatever byte of a small PNG is changed, and wherever it ends, Pillow alone decides, as of a file."""
+    rng = np.random.default_rng(0)
+    data = encode(pixels)
+    spoiled = [data[:end] for end in range(len(data))] + [data + b"\0"]
+    spoiled += [
+        data[:position] + bytes([value]) + data[position + 1 :]
+        for position in range(len(data))
+        for value in (0, 1, 255, data[position] ^ 1 << int(rng.integers(8)))
+    ]
+    for form in itertools.product((1, 2, 4, 8, 16), (0, 2, 3, 4, 6), (0, 1), (0, 1), (0, 1)):
+        header = data[12:24] + bytes(form)  # depth, colours, compression, filters, interlacing
+        spoiled.append(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+    for one in spoiled:
+        assert _outcome(one, short=True) == _outcome(one, short=False)
+
+
+def _outcome(data: bytes, *, short: bool) -> bytes | str:
+    with pytest.MonkeyPatch.context() as patch:
+        if not short:
+            patch.setattr(images, "_from_rows", lambda _: None)
+        try:
+            return prepared(data, preprocess="none").tobytes()
+        except (InvalidInput, TooLarge) as refusal:
+            return f"{refusal.detail} {refusal.received}"
 
 
 PSD = b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, 28, 28, 8, 1) + bytes(3 * 4 + 2 + 28 * 28)
