@@ -49,7 +49,7 @@ class Decoder:
         self, images: Sequence[bytes], spec: ImageSpec, preprocess: Preprocess
     ) -> Pixels:
         if len(images) == 1 and len(images[0]) <= _SMALL_BYTES:
-            opened = open_image(images[0], self._settings.max_pixels)
+            opened = open_image(images[0], self._settings.max_pixels, at_once=True)
             width, height = opened.size
             if width * height <= _SMALL_PIXELS:
                 return prepare(opened, spec, preprocess)[np.newaxis]

@@ -54,6 +54,8 @@ async def answer(request: Request, error: Exception) -> Response:
 class GivenUp:
     """ASGI middleware that answers requests which the server cancels at the drain limit.
 
+    Whether an answer has begun stands in the request's state, by `Observation`, which must be around this.
+
     Args:
         stopping: whether the service has been told to stop. Until then nobody cancels a request from outside.
     """

@@ -11,7 +11,7 @@ from PIL import Image
 from service import decoding
 from service.decoding import Decoder
 from service.errors import InvalidInput, Overloaded, TooLarge
-from service.images import Pixels, Preprocess, prepare
+from service.images import Pixels, Preprocess, open_image, prepare
 from service.manifest import ImageSpec
 from service.settings import Settings
 from tests.support.encoded import encode
@@ -50,6 +50,21 @@ async def test_only_a_small_image_is_decoded_on_the_event_loop(monkeypatch: pyte
     await here.decode([SMALL, SMALL], SPEC, "auto")
     main = threading.main_thread()
     assert [thread is main for thread in threads] == [True, False, False, False, False]
+
+
+async def test_only_a_lone_image_is_decoded_as_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several no pixel is decoded before their sum is judged, however small each of them is."""
+    opened = []
+
+    def spy(data: bytes, max_pixels: int, *, at_once: bool = False) -> Image.Image:
+        opened.append(at_once)
+        return open_image(data, max_pixels, at_once=at_once)
+
+    monkeypatch.setattr(decoding, "open_image", spy)
+    here = decoder()
+    await here.decode([SMALL], SPEC, "auto")
+    await here.decode([SMALL, SMALL], SPEC, "auto")
+    assert opened == [True, False, False]
 
 
 async def test_as_many_requests_are_decoded_at_once_as_there_are_cpus(

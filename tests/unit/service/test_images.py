@@ -6,13 +6,13 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from service import images
 from service.errors import InvalidInput, TooLarge
@@ -297,7 +297,9 @@ def test_orientation_behind_the_rows_is_applied() -> None:
     body = b"eXIf" + turned.tobytes().removeprefix(b"Exif\0\0")
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     data = encode(glyph()[::-1, ::-1])
-    np.testing.assert_array_equal(prepared(data[:-12] + chunk + data[-12:]), glyph())
+    data = data[:-12] + chunk + data[-12:]
+    np.testing.assert_array_equal(prepared(data), glyph())
+    same_at_once(data, MNIST)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
@@ -330,64 +332,74 @@ def test_what_is_no_image_is_refused(data: bytes) -> None:
     assert refused.value.received
 
 
-@pytest.mark.parametrize("spec", [MNIST, DARK, PLAIN, COLOUR], ids=["MNIST", "dark", "plain", "colour"])
-@pytest.mark.parametrize("colours", [(), (3,)], ids=["grey", "in colour"])
-@pytest.mark.parametrize("size", [28, 32, 64, 65])
-def test_a_png_of_nothing_but_rows_is_read_as_any_other(
-    size: int, colours: tuple[int, ...], spec: ImageSpec
-) -> None:
-    """The short way to a small PNG's pixels and the long one, which a text in it forces, end alike."""
-    pixels = np.random.default_rng(size).integers(0, 256, (size, size, *colours), np.uint8)
-    pixels[0] = pixels[-1] = pixels[:, 0] = pixels[:, -1] = 255 * (spec is DARK)  # on the ground: it may pass
-    text = PngInfo()
-    text.add_text("a", "b")
-    got, expected = prepared(encode(pixels), spec), prepared(encode(pixels, pnginfo=text), spec)
-    np.testing.assert_array_equal(got, expected)
+def outcome(data: bytes, spec: ImageSpec, preprocess: Preprocess, *, at_once: bool) -> Any:
+    """Shape and pixels, or all that is said of the image."""
+    try:
+        pixels = prepare(open_image(data, MAX_PIXELS, at_once=at_once), spec, preprocess)
+        return pixels.shape, pixels.tobytes()
+    except (InvalidInput, TooLarge) as refusal:
+        return refusal.detail, refusal.received, refusal.expected
 
 
-def test_a_small_png_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What most clients send, a small grey PNG of nothing but rows, is not opened as a file."""
-
-    def opened(*_: object, **__: object) -> None:
-        raise AssertionError("it was")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", opened)
-        np.testing.assert_array_equal(prepared(encode(glyph())), glyph())
-        with pytest.raises(InvalidInput):
-            prepared(encode(glyph(280)))
+def same_at_once(data: bytes, *specs: ImageSpec) -> None:
+    for spec in specs:
+        for preprocess in get_args(Preprocess):
+            found, expected = (outcome(data, spec, preprocess, at_once=at_once) for at_once in (True, False))
+            assert found == expected
 
 
-@pytest.mark.parametrize(
-    "pixels",
-    [glyph(), np.stack([glyph()] * 3, axis=-1)],
-    ids=["grey", "in colour"],
-)
-def test_the_short_way_refuses_what_the_long_one_refuses(pixels: NDArray[np.uint8]) -> None:
-    """Whatever byte of a small PNG is changed, and wherever it ends, Pillow alone decides, as of a file."""
-    rng = np.random.default_rng(0)
+def png_of(pixels: NDArray[np.uint8], header: bytes = b"", rows: bytes | None = None) -> bytes:
+    """A PNG of nothing but rows and right checksums, whose header or compressed rows may be others."""
     data = encode(pixels)
-    spoiled = [data[:end] for end in range(len(data))] + [data + b"\0"]
-    spoiled += [
-        data[:position] + bytes([value]) + data[position + 1 :]
-        for position in range(len(data))
-        for value in (0, 1, 255, data[position] ^ 1 << int(rng.integers(8)))
-    ]
-    for form in itertools.product((1, 2, 4, 8, 16), (0, 2, 3, 4, 6), (0, 1), (0, 1), (0, 1)):
-        header = data[12:24] + bytes(form)  # depth, colours, compression, filters, interlacing
-        spoiled.append(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
-    for one in spoiled:
-        assert _outcome(one, short=True) == _outcome(one, short=False)
+    chunks = b"IHDR" + (header or data[16:29]), b"IDAT" + (data[41:-16] if rows is None else rows), b"IEND"
+    return data[:8] + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
 
 
-def _outcome(data: bytes, *, short: bool) -> bytes | str:
-    with pytest.MonkeyPatch.context() as patch:
-        if not short:
-            patch.setattr(images, "_from_rows", lambda _: None)
-        try:
-            return prepared(data, preprocess="none").tobytes()
-        except (InvalidInput, TooLarge) as refusal:
-            return f"{refusal.detail} {refusal.received}"
+@pytest.mark.parametrize("colours", [(), (3,)], ids=["grey", "in colour"])
+@pytest.mark.parametrize("size", [(28, 28), (32, 32), (28, 64), (64, 28), (1, 1), (65, 28), (28, 65)])
+def test_a_png_of_nothing_but_rows_is_read_as_any_other(
+    size: tuple[int, int], colours: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read at once, which only a small one is, gives the pixels that reading it as a file gives."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, *colours), np.uint8)
+    for ground in (0, 255):  # on it the image may pass as it is
+        pixels[0] = pixels[-1] = pixels[:, 0] = pixels[:, -1] = ground
+        same_at_once(encode(pixels), MNIST, DARK, PLAIN, COLOUR)
+    opened: list[object] = []
+    monkeypatch.setattr(images, "_open", opened.append)
+    for at_once in (True, False):
+        with suppress(AttributeError):  # nothing was opened by that
+            open_image(encode(pixels), MAX_PIXELS, at_once=at_once)
+    assert len(opened) == 1 + (max(size) > 64)
+
+
+def test_at_once_is_refused_what_is_refused_of_a_file() -> None:
+    """Wherever a small PNG ends, and whatever it says of itself, the answer is the same either way."""
+    rng = np.random.default_rng(0)
+    for pixels in (glyph(), np.stack([glyph()] * 3, axis=-1)):
+        data = encode(pixels)
+        header, rows = data[16:29], zlib.decompress(data[41:-16])
+        spoiled = [data[:end] for end in range(len(data))] + [data + b"\0"]
+        spoiled += [
+            data[:position] + bytes([value]) + data[position + 1 :]
+            for position in range(len(data))
+            for value in (0, 1, 255, data[position] ^ 1 << int(rng.integers(8)))
+        ]
+        # Depth, colours, compression, filters, interlacing.
+        forms = itertools.product((1, 2, 4, 8, 16), (0, 2, 3, 4, 6), (0, 1), (0, 1), (0, 1))
+        spoiled += [png_of(pixels, header[:8] + bytes(form)) for form in forms]
+        sides = itertools.product((0, 1, 27, 29, 64, 65, 2**31, 2**32 - 1), repeat=2)
+        spoiled += [png_of(pixels, struct.pack(">II", *size) + header[8:]) for size in sides]
+        broken = rows[:-1], rows[:100], rows + rows, b"", rows + bytes(100_000), b"\7" + rows[1:]
+        spoiled += [png_of(pixels, rows=zlib.compress(one)) for one in broken]
+        whole = zlib.compress(rows)
+        spoiled += [
+            png_of(pixels, rows=one) for one in (whole[:-4], whole[:-1], whole + whole, whole[2:], b"")
+        ]
+        for one in spoiled:
+            same_at_once(one, MNIST)
 
 
 PSD = b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, 28, 28, 8, 1) + bytes(3 * 4 + 2 + 28 * 28)
