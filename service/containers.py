@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from service.errors import InvalidInput, TooLarge
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+
 # Chunks of a PNG (W3C, third edition) that its pixels need; an animation's first image is in them, too.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 
@@ -49,7 +51,7 @@ def only_rows(data: bytes) -> tuple[str, tuple[int, int], bytes] | None:
     end = _PNG_BEGINNING.size + length
     if (
         mode is None
-        or signature != b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR"
+        or signature != _PNG + b"\0\0\0\x0dIHDR"
         or kind != b"IDAT"
         or data[end + 4 :] != _PNG_END
         or checksum != zlib.crc32(data[12:29])
@@ -69,7 +71,7 @@ def cut_down(data: bytes) -> tuple[bytes, bytes]:
         InvalidInput: a GIF without an image.
         IndexError: the file breaks off.
     """
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(_PNG):
         return _cut_png(data)
     if data.startswith(b"\xff\xd8\xff"):
         return _cut_jpeg(data)
