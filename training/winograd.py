@@ -99,9 +99,7 @@ class WinogradGraph(EncoderGraph):
         x = self.op("MatMul", self.for_each_image(x, _spread(b, sides[0], tiles[0])), x)
         x = self.op("Reshape", x, self.axes(-1, PHASES * tiles[0] * size, sides[1], channels))
         x = self.op("MatMul", self.for_each_image(x, _spread(b, sides[1], tiles[1])[None]), x)
-        x = self.op("Reshape", x, self.axes(-1, PHASES, tiles[0], size, PHASES, tiles[1], size, channels))
-        x = self.op("Transpose", x, perm=[3, 6, 0, 2, 5, 1, 4, 7])  # (S, S, B, T, T, P, P, C)
-        x = self.op("Reshape", x, self.axes(size**2, -1, PHASES**2 * channels))
+        x = self.by_point(x, tiles, size)
         # The weights on the left: what is on the right is copied on the way, and of few images is smaller.
         x = self.op("MatMul", self.weight_at_points(), self.op("Transpose", x, perm=[0, 2, 1]))
 
@@ -115,6 +113,23 @@ class WinogradGraph(EncoderGraph):
             x = self.op("Slice", x, self.axes(0, 0), self.axes(*config.grid), self.axes(2, 3))
         bias = self.by_dimension(self.weight(f"{PRIMARY}.bias"))
         return self.op("Add", x, self.op("Reshape", bias, self.axes(-1, 1, 1)))
+
+    def by_point(self, x: str, tiles: list[int], size: int) -> str:
+        """(B, P * T * S, P * T * S, C) -> (S * S, B * T * T, P * P * C).
+
+        Gathered, since ONNX Runtime transposes on one thread alone.
+        """
+        channels = self.config.conv_channels
+        rows, columns = (PHASES * count * size for count in tiles)
+        places = np.arange(rows * columns).reshape(PHASES, tiles[0], size, PHASES, tiles[1], size)
+        places = places.transpose(2, 5, 1, 4, 0, 3).reshape(size**2, 1, -1)  # (S, S, T, T, P, P) of an image
+        count = self.op("Squeeze", self.op("Shape", x, start=0, end=1), self.axes(0))
+        images = self.op("Range", self.constant(np.int64(0)), count, self.constant(np.int64(1)))
+        images = self.op("Reshape", images, self.axes(1, -1, 1))
+        first = self.op("Mul", images, self.constant(np.int64(rows * columns)))
+        x = self.op("Reshape", x, self.axes(-1, channels))
+        x = self.op("Gather", x, self.op("Add", self.constant(places), first), axis=0)
+        return self.op("Reshape", x, self.axes(size**2, -1, PHASES**2 * channels))
 
     def for_each_image(self, values: str, matrix: NDArray[np.float32]) -> str:
         """A matrix as often as there are images: of none, ONNX Runtime takes no product with a single one."""
