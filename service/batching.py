@@ -1,6 +1,7 @@
 """Dynamic batching: a batch is of what waits when the device has room.
 
 The event loop admits items and receives answers; one thread per batcher forms batches and runs them.
+A batch that is not full leaves when the loop has handed over all that it had read.
 The thread takes its next batch itself once the last one has ended: at once where there are many callers,
 and when those are back who were answered where there are few. See docs/decisions/0010.
 """
@@ -99,6 +100,8 @@ class Batcher:
         self._waiting: deque[_Item] = deque()
         self._depth = 0
         self._running: list[_Slice] = []
+        self._ripe = False  # whether those who wait need not wait for who was read together with them
+        self._ripening = False  # whether they are about to be; the event loop's alone
         self._closing = False
         self._together = False  # whether the next batch waits for the callers of the one that has ended
         self._expected = 0  # of these, those who are not back
@@ -143,14 +146,19 @@ class Batcher:
             self._waiting.append(item)
             self._depth += weight
             self._metrics.depth.set(self._depth)
+            full = self._depth >= self._max_batch
             if self._expected:
                 self._expected -= 1
                 if not self._expected:
                     self._learn(paid=item.submitted <= self._deadline)
-                elif self._depth >= self._max_batch:
+                elif full:
                     self._expected = 0
-            if not self._expected:
+            if full:
+                self._ripe = True
                 self._changed.notify()
+        if not self._ripening:
+            self._ripening = True
+            self._loop.call_soon(self._ripen)
         try:
             return await item.answer
         finally:
@@ -158,6 +166,14 @@ class Batcher:
                 self._withdraw(item)
             if item.taken:
                 add_stages((Stage("queue", item.submitted, item.started), *item.stages))
+
+    def _ripen(self) -> None:
+        """Behind all requests that the event loop has read in one go."""
+        self._ripening = False
+        with self._lock:
+            self._ripe = True
+            if not self._expected:
+                self._changed.notify()
 
     def require_room(self) -> None:
         """Refuse early what `submit` would refuse, before anything is spent on it.
@@ -244,7 +260,7 @@ class Batcher:
         """
         batch: list[_Slice] = []
         with self._lock:
-            while (self._expected or not self._waiting) and not self._closing:
+            while (self._expected or not self._ripe or not self._waiting) and not self._closing:
                 self._changed.wait()
             ended = _rows(self._running)
             room = self._max_batch
@@ -265,6 +281,7 @@ class Batcher:
                     else:
                         self._waiting.appendleft(item)
             self._running = batch
+            self._ripe = bool(self._waiting)
             self._metrics.depth.set(self._depth)
         return batch
 

@@ -44,6 +44,10 @@ class Device:
         """Wait until the device begins its next batch."""
         assert await asyncio.to_thread(self._started.acquire, timeout=LIMIT)
 
+    def starts_at_once(self) -> bool:
+        """Whether it begins its next batch while the event loop stands still."""
+        return self._started.acquire(timeout=0.2)
+
     def go_on(self, batches: int = 1) -> None:
         self._go_on.release(batches)
 
@@ -159,6 +163,54 @@ async def test_what_waits_becomes_one_batch() -> None:
         answers = [(await task)[0].tolist() for task in (first, *tasks)]
     assert device.batches == [[0], [1, 2, 3]]
     assert answers == [[[0]], [[2]], [[4], [6]]]
+
+
+async def test_who_was_read_together_runs_together() -> None:
+    """However long the event loop takes for each of them, what it has read goes into one batch."""
+    device = Device()
+    async with batcher(device, queue_length=16) as made:
+
+        async def caller(number: int) -> None:
+            assert not device.starts_at_once()
+            await made.submit(rows(number))
+
+        first = await busy(made, device)
+        device.go_on(100)
+        await first
+        await asyncio.gather(*map(caller, range(1, 4)))
+    assert device.batches == [[0], [1, 2, 3]]
+
+
+async def test_a_run_that_ends_in_between_takes_none_of_them_away() -> None:
+    """A device that becomes free waits for who is still to be handed over."""
+    device = Device()
+    async with batcher(device, few=1, queue_length=16) as made:
+
+        async def caller(number: int) -> None:
+            if number == 2:
+                device.go_on()
+            assert not device.starts_at_once()
+            await made.submit(rows(number))
+
+        await busy(made, device)
+        callers = asyncio.gather(*map(caller, range(1, 4)))
+        await device.started()
+        device.go_on(100)
+        await callers
+    assert device.batches == [[0], [1, 2], [3]]
+
+
+async def test_who_fills_a_batch_waits_for_nobody() -> None:
+    """A full batch leaves while the event loop is still at its next callers."""
+    device = Device()
+    async with batcher(device, max_batch=2, queue_length=16) as made:
+        submitting = [made.submit(rows(1)), made.submit(rows(2))]
+        submitting[0].send(None)
+        assert not device.starts_at_once()
+        submitting[1].send(None)
+        assert device.starts_at_once()
+        for coroutine in submitting:
+            coroutine.close()
 
 
 async def test_half_of_the_callers_run_while_the_others_are_with_the_loop(clock: Clock) -> None:
