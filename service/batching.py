@@ -1,7 +1,7 @@
 """Dynamic batching: a batch is of what waits when the device has room.
 
 The event loop admits items and receives answers; one thread per batcher forms batches and runs them.
-A batch that is not full leaves when the loop has handed over all that it had read.
+Who was read together may leave together: not before the event loop has handed over all of them.
 The thread takes its next batch itself once the last one has ended: at once where there are many callers,
 and when those are back who were answered where there are few. See docs/decisions/0010.
 """
@@ -100,14 +100,14 @@ class Batcher:
         self._waiting: deque[_Item] = deque()
         self._depth = 0
         self._running: list[_Slice] = []
-        self._ripe = False  # whether those who wait need not wait for who was read together with them
-        self._ripening = False  # whether they are about to be; the event loop's alone
+        self._ripe = False  # whether the loop has handed over all who were read with the first who waits
         self._closing = False
         self._together = False  # whether the next batch waits for the callers of the one that has ended
         self._expected = 0  # of these, those who are not back
         self._deadline = 0.0  # when waiting for them has cost more than it saves
         self._in_vain = 0  # waits in a row that cost more than they saved
         self._in_turns = 0  # batches that will not wait
+        self._ripening = False  # whether `_ripen` is to be called
         self._began: float | None = None  # when the run that is under way did; set by the thread alone
         self._failures = 0  # runs that failed since one succeeded; set by the thread alone
         self._seconds_per_row = 0.0  # moving average, for Retry-After
@@ -143,6 +143,8 @@ class Batcher:
             if self._closing:
                 raise ShuttingDown(f"{self.name} takes no more work")
             self._require_room(weight)
+            if not self._waiting:
+                self._ripe = False
             self._waiting.append(item)
             self._depth += weight
             self._metrics.depth.set(self._depth)
@@ -168,7 +170,7 @@ class Batcher:
                 add_stages((Stage("queue", item.submitted, item.started), *item.stages))
 
     def _ripen(self) -> None:
-        """Behind all requests that the event loop has read in one go."""
+        """Let a batch leave, behind all that the event loop does in the turn of the first `submit`."""
         self._ripening = False
         with self._lock:
             self._ripe = True

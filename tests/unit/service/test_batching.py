@@ -181,8 +181,9 @@ async def test_who_was_read_together_runs_together() -> None:
     assert device.batches == [[0], [1, 2, 3]]
 
 
-async def test_a_run_that_ends_in_between_takes_none_of_them_away() -> None:
-    """A device that becomes free waits for who is still to be handed over."""
+@pytest.mark.parametrize("left", [False, True])
+async def test_a_run_that_ends_in_between_takes_none_of_them_away(left: bool) -> None:
+    """A device that becomes free waits for who is still to be handed over, also if somebody came and left."""
     device = Device()
     async with batcher(device, few=1, queue_length=16) as made:
 
@@ -193,6 +194,11 @@ async def test_a_run_that_ends_in_between_takes_none_of_them_away() -> None:
             await made.submit(rows(number))
 
         await busy(made, device)
+        if left:
+            (gone,) = await submitted(made, rows(9))
+            await asyncio.sleep(0)
+            gone.cancel()
+            await asyncio.wait([gone])
         callers = asyncio.gather(*map(caller, range(1, 4)))
         await device.started()
         device.go_on(100)
@@ -200,8 +206,8 @@ async def test_a_run_that_ends_in_between_takes_none_of_them_away() -> None:
     assert device.batches == [[0], [1, 2], [3]]
 
 
-async def test_who_fills_a_batch_waits_for_nobody() -> None:
-    """A full batch leaves while the event loop is still at its next callers."""
+async def test_as_many_as_fill_a_batch_wait_for_nobody() -> None:
+    """Once so many wait, a batch leaves while the event loop is still at the next callers."""
     device = Device()
     async with batcher(device, max_batch=2, queue_length=16) as made:
         submitting = [made.submit(rows(1)), made.submit(rows(2))]
