@@ -107,7 +107,6 @@ class Batcher:
         self._deadline = 0.0  # when waiting for them has cost more than it saves
         self._in_vain = 0  # waits in a row that cost more than they saved
         self._in_turns = 0  # batches that will not wait
-        self._ripening = False  # whether `_ripen` is to be called
         self._began: float | None = None  # when the run that is under way did; set by the thread alone
         self._failures = 0  # runs that failed since one succeeded; set by the thread alone
         self._seconds_per_row = 0.0  # moving average, for Retry-After
@@ -145,6 +144,7 @@ class Batcher:
             self._require_room(weight)
             if not self._waiting:
                 self._ripe = False
+                self._loop.call_soon(self._ripen)
             self._waiting.append(item)
             self._depth += weight
             self._metrics.depth.set(self._depth)
@@ -155,12 +155,9 @@ class Batcher:
                     self._learn(paid=item.submitted <= self._deadline)
                 elif full:
                     self._expected = 0
-            if full:
-                self._ripe = True
+            self._ripe = self._ripe or full
+            if self._ripe and not self._expected:
                 self._changed.notify()
-        if not self._ripening:
-            self._ripening = True
-            self._loop.call_soon(self._ripen)
         try:
             return await item.answer
         finally:
@@ -170,8 +167,7 @@ class Batcher:
                 add_stages((Stage("queue", item.submitted, item.started), *item.stages))
 
     def _ripen(self) -> None:
-        """Let a batch leave, behind all that the event loop does in the turn of the first `submit`."""
-        self._ripening = False
+        """Let a batch leave; behind all that the event loop does in the turn in which the first came."""
         with self._lock:
             self._ripe = True
             if not self._expected:
