@@ -21,7 +21,7 @@ class Capsules(litserve.LitAPI):  # type: ignore[misc] # LitServe is not in this
         return inputs
 
     def predict(self, x: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return self.classify.lengths(x)
+        return self.classify.results(x)
 
     def unbatch(self, output: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         return list(output)

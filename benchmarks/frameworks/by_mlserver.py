@@ -14,12 +14,12 @@ class Capsules(MLModel):  # type: ignore[misc] # MLServer is not in this environ
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        lengths = self.classify.lengths([decode(png) for png in payload.inputs[0].data])
+        results = self.classify.results([decode(png) for png in payload.inputs[0].data])
         output = ResponseOutput(
-            name="lengths",
-            shape=list(lengths.shape),
+            name="results",
+            shape=list(results.shape),
             datatype="FP32",
-            data=TensorData(root=lengths.ravel().tolist()),
+            data=TensorData(root=results.ravel().tolist()),
         )
         return InferenceResponse(model_name=self.name, outputs=[output])
 

@@ -12,7 +12,7 @@ from benchmarks.frameworks.classifier import BATCH, PORT, WAIT_MS, WORKERS, Clas
 def infer_of(classify: Classifier) -> object:
     @batch  # type: ignore[untyped-decorator] # PyTriton is not in this environment
     def infer(image: NDArray[np.bytes_]) -> dict[str, NDArray[np.float32]]:
-        return {"lengths": classify.lengths([decode(png) for png in image[:, 0]])}
+        return {"results": classify.results([decode(png) for png in image[:, 0]])}
 
     return infer
 
@@ -26,7 +26,7 @@ if __name__ == "__main__":
             model_name="capsules",
             infer_func=[infer_of(Classifier()) for _ in range(WORKERS)],
             inputs=[Tensor(name="image", dtype=bytes, shape=(1,))],
-            outputs=[Tensor(name="lengths", dtype=np.float32, shape=(-1,))],
+            outputs=[Tensor(name="results", dtype=np.float32, shape=(-1,))],
             config=ModelConfig(
                 max_batch_size=BATCH, batcher=DynamicBatcher(max_queue_delay_microseconds=1000 * WAIT_MS)
             ),

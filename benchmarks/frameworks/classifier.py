@@ -1,4 +1,4 @@
-"""What each framework serves: base64 PNG -> lengths of the class capsules, by the encoder that ours runs.
+"""What each framework serves: base64 PNG -> what our service answers, by the graphs that ours runs.
 
 Runs in the framework's environment, which has NumPy, ONNX Runtime and Pillow and nothing else of ours.
 """
@@ -16,7 +16,7 @@ from PIL import Image
 
 PORT = int(os.environ.get("BENCH_PORT", "0"))
 WORKERS = int(os.environ.get("BENCH_WORKERS", "1"))
-"""Processes, or copies, that each run the graph."""
+"""Processes, or copies, that each run the graphs."""
 BATCH = max(1, 32 // WORKERS)
 """Images at most in one run: with more, one worker of several would take all that 32 callers send."""
 WAIT_MS = int(os.environ.get("BENCH_WAIT_MS", "0"))
@@ -28,26 +28,37 @@ def decode(png: str | bytes) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L"))
 
 
+def opened(variable: str) -> ort.InferenceSession:
+    """The graph in the file that the variable names, on BENCH_THREADS threads, as our service opens it."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = int(os.environ["BENCH_THREADS"])
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(os.environ[variable], options, providers=["CPUExecutionProvider"])
+
+
 class Classifier:
-    """The encoder in the file BENCH_ENCODER, on BENCH_THREADS threads, as our service opens it."""
+    """The graphs in the files BENCH_ENCODER and BENCH_DECODER."""
 
     def __init__(self) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = int(os.environ["BENCH_THREADS"])
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers = ["CPUExecutionProvider"]
-        self.session = ort.InferenceSession(os.environ["BENCH_ENCODER"], options, providers=providers)
+        self.encoder = opened("BENCH_ENCODER")
+        self.decoder = opened("BENCH_DECODER")
 
-    def lengths(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Images (H, W) -> (B, K)."""
-        found: NDArray[np.float32] = self.session.run(["capsule_lengths"], {"images": np.stack(images)})[0]
+    def results(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Images (H, W) -> (B, K + 1): the capsules' lengths, and the error of what the longest draws."""
+        pixels = np.stack(images)
+        capsules, lengths = self.encoder.run(["digit_capsules", "capsule_lengths"], {"images": pixels})
+        inputs = {"digit_capsules": capsules, "target": lengths.argmax(axis=1)}
+        (drawn,) = self.decoder.run(["reconstructions"], inputs)
+        missed = (drawn - pixels / np.float32(255)).reshape(len(pixels), -1)
+        found: NDArray[np.float32] = np.column_stack([lengths, np.einsum("bp,bp->b", missed, missed)])
         return found
 
     def __call__(self, pngs: Sequence[str | bytes]) -> list[dict[str, Any]]:
         """The answer for each image."""
-        return [answer(row) for row in self.lengths([decode(png) for png in pngs])]
+        return [answer(row) for row in self.results([decode(png) for png in pngs])]
 
 
-def answer(lengths: NDArray[np.float32]) -> dict[str, Any]:
-    """(K,) -> what a caller gets: the number of the class and the length of each class's capsule."""
-    return {"class": int(lengths.argmax()), "lengths": lengths.tolist()}
+def answer(result: NDArray[np.float32]) -> dict[str, Any]:
+    """(K + 1,) -> what a caller gets: the class, each capsule's length, the error."""
+    lengths, error = result[:-1], result[-1]
+    return {"class": int(lengths.argmax()), "lengths": lengths.tolist(), "reconstruction_error": float(error)}

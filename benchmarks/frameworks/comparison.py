@@ -1,4 +1,4 @@
-"""Our service beside other frameworks that serve the same encoder, loaded in turns on the same cores."""
+"""Our service beside other frameworks that give the same answers, loaded in turns on the same cores."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.frameworks.contenders import FRAMEWORKS, Body, Framework, Setting, several
+from benchmarks.frameworks.contenders import FRAMEWORKS, Body, Framework, Setting, Work, several
 from benchmarks.frameworks.processes import digit, installed, running
 from benchmarks.offline import open_session
 from benchmarks.served import DIGIT, h2load, require_h2load
@@ -25,6 +25,7 @@ from tests.support.process import served
 CONCURRENCIES = (1, 8, 32, 64)
 BATCH = 32
 OURS = "this service"
+WORKERS = "this service, {} workers"
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,11 @@ class _Contender:
 
     framework: Framework
     python: Path
-    encoder: Path
-    expected: NDArray[np.float32]
+    work: Work
 
     def running(self, setting: Setting) -> AbstractContextManager[int]:
         """The port of a server."""
-        return running(self.framework, self.python, self.encoder, setting, self.expected)
+        return running(self.framework, self.python, self.work, setting)
 
     def choose(self, threads: int, loads: _Loads) -> tuple[dict[int, Setting], dict[str, dict[str, float]]]:
         """For each load the setting with the most answers, and what each gave in one try."""
@@ -99,6 +99,8 @@ def run(
 ) -> dict[str, Any]:
     """Answers a second and times of each framework and of ours, medians of `rounds`, fp32.
 
+    Ours is there twice: with one worker on all threads, as it is by itself, and with one for each thread.
+
     Args:
         model: a folder `<models>/<name>/<version>`.
         seconds: of each load.
@@ -109,23 +111,25 @@ def run(
         FrameworkError: what a framework did not do, with the end of its log.
     """
     require_h2load()
-    encoder = (model / read_manifest(model).encoders("cpu")["fp32"].file).resolve()
-    session = open_session(encoder, threads)
-    image = np.asarray(Image.open(DIGIT).convert("L"))[None]
-    expected = session.run(["capsule_lengths"], {"images": image})[0][0]
-    batch = np.repeat(image, BATCH, axis=0)
+    work = _work(model)
+    session = open_session(work.encoder, threads)
+    batch = np.repeat(_image(), BATCH, axis=0)
+    ours = {OURS: 1, **({WORKERS.format(threads): threads} if threads > 1 else {})}
     raw: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         loads = _Loads(Path(folder), seconds)
-        contenders = [_Contender(each, installed(each), encoder, expected) for each in frameworks]
+        contenders = [_Contender(each, installed(each), work) for each in frameworks]
         chosen = {each.framework.name: each.choose(threads, loads) for each in contenders}
-        rows: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, *chosen)}
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in (*ours, *chosen)}
         for _ in range(rounds):
             once = take_turns({"raw": lambda: session.run(None, {"images": batch})}, seconds)["raw"]
             raw.append(BATCH / once)
-            ours = {"default_model": model.parent.name, "precision": "fp32", "threads": str(threads)}
-            with served(model.parents[1], **ours) as service:
-                rows[OURS].append(loads.each(service.port, "/predict", several, CONCURRENCIES))
+            for name, workers in ours.items():
+                shape = {"workers": str(workers), "threads": str(threads // workers)}
+                with served(
+                    model.parents[1], default_model=model.parent.name, precision="fp32", **shape
+                ) as service:
+                    rows[name].append(loads.each(service.port, "/predict", several, CONCURRENCIES))
             for each in contenders:
                 rows[each.framework.name].append(each.turn(chosen[each.framework.name][0], loads))
             for name, found in rows.items():
@@ -148,6 +152,23 @@ def run(
             for name, found in rows.items()
         },
     }
+
+
+def _image() -> NDArray[np.uint8]:
+    """The digit, (1, H, W)."""
+    return np.asarray(Image.open(DIGIT).convert("L"))[None]
+
+
+def _work(model: Path) -> Work:
+    manifest = read_manifest(model)
+    encoder = (model / manifest.encoders("cpu")["fp32"].file).resolve()
+    decoder = (model / manifest.decoder.file).resolve()
+    image = _image()
+    capsules, lengths = open_session(encoder, 1).run(["digit_capsules", "capsule_lengths"], {"images": image})
+    inputs = {"digit_capsules": capsules, "target": lengths.argmax(axis=1)}
+    drawn = open_session(decoder, 1).run(["reconstructions"], inputs)[0]
+    error = ((drawn - image / np.float32(255)) ** 2).sum()
+    return Work(encoder, decoder, np.array([*lengths[0], error], np.float32))
 
 
 def settings(threads: int, waits: bool) -> list[Setting]:
@@ -182,17 +203,18 @@ def markdown(part: dict[str, Any]) -> str:
         [
             f"## Beside other frameworks ({part['threads']} threads, {part['machine']})",
             "",
-            "A PNG in JSON, the same fp32 encoder, loaded by h2load on the same cores; medians of "
-            f"{part['rounds']} rounds in which each has its turn of {part['seconds']:g} s for each load. The "
-            "others answer with the class and the lengths of its capsules; ours also draws the "
-            "reconstruction for its error, and says whether an image is usual. "
+            "A PNG in JSON, the same fp32 graphs, loaded by h2load on the same cores; medians of "
+            f"{part['rounds']} rounds in which each has its turn of {part['seconds']:g} s for each load. All "
+            "answer with the class, the lengths of the capsules and the error of what the longest draws; "
+            "ours also says whether an image is usual. "
             f"Raw `session.run` at batch {BATCH}: {part['raw_rate']:.0f} images/s.",
             "",
             table(head, lines),
             "",
-            "Ours has its defaults for every load. The others have for each the setting that gave the most "
-            "answers in one try: workers x threads of each, and how long a batch, of 32 divided among the "
-            "workers, may wait for more.",
+            "Ours has its defaults for every load, and in the other row only "
+            f"`CAPSNET_WORKERS={part['threads']}` besides. The others have for each the setting that gave "
+            "the most answers in one try: workers x threads of each, and how long a batch, of 32 divided "
+            "among the workers, may wait for more.",
             "",
             table(settings_head, best),
         ]

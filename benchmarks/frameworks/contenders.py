@@ -3,9 +3,23 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 Body = Callable[[str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What each has to do."""
+
+    encoder: Path
+    decoder: Path
+    expected: NDArray[np.float32]
+    """Of the digit, as `Classifier.results` has it: (K + 1,)."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +34,8 @@ class Framework:
     path: str
     body: Body
     """What is sent, of the image in base64."""
-    lengths: Callable[[Any], list[float]]
-    """The lengths of the capsules in its answer."""
+    results: Callable[[Any], list[float]]
+    """The lengths of the capsules in its answer, and the reconstruction's error."""
     folder: str
     """Of its environment, in `processes.ENVIRONMENTS`."""
     waits: bool = True
@@ -61,7 +75,7 @@ def _script(name: str) -> tuple[str, ...]:
 
 
 def _plain(answer: Any) -> list[float]:
-    return list(answer["lengths"])
+    return [*answer["lengths"], answer["reconstruction_error"]]
 
 
 FRAMEWORKS = (
@@ -99,7 +113,7 @@ FRAMEWORKS = (
         ),
         "/predict",
         several,
-        lambda answer: list(answer[0]["lengths"]),
+        lambda answer: _plain(answer[0]),
         "bentoml",
         waits=False,
     ),

@@ -19,9 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from benchmarks.frameworks.contenders import Framework, Setting
+from benchmarks.frameworks.contenders import Framework, Setting, Work
 from benchmarks.served import DIGIT
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +32,7 @@ STARTS = 3
 
 
 class FrameworkError(Exception):
-    """A framework that did not install, start, or answer as the graph does; the message says which."""
+    """A framework that did not install, start, or answer as the graphs do; the message says which."""
 
 
 class EndedError(FrameworkError):
@@ -63,10 +62,8 @@ def installed(framework: Framework) -> Path:
 
 
 @contextmanager
-def running(
-    framework: Framework, python: Path, encoder: Path, setting: Setting, expected: NDArray[np.float32]
-) -> Iterator[int]:
-    """The port of a started server that has answered as the graph does; ended with all its processes.
+def running(framework: Framework, python: Path, work: Work, setting: Setting) -> Iterator[int]:
+    """The port of a started server that has answered as the graphs do; ended with all its processes.
 
     Raises:
         FrameworkError: if it does not, with the end of its log.
@@ -74,7 +71,7 @@ def running(
     for more in reversed(range(STARTS)):
         with ExitStack() as started:
             try:
-                port = started.enter_context(_started(framework, python, encoder, setting, expected))
+                port = started.enter_context(_started(framework, python, work, setting))
             except EndedError as error:
                 if not more:
                     raise
@@ -85,15 +82,14 @@ def running(
 
 
 @contextmanager
-def _started(
-    framework: Framework, python: Path, encoder: Path, setting: Setting, expected: NDArray[np.float32]
-) -> Iterator[int]:
+def _started(framework: Framework, python: Path, work: Work, setting: Setting) -> Iterator[int]:
     """`running`, started once."""
     port = _free_port()
     words = [word.format(port=port, workers=setting.workers) for word in framework.command]
     environment = {
         **os.environ,
-        "BENCH_ENCODER": str(encoder),
+        "BENCH_ENCODER": str(work.encoder),
+        "BENCH_DECODER": str(work.decoder),
         "BENCH_PORT": str(port),
         "BENCH_THREADS": str(setting.threads),
         "BENCH_WORKERS": str(setting.workers),
@@ -111,8 +107,8 @@ def _started(
         try:
             try:
                 found = _first_answer(framework, port, process)
-                if np.shape(found) != expected.shape or not np.allclose(found, expected, atol=1e-4):
-                    raise FrameworkError(f"it answers {found} instead of {expected}")
+                if np.shape(found) != work.expected.shape or not np.allclose(found, work.expected, atol=1e-4):
+                    raise FrameworkError(f"it answers {found} instead of {work.expected}")
             except FrameworkError as error:
                 log.seek(0)
                 said = f"{framework.name} ({setting}): {error}\n{log.read()[-3000:]}"
@@ -123,11 +119,11 @@ def _started(
 
 
 def _first_answer(framework: Framework, port: int, process: subprocess.Popen[bytes]) -> list[float]:
-    """The lengths in the first answer of 200.
+    """The results in the first answer of 200.
 
     Raises:
         EndedError: the process ends.
-        FrameworkError: none comes in time, or it has no lengths.
+        FrameworkError: none comes in time, or it has no results.
     """
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}{framework.path}",
@@ -146,9 +142,9 @@ def _first_answer(framework: Framework, port: int, process: subprocess.Popen[byt
             last = f"the last try ended with {error!r}"
         else:
             try:
-                return framework.lengths(json.loads(body))
+                return framework.results(json.loads(body))
             except (ValueError, LookupError, TypeError) as error:
-                raise FrameworkError(f"it answers {body[:300]!r}, where there are no lengths") from error
+                raise FrameworkError(f"it answers {body[:300]!r}, where there are no results") from error
         time.sleep(0.2)
     if process.poll() is not None:
         raise EndedError(f"it ended with {process.returncode}")

@@ -16,31 +16,35 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.frameworks import comparison, processes
-from benchmarks.frameworks.contenders import FRAMEWORKS, Framework, Setting
+from benchmarks.frameworks.contenders import FRAMEWORKS, Framework, Setting, Work
 from benchmarks.served import h2load
 from tests.support.mnist import ROOT
 
 MODEL = command.newest(ROOT / "models" / "mnist")
 TUTORIAL = FRAMEWORKS[0]
 """It needs nothing that this environment lacks."""
+NOTHING = Work(MODEL, MODEL, np.zeros(1, "f4"))
 
 
 @pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
 def test_the_tutorial_beside_ours(tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are loaded in each round, and the table has the answers of each as a share of ours."""
+    """All are loaded in each round, ours in one process and several; the table has shares of the one."""
     monkeypatch.setattr(comparison, "CONCURRENCIES", (1, 32, 64))
     monkeypatch.setattr(comparison, "installed", lambda _: Path(sys.executable))
     monkeypatch.setattr(comparison, "h2load", partial(h2load, warm_up=0))
     tiny = tiny_models / "tiny" / "2"
-    measured = comparison.run(tiny, 1, threads=1, rounds=1, frameworks=(TUTORIAL,))
-    assert set(measured["rows"]) == {comparison.OURS, TUTORIAL.name}
+    measured = comparison.run(tiny, 1, threads=2, rounds=1, frameworks=(TUTORIAL,))
+    assert set(measured["rows"]) == {comparison.OURS, "this service, 2 workers", TUTORIAL.name}
     assert all(row["rate_32"] > 0 and row["p99_64"] > 0 for row in measured["rows"].values())
-    assert measured["chosen"][TUTORIAL.name]["settings"] == dict.fromkeys(("1", "32", "64"), "1 x 1 threads")
+    chosen = measured["chosen"][TUTORIAL.name]["settings"]
+    assert set(chosen) == {"1", "32", "64"}
+    assert set(chosen.values()) <= {"1 x 2 threads", "2 x 1 threads"}
     report.write({"frameworks": {"machine": "a test", **measured}}, tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| **this service** |" in text
+    assert "| **this service, 2 workers** |" in text
     assert f"| {TUTORIAL.name} {version('fastapi')} |" in text
-    assert f"| {TUTORIAL.name} | 1 x 1 threads | 1 x 1 threads | 1 x 1 threads |" in text
+    assert f"| {TUTORIAL.name} | {' | '.join(chosen.values())} |" in text
 
 
 def test_each_load_has_the_setting_that_was_best_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +57,7 @@ def test_each_load_has_the_setting_that_was_best_for_it(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(comparison._Contender, "loaded", loaded)
     waits = replace(TUTORIAL, waits=True)
-    contender = comparison._Contender(waits, Path(), Path(), np.zeros(10, "f4"))
+    contender = comparison._Contender(waits, Path(), NOTHING)
     loads = comparison._Loads(Path(), 1)
     best, tried = contender.choose(1, loads)
     assert best == {1: impatient, 8: impatient, 32: patient, 64: patient}
@@ -74,19 +78,25 @@ def test_settings_are_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
-    [("/predict", r"it answers \[.*\] instead of \[9"), ("/absent", r"no answer of 200.*404, b'.*Not Found")],
+    ("path", "wrong", "said"),
+    [
+        ("/predict", 0, r"it answers \[.*\] instead of \["),
+        ("/predict", -1, r"it answers \[.*\] instead of \["),
+        ("/absent", 0, r"no answer of 200.*404, b'.*Not Found"),
+    ],
+    ids=["length", "error", "absent"],
 )
 def test_what_answers_otherwise_is_not_measured(
-    path: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: str, wrong: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A framework whose lengths are not the graph's, or that gives none, is at once an error with its log."""
+    """A framework whose results are not the graphs', or that gives none, is at once an error with its log."""
     monkeypatch.setattr(processes, "START_LIMIT", 5)
-    encoder, nine = MODEL / "encoder.onnx", np.full(10, 9.0, "f4")
+    work = comparison._work(MODEL)
+    work.expected[wrong] += 0.001
     framework = replace(TUTORIAL, path=path)
     with (
         pytest.raises(processes.FrameworkError, match=rf"(?s){said}.*Uvicorn running"),
-        processes.running(framework, Path(sys.executable), encoder, Setting(1, 1, 1), nine),
+        processes.running(framework, Path(sys.executable), work, Setting(1, 1, 1)),
     ):
         pass
     assert not capsys.readouterr().out
@@ -97,7 +107,7 @@ def test_what_never_starts_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     framework = replace(TUTORIAL, command=("-c", "raise SystemExit('no room')"))
     with (
         pytest.raises(processes.FrameworkError, match=r"(?s)it ended with 1.*no room"),
-        processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(10, "f4")),
+        processes.running(framework, Path(sys.executable), NOTHING, Setting(1, 1, 1)),
     ):
         pass
     printed = capsys.readouterr().out
@@ -106,13 +116,13 @@ def test_what_never_starts_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_starts_the_second_time_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One failed start does not lose what was measured of the others."""
-    framework = answering('{"lengths": [0]}', tmp_path, monkeypatch)
+    framework = answering('{"lengths": [], "reconstruction_error": 0}', tmp_path, monkeypatch)
     first = tmp_path / "first"
     first.touch()
     failing = f"from pathlib import Path\nfirst = Path({str(first)!r})\n"
     failing += "if first.exists():\n    first.unlink()\n    raise SystemExit('not yet')\n"
     (tmp_path / "server.py").write_text(failing + SERVER)
-    with processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(1, "f4")):
+    with processes.running(framework, Path(sys.executable), NOTHING, Setting(1, 1, 1)):
         assert not first.exists()
 
 
@@ -143,14 +153,14 @@ def answering(body: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Framew
 
 
 @pytest.mark.parametrize("body", ["not JSON", '{"other": 1}', "[]"])
-def test_an_answer_without_lengths_is_said(
+def test_an_answer_without_results_is_said(
     body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What answers something else altogether is an error that shows the answer."""
     framework = answering(body, tmp_path, monkeypatch)
     with (
         pytest.raises(processes.FrameworkError, match=re.escape(repr(body.encode()))),
-        processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(10, "f4")),
+        processes.running(framework, Path(sys.executable), NOTHING, Setting(1, 1, 1)),
     ):
         pass
 
@@ -172,7 +182,7 @@ def test_no_process_outlives_a_failed_start(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "server.py").write_text(SERVER.partition("class Handler")[0] + "raise SystemExit('no')")
     with (
         pytest.raises(processes.FrameworkError, match="it ended with 1"),
-        processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(1, "f4")),
+        processes.running(framework, Path(sys.executable), NOTHING, Setting(1, 1, 1)),
     ):
         pass
     require_end(tmp_path)
@@ -180,8 +190,8 @@ def test_no_process_outlives_a_failed_start(tmp_path: Path, monkeypatch: pytest.
 
 def test_no_process_outlives_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that left the server's session end with it too, so that they load nobody else's turn."""
-    framework = answering('{"lengths": [0]}', tmp_path, monkeypatch)
-    with processes.running(framework, Path(sys.executable), MODEL, Setting(1, 1, 1), np.zeros(1, "f4")):
+    framework = answering('{"lengths": [], "reconstruction_error": 0}', tmp_path, monkeypatch)
+    with processes.running(framework, Path(sys.executable), NOTHING, Setting(1, 1, 1)):
         child = Path(f"/proc/{(tmp_path / 'child').read_text()}/cmdline")
         assert b"sleep" in child.read_bytes()
     require_end(tmp_path)
