@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
+from benchmarks.frameworks.classifier import decode
 from benchmarks.frameworks.contenders import FRAMEWORKS, Body, Framework, Setting, Work, several
 from benchmarks.frameworks.processes import digit, installed, running
 from benchmarks.offline import open_session
-from benchmarks.served import DIGIT, h2load, require_h2load
+from benchmarks.served import h2load, require_h2load
 from benchmarks.tables import table
 from benchmarks.timing import take_turns
-from service.manifest import read_manifest
 from tests.support.process import served
+from training.predictor import OnnxPredictor
 
 CONCURRENCIES = (1, 8, 32, 64)
 BATCH = 32
 OURS = "this service"
-WORKERS = "this service, {} workers"
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def run(
 ) -> dict[str, Any]:
     """Answers a second and times of each framework and of ours, medians of `rounds`, fp32.
 
-    Ours is there twice: with one worker on all threads, as it is by itself, and with one for each thread.
+    Ours is there with one worker on all threads, as it is by itself, and with one for each of several.
 
     Args:
         model: a folder `<models>/<name>/<version>`.
@@ -113,8 +111,10 @@ def run(
     require_h2load()
     work = _work(model)
     session = open_session(work.encoder, threads)
-    batch = np.repeat(_image(), BATCH, axis=0)
-    ours = {OURS: 1, **({WORKERS.format(threads): threads} if threads > 1 else {})}
+    batch = np.stack([decode(digit())] * BATCH)
+    ours = {OURS: 1}
+    if threads > 1:
+        ours[f"{OURS}, {threads} workers"] = threads
     raw: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         loads = _Loads(Path(folder), seconds)
@@ -154,21 +154,19 @@ def run(
     }
 
 
-def _image() -> NDArray[np.uint8]:
-    """The digit, (1, H, W)."""
-    return np.asarray(Image.open(DIGIT).convert("L"))[None]
-
-
 def _work(model: Path) -> Work:
-    manifest = read_manifest(model)
-    encoder = (model / manifest.encoders("cpu")["fp32"].file).resolve()
-    decoder = (model / manifest.decoder.file).resolve()
-    image = _image()
-    capsules, lengths = open_session(encoder, 1).run(["digit_capsules", "capsule_lengths"], {"images": image})
-    inputs = {"digit_capsules": capsules, "target": lengths.argmax(axis=1)}
-    drawn = open_session(decoder, 1).run(["reconstructions"], inputs)[0]
-    error = ((drawn - image / np.float32(255)) ** 2).sum()
-    return Work(encoder, decoder, np.array([*lengths[0], error], np.float32))
+    """The graphs that a CPU is served in fp32; what is expected comes from the plain ones."""
+    predictor = OnnxPredictor(model)
+    image = decode(digit())[None]
+    capsules, lengths = predictor.encode(image)
+    drawn = predictor.decode(capsules, lengths.argmax(axis=1))
+    error = np.square(drawn - image / np.float32(255)).sum()
+    manifest = predictor.manifest
+    return Work(
+        (model / manifest.encoders("cpu")["fp32"].file).resolve(),
+        (model / manifest.decoder.file).resolve(),
+        np.array([*lengths[0], error], np.float32),
+    )
 
 
 def settings(threads: int, waits: bool) -> list[Setting]:
@@ -211,10 +209,9 @@ def markdown(part: dict[str, Any]) -> str:
             "",
             table(head, lines),
             "",
-            "Ours has its defaults for every load, and in the other row only "
-            f"`CAPSNET_WORKERS={part['threads']}` besides. The others have for each the setting that gave "
-            "the most answers in one try: workers x threads of each, and how long a batch, of 32 divided "
-            "among the workers, may wait for more.",
+            "Ours has its defaults for every load, but for the number of workers that a row names. The "
+            "others have for each the setting that gave the most answers in one try: workers x threads of "
+            "each, and how long a batch, of 32 divided among the workers, may wait for more.",
             "",
             table(settings_head, best),
         ]
