@@ -32,6 +32,8 @@ Arrays = tuple[NDArray[Any], ...]
 
 FEW = 8
 """On a CPU a graph gains little from more rows."""
+FEW_ON_ONE = 32
+"""Where graph and event loop have one processor between them, so that neither works while the other does."""
 _QUIET = 1 / 8  # of the last run's time: if nobody comes for so long, nobody else is waited for
 _LONGEST_QUIET = 0.05  # seconds, after a run that was held up
 _PATIENCE = 1 / 2  # of the last run's time: a longer wait costs more than it saves

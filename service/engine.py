@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batching import FEW, Arrays, Batcher
+from service.batching import FEW, FEW_ON_ONE, Arrays, Batcher
 from service.binding import BoundSession, fetched
 from service.context import Measured
 from service.errors import DeviceError, NotWorking, ShuttingDown, StartError, UnableToAnswer, UnknownModel
@@ -40,6 +40,7 @@ from service.sessions import (
     buckets,
     choose_precision,
     cuda_options,
+    on_one_processor,
     open_session,
     session_threads,
     warm_up,
@@ -233,15 +234,16 @@ class Model:
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
-        # Where every batch is padded to the largest, one takes as long as the other.
-        flat = isinstance(graphs.encoder, Padded)
+        few = FEW_ON_ONE if on_one_processor(settings) else FEW
+        if isinstance(graphs.encoder, Padded):  # to the largest batch: one takes as long as the other
+            few = settings.max_batch
         self._encoder = Batcher(
             f"{name} encoder",
             graphs.predict,
             max_batch=settings.max_batch,
             queue_length=settings.queue_length,
             metrics=metrics.queue(*served, "encoder"),
-            few=settings.max_batch if flat else FEW,
+            few=few,
         )
         self._decoder = Batcher(
             f"{name} decoder",

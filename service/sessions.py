@@ -116,6 +116,11 @@ def session_threads(settings: Settings) -> int:
     return settings.threads or max(1, cpu_limit() // settings.workers)
 
 
+def on_one_processor(settings: Settings) -> bool:
+    """Whether this worker's graphs and its event loop have one CPU between them."""
+    return session_threads(settings) == 1 and settings.workers >= cpu_limit()
+
+
 def resolve_device(device: Device) -> Device:
     """What `auto` comes down to where this ONNX Runtime has no CUDA at all, said once in the log."""
     if device == "auto" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():

@@ -323,11 +323,18 @@ def test_a_device_is_warmed_up_twice(tiny_models: Path, way: str, monkeypatch: p
     assert sizes == expected
 
 
-async def test_all_run_in_one_batch_where_its_size_makes_no_difference(tiny_models: Path, way: str) -> None:
-    """Padded to the largest, a batch takes as long with one image as with all; on a CPU eight are few."""
-    chosen = settings(tiny_models, max_batch=20)
+@pytest.mark.parametrize(("workers", "few"), [(1, 8), (2, 32)])
+async def test_all_run_in_one_batch_where_halves_gain_nothing(
+    tiny_models: Path, way: str, monkeypatch: pytest.MonkeyPatch, workers: int, few: int
+) -> None:
+    """Padded to the largest, a batch takes as long with one image as with all; on a CPU eight are few.
+
+    A worker that has one of two CPUs has no other for its event loop while a half runs: there 32 are few.
+    """
+    monkeypatch.setattr("service.sessions.cpu_limit", lambda: 2)
+    chosen = settings(tiny_models, max_batch=40, workers=workers)
     model = Model(load_graphs(tiny_models / "tiny" / "1", chosen), chosen, Metrics())
-    assert model._encoder._few == (8 if way == "plain" else 20)
+    assert model._encoder._few == (few if way == "plain" else 40)
     assert model._decoder._few == 8
     await Engine([model], None).close(1)
 

@@ -16,6 +16,7 @@ from service.sessions import (
     buckets,
     choose_precision,
     cuda_options,
+    on_one_processor,
     open_session,
     resolve_device,
     session_threads,
@@ -112,6 +113,24 @@ def test_workers_share_the_cpus(
     """Of 8 CPUs each of 3 workers takes 2, and each of 16 takes one; a number that is set counts for each."""
     monkeypatch.setattr("service.sessions.cpu_limit", lambda: 8)
     assert session_threads(Settings.model_validate({"device": "cpu", **settings})) == threads
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"workers": 2}, True),
+        ({"workers": 3}, True),
+        ({"workers": 2, "threads": 2}, False),
+        ({"threads": 1}, False),
+        ({}, False),
+    ],
+)
+def test_a_worker_may_have_one_processor(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], expected: bool
+) -> None:
+    """Of 2 CPUs each of 2 workers has one for all it does; a lone one has the other for its event loop."""
+    monkeypatch.setattr("service.sessions.cpu_limit", lambda: 2)
+    assert on_one_processor(Settings.model_validate({"device": "cpu", **settings})) == expected
 
 
 @without_cuda
