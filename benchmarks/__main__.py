@@ -18,8 +18,8 @@ from service.errors import DeviceError
 from training.train import TrainingError
 
 PARTS = ("offline", "profile", "training", "served", "loop")
-ASKED_FOR = ("frameworks", "cuda", "cuda-served", "cuda-training")
-"""Parts that only run when they are named: the first installs gigabytes, the others need a GPU."""
+ASKED_FOR = ("frameworks", "frameworks-int8", "cuda", "cuda-served", "cuda-training")
+"""Parts that only run when they are named: the first two install gigabytes, the others need a GPU."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,7 +67,10 @@ def _measure(part: str, model: Path, images: served.Images, options: argparse.Na
         "training": lambda: training_step.run(options.seconds, options.threads),
         "served": lambda: served.run(model, images, options.seconds, options.threads, options.rounds),
         "loop": lambda: loop.run(model, options.seconds),
-        "frameworks": lambda: comparison.run(model, options.seconds, options.threads, options.rounds),
+        "frameworks": lambda: comparison.run(model, "fp32", options.seconds, options.threads, options.rounds),
+        "frameworks-int8": lambda: comparison.run(
+            model, "int8", options.seconds, options.threads, options.rounds
+        ),
         "cuda": lambda: cuda.run(model, options.seconds),
         "cuda-served": lambda: workers.run(model, options.seconds, options.rounds),
         "cuda-training": lambda: training_step.run(options.seconds, options.threads, device_name="cuda"),

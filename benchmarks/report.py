@@ -36,6 +36,7 @@ def markdown(measured: dict[str, Any]) -> str:
         "training": _training,
         "served": served.markdown,
         "frameworks": comparison.markdown,
+        "frameworks-int8": comparison.markdown,
         "loop": loop.markdown,
         "cuda": cuda.markdown,
         "cuda-served": workers.markdown,

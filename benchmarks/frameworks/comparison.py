@@ -13,13 +13,14 @@ import numpy as np
 
 from benchmarks.frameworks.classifier import decode
 from benchmarks.frameworks.contenders import FRAMEWORKS, Body, Framework, Setting, Work, several
-from benchmarks.frameworks.processes import digit, installed, running
+from benchmarks.frameworks.processes import FrameworkError, digit, installed, running
 from benchmarks.offline import open_session
 from benchmarks.served import h2load, require_h2load
 from benchmarks.tables import table
 from benchmarks.timing import take_turns
+from service.manifest import Precision
 from tests.support.process import served
-from training.predictor import OnnxPredictor
+from training.predictor import OnnxPredictor, open_graph, run_encoder
 
 CONCURRENCIES = (1, 8, 32, 64)
 BATCH = 32
@@ -90,26 +91,29 @@ class _Contender:
 
 def run(
     model: Path,
+    precision: Precision,
     seconds: float,
     threads: int,
     rounds: int,
     frameworks: tuple[Framework, ...] = FRAMEWORKS,
 ) -> dict[str, Any]:
-    """Answers a second and times of each framework and of ours, medians of `rounds`, fp32.
+    """Answers a second and times of each framework and of ours, medians of `rounds`.
 
     Ours is there with one worker on all threads, as it is by itself, and with one for each of several.
 
     Args:
         model: a folder `<models>/<name>/<version>`.
+        precision: in which all of them serve it.
         seconds: of each load.
         threads: of all workers together.
 
     Raises:
         Missing: h2load is not installed.
-        FrameworkError: what a framework did not do, with the end of its log.
+        FrameworkError: what a framework did not do, with the end of its log; or the model has no such
+            precision.
     """
     require_h2load()
-    work = _work(model)
+    work = _work(model, precision)
     session = open_session(work.encoder, threads)
     batch = np.stack([decode(digit())] * BATCH)
     ours = {OURS: 1}
@@ -127,7 +131,7 @@ def run(
             for name, workers in ours.items():
                 shape = {"workers": str(workers), "threads": str(threads // workers)}
                 with served(
-                    model.parents[1], default_model=model.parent.name, precision="fp32", **shape
+                    model.parents[1], default_model=model.parent.name, precision=precision, **shape
                 ) as service:
                     rows[name].append(loads.each(service.port, "/predict", several, CONCURRENCIES))
             for each in contenders:
@@ -135,6 +139,7 @@ def run(
             for name, found in rows.items():
                 print(f"  {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in found[-1].items()))
     return {
+        "precision": precision,
         "threads": threads,
         "rounds": rounds,
         "seconds": seconds,
@@ -154,19 +159,23 @@ def run(
     }
 
 
-def _work(model: Path) -> Work:
-    """The graphs that a CPU is served in fp32; what is expected comes from the plain ones."""
+def _work(model: Path, precision: Precision) -> Work:
+    """The graphs that a CPU is served; what is expected in fp32 comes from the plain ones."""
     predictor = OnnxPredictor(model)
+    manifest = predictor.manifest
+    encoders = manifest.encoders("cpu")
+    if precision not in encoders:
+        raise FrameworkError(f"{model} has its encoder in {', '.join(encoders)} and not in {precision}")
+    encoder = (model / encoders[precision].file).resolve()
     image = decode(digit())[None]
-    capsules, lengths = predictor.encode(image)
+    if precision == "fp32":
+        capsules, lengths = predictor.encode(image)
+    else:
+        capsules, lengths = run_encoder(open_graph(encoder), image)
     drawn = predictor.decode(capsules, lengths.argmax(axis=1))
     error = np.square(drawn - image / np.float32(255)).sum()
-    manifest = predictor.manifest
-    return Work(
-        (model / manifest.encoders("cpu")["fp32"].file).resolve(),
-        (model / manifest.decoder.file).resolve(),
-        np.array([*lengths[0], error], np.float32),
-    )
+    decoder = (model / manifest.decoder.file).resolve()
+    return Work(encoder, decoder, np.array([*lengths[0], error], np.float32))
 
 
 def settings(threads: int, waits: bool) -> list[Setting]:
@@ -199,12 +208,12 @@ def markdown(part: dict[str, Any]) -> str:
     best = [[name, *(choice["settings"].values())] for name, choice in chosen.items()]
     return "\n".join(
         [
-            f"## Beside other frameworks ({part['threads']} threads, {part['machine']})",
+            f"## Beside other frameworks, {part['precision']} ({part['threads']} threads, {part['machine']})",
             "",
-            "A PNG in JSON, the same fp32 graphs, loaded by h2load on the same cores; medians of "
-            f"{part['rounds']} rounds in which each has its turn of {part['seconds']:g} s for each load. All "
-            "answer with the class, the lengths of the capsules and the error of what the longest draws; "
-            "ours also says whether an image is usual. "
+            f"A PNG in JSON, the same {part['precision']} graphs, loaded by h2load on the same cores; "
+            f"medians of {part['rounds']} rounds in which each has its turn of {part['seconds']:g} s for "
+            "each load. All answer with the class, the lengths of the capsules and the error of what the "
+            "longest draws; ours also says whether an image is usual. "
             f"Raw `session.run` at batch {BATCH}: {part['raw_rate']:.0f} images/s.",
             "",
             table(head, lines),

@@ -39,7 +39,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_tutorial_beside_ours(tiny_models: Path, tmp_path: Path) -> None:
     """Both are loaded in each round, and the table has the answers of each as a share of ours."""
     tiny = tiny_models / "tiny" / "2"
-    measured = comparison.run(tiny, 1, threads=1, rounds=1, frameworks=(TUTORIAL,))
+    measured = comparison.run(tiny, "fp32", 1, threads=1, rounds=1, frameworks=(TUTORIAL,))
     assert set(measured["rows"]) == {comparison.OURS, TUTORIAL.name}
     assert all(row["rate_32"] > 0 and row["p99_64"] > 0 for row in measured["rows"].values())
     assert measured["chosen"][TUTORIAL.name]["settings"] == dict.fromkeys(("1", "32", "64"), "1 x 1 threads")
@@ -55,11 +55,26 @@ def test_the_tutorial_beside_ours(tiny_models: Path, tmp_path: Path) -> None:
 def test_ours_with_a_worker_for_each_thread(tiny_models: Path, tmp_path: Path) -> None:
     """Where there are several threads, ours has a second row with as many workers."""
     tiny = tiny_models / "tiny" / "2"
-    measured = comparison.run(tiny, 1, threads=2, rounds=1, frameworks=())
+    measured = comparison.run(tiny, "fp32", 1, threads=2, rounds=1, frameworks=())
     assert set(measured["rows"]) == {comparison.OURS, "this service, 2 workers"}
     assert all(row["rate_32"] > 0 for row in measured["rows"].values())
     report.write({"frameworks": {"machine": "a test", **measured}}, tmp_path)
     assert "| **this service, 2 workers** |" in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_what_is_served_in_int8_is_compared_in_int8() -> None:
+    """All get the 8-bit encoder, and have to answer as it does, which the fp32 one does not quite."""
+    fp32, int8 = (comparison._work(MODEL, precision) for precision in ("fp32", "int8"))
+    assert int8.encoder.name == "encoder.int8.onnx"
+    assert int8.decoder == fp32.decoder
+    assert not np.allclose(int8.expected, fp32.expected, atol=1e-4)
+    np.testing.assert_allclose(int8.expected, fp32.expected, rtol=0.05, atol=0.02)
+
+
+def test_a_precision_that_a_model_lacks_is_not_measured(tiny_models: Path) -> None:
+    """What it has is said before anything is installed."""
+    with pytest.raises(processes.FrameworkError, match=r"tiny/2 has its encoder in fp32 and not in int8"):
+        comparison._work(tiny_models / "tiny" / "2", "int8")
 
 
 def test_each_load_has_the_setting_that_was_best_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +121,7 @@ def test_what_answers_otherwise_is_not_measured(
 ) -> None:
     """A framework whose results are not the graphs', or that gives none, is at once an error with its log."""
     monkeypatch.setattr(processes, "START_LIMIT", 5)
-    work = comparison._work(MODEL)
+    work = comparison._work(MODEL, "fp32")
     work.expected[wrong] += 0.001
     said = said.format(re.escape(str(work.expected)))
     framework = replace(TUTORIAL, path=path)
