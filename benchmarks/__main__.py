@@ -15,6 +15,7 @@ from benchmarks.frameworks import comparison
 from benchmarks.frameworks.processes import FrameworkError
 from service.cpus import cpu_limit
 from service.errors import DeviceError
+from service.manifest import Precision
 from training.train import TrainingError
 
 PARTS = ("offline", "profile", "training", "served", "loop")
@@ -61,16 +62,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _measure(part: str, model: Path, images: served.Images, options: argparse.Namespace) -> dict[str, Any]:
+    def compared(precision: Precision) -> dict[str, Any]:
+        return comparison.run(model, precision, options.seconds, options.threads, options.rounds)
+
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "offline": lambda: offline.run(model, images, options.seconds, options.threads),
         "profile": lambda: offline.profile(model, images, batch=8),
         "training": lambda: training_step.run(options.seconds, options.threads),
         "served": lambda: served.run(model, images, options.seconds, options.threads, options.rounds),
         "loop": lambda: loop.run(model, options.seconds),
-        "frameworks": lambda: comparison.run(model, "fp32", options.seconds, options.threads, options.rounds),
-        "frameworks-int8": lambda: comparison.run(
-            model, "int8", options.seconds, options.threads, options.rounds
-        ),
+        "frameworks": lambda: compared("fp32"),
+        "frameworks-int8": lambda: compared("int8"),
         "cuda": lambda: cuda.run(model, options.seconds),
         "cuda-served": lambda: workers.run(model, options.seconds, options.rounds),
         "cuda-training": lambda: training_step.run(options.seconds, options.threads, device_name="cuda"),
