@@ -186,7 +186,8 @@ class Batcher:
     def _require_room(self, rows: int) -> None:
         if self._depth + rows > self._queue_length:
             raise Overloaded(
-                f"{self._depth} rows wait for {self.name}, which holds {self._queue_length}",
+                f"{self._depth} rows wait for {self.name}, whose queue holds {self._queue_length}: "
+                f"no room for {rows} more",
                 retry_after=max(1, math.ceil(self._depth * self._seconds_per_row)),
             )
 

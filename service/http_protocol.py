@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.context import REFUSED, WHOLE
 from service.errors import Overloaded
@@ -22,9 +23,22 @@ REST = 1.0  # seconds, the least that Retry-After says
 
 # As in other servers. Parsed, a head of many short lines takes twenty times its size.
 MAX_HEAD = 64 * 1024  # bytes
+MAX_LINES = 100  # of a head, or behind a body: as many as Apache takes
+
+# Requests that were sent in one go and wait for the answer to the one before. What is read at once may have
+# thousands, and each takes a kilobyte.
+MAX_WAITING = 32
 
 _log_seldom = RefusalLog().log_seldom
 _log_malformed = RefusalLog().log_seldom
+
+
+class _Unacceptable(Exception):
+    """A head that says what this server does not take."""
+
+
+class _TooManyWait(Exception):
+    """One request more than may wait."""
 
 
 class _Parser(httptools.HttpRequestParser):
@@ -93,6 +107,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._untaken = Share(answer_room)
         self._taking: TimerHandle | None = None
         self._behind = False  # an answer is complete, but not taken
+        self.running: RequestResponseCycle | None = None  # that is answered, where `cycle` is the newest
+        self._is_last = False  # the connection ends with the answers to what has been read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         super().connection_made(transport)
@@ -101,6 +117,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_last:
+            return
         self._unread += len(data)
         self._unset_keepalive_if_required()
         # Not uvicorn's own, which logs a line for each that is no request, and two for CONNECT.
@@ -108,19 +126,47 @@ class LimitedProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             pass  # the application refuses the method
-        except httptools.HttpParserError:
-            self._refuse()
+        except httptools.HttpParserError as error:
+            if isinstance(error.__context__, _TooManyWait):
+                self._end_after(self.cycle)
+            else:
+                self._refuse(error.__context__)
         if self._unread > MAX_HEAD:
             self.transport.close()  # without a word: what still arrives would destroy it
         elif self.cycle is None or self.cycle.response_complete:  # else the head came whole, as nearly all do
             self._await_head()
 
-    def _refuse(self) -> None:
+    def _refuse(self, reason: BaseException | None) -> None:
         client = self.client[0] if self.client else "somebody"
         _log_malformed(f"{client} sent what cannot be read as an HTTP request")
-        if self.cycle is None or not self.cycle.more_body:  # otherwise it is part of the request in hand
+        broken = self.cycle if self.cycle is not None and self.cycle.more_body else None
+        if broken is None:  # otherwise it is part of a request, which counts
             self._malformed()
-        self.send_400_response("Invalid HTTP request received.")
+        elif self.pipeline:
+            self.pipeline.popleft()  # that one, which nobody has begun
+        if self.pipeline:
+            self._end_after(self.pipeline[0][0])
+        elif self.running is None or self.running.response_complete:
+            self._send_refusal(reason)
+        elif broken is not self.running:
+            self._end_after(self.running)
+        elif self.running.response_started:
+            self.transport.close()  # in the midst of its answer
+        else:
+            self._send_refusal(reason)
+
+    def _send_refusal(self, reason: BaseException | None) -> None:
+        detail = f" {reason}" if isinstance(reason, _Unacceptable) else ""
+        self.send_400_response(f"Invalid HTTP request received.{detail}")
+
+    def _end_after(self, last: RequestResponseCycle) -> None:
+        """Close the connection once this request is answered, as its answer says, and heed nothing more.
+
+        What follows was not begun: its client may send it again (RFC 9112, 9.3.2). It is read all the same,
+        since at the end bytes that nobody has read would destroy the answers on their way.
+        """
+        last.keep_alive = False
+        self._is_last = True
 
     def head_without_offer(self) -> bytes:
         """The head that was read last, without the header that offers another protocol."""
@@ -135,15 +181,25 @@ class LimitedProtocol(HttpToolsProtocol):
         name, value = name.lower(), value.rstrip(b" \t")
         if name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
+        elif name == b"transfer-encoding" and value.lower() != b"chunked":
+            raise _Unacceptable("The only transfer coding that is taken is: chunked.")
+        if len(self.headers) == MAX_LINES:
+            raise _Unacceptable(f"A head may have {MAX_LINES} lines.")
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         if self._is_offer():
             return
+        if len(self.pipeline) == MAX_WAITING:
+            raise _TooManyWait
         self._unread = 0
         self._stop_waiting()
         super().on_headers_complete()
         self.headers = []  # behind the body come trailers, which are none of the request's (RFC 9110, 6.5.1)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self.running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         self._unread = 0
@@ -189,9 +245,9 @@ class LimitedProtocol(HttpToolsProtocol):
     def _go_on(self) -> None:
         """To the next request."""
         self._behind = False
-        refused = REFUSED in self.cycle.scope["state"]
+        refused = REFUSED in cast("RequestResponseCycle", self.running).scope["state"]
         super().on_response_complete()
-        if self.pipeline:  # uvicorn reads on; what has been read is enough for now
+        if self.pipeline and not self._is_last:  # uvicorn reads on; what has been read is enough for now
             self.flow.pause_reading()
         if refused and not self.transport.is_closing():
             self.transport.pause_reading()
@@ -209,6 +265,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._stop_resting()
         self._stop_taking()
         self._unset_keepalive_if_required()  # after a reset uvicorn would keep the connection for that long
+        if self.running is not None and not self.running.response_complete:
+            # Uvicorn tells the newest, which may be another one.
+            self.running.disconnected = True
+            self.running.message_event.set()
         super().connection_lost(exc)
         self._closed()
 

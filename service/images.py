@@ -47,7 +47,7 @@ _LEAST_CONTRAST = 16.0
 # far as passing errs no more than laying out. See docs/decisions/0045.
 _NEAR_GROUND = 1
 
-# Bits that cameras and instruments store in 16; which, no file says.
+# Bits that cameras and instruments store in 16; few of their files say which.
 _DEPTHS = (8, 10, 12, 14, 16)
 
 # What brings an image upright, by its Exif orientation.
@@ -60,6 +60,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# Of these, what swaps width and height.
+_ON_ITS_SIDE = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
 # Median absolute deviation to standard deviation, for normally distributed noise.
 _MAD_TO_SIGMA = 1.4826
@@ -138,10 +141,10 @@ def prepare(image: Image.Image, spec: ImageSpec, preprocess: Preprocess) -> Pixe
         InvalidInput: the pixels cannot be decoded, or `preprocess` does not fit the image or the model.
     """
     size = (spec.width, spec.height)
-    if preprocess == "none" and image.size != size:
+    if preprocess == "none" and (upright := _upright_size(image)) != size:
         raise InvalidInput(
             "preprocess=none takes images of the model's own size.",
-            received=f"{image.width}x{image.height} pixels",
+            received="{}x{} pixels".format(*upright),
             expected=f"{spec.width}x{spec.height} pixels, or preprocess=auto",
         )
     if preprocess == "centre" and spec.centring == "none":
@@ -158,6 +161,8 @@ def prepare(image: Image.Image, spec: ImageSpec, preprocess: Preprocess) -> Pixe
         return pixels
     if spec.centring == "none":
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))
+    if _is_deep(image):
+        pixels = _decode(image, spec, as_deep_as_needed=True)  # or what a camera took would count as no ink
     return _lay_out(pixels, spec)
 
 
@@ -178,19 +183,38 @@ def _describe(data: bytes) -> str:
     return f"{len(data)} bytes beginning with {data[:8].hex(' ')}" if data else "0 bytes"
 
 
-def _decode(image: Image.Image, spec: ImageSpec) -> Pixels:
-    """The image upright, without transparency, in 8 bits: (h, w) or (h, w, 3)."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings the image upright."""
+    return _UPRIGHT.get(orientation(image.info.get("exif", b"")))
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if _turn(image) in _ON_ITS_SIDE else (width, height)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether it has 16 bits of grey, which Pillow would clip to 255."""
+    return image.mode.startswith("I")
+
+
+def _decode(image: Image.Image, spec: ImageSpec, *, as_deep_as_needed: bool = False) -> Pixels:
+    """The image upright, without transparency, in 8 bits: (h, w) or (h, w, 3).
+
+    Args:
+        as_deep_as_needed: take one of 16 bits for one of so many as its brightest pixel needs.
+    """
     mode = "L" if spec.channels == 1 else "RGB"
     if type(image) is Image.Image and image.mode == mode:  # it has been decoded
         return _pixels(image)
     least = max(_WORKING_SIZE, spec.height, spec.width)
     image.draft(mode, (least, least))  # a large JPEG is decoded at a fraction of its size
     image.load()  # it may change the mode
-    turn = _UPRIGHT.get(orientation(image.info.get("exif", b"")))
+    turn = _turn(image)
     image = image if turn is None else image.transpose(turn)
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
+    if _is_deep(image):
         levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        bits = next(bits for bits in _DEPTHS if levels.max() < 1 << bits)
+        bits = next(bits for bits in _DEPTHS if levels.max() < 1 << bits) if as_deep_as_needed else 16
         image = Image.fromarray((levels * 255 // ((1 << bits) - 1)).astype(np.uint8))
     if image.has_transparency_data:
         image = flatten(image.convert("RGBA"))
@@ -333,7 +357,8 @@ def read_npy(data: bytes, shape: tuple[int, ...], max_images: int) -> Pixels:
             received=_describe(data),
             expected="an npy file of version 1.0 or 2.0, as numpy.save writes",
         ) from error
-    if dtype != np.uint8 or found[1:] != shape or not found or found[0] < 1:
+    # Python's True is a number to NumPy's parser, but no length of an array.
+    if dtype != np.uint8 or found[1:] != shape or not found or found[0] is True or found[0] < 1:
         raise InvalidInput(
             "The npy array is not a batch of images.",
             received=received,

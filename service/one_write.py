@@ -6,9 +6,15 @@ client that is woken for the head alone.
 
 import asyncio
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+
+class Answering(Protocol):
+    """A connection's protocol."""
+
+    running: RequestResponseCycle | None  # the request that is answered
 
 
 class OneWrite:
@@ -18,10 +24,10 @@ class OneWrite:
 
     Args:
         transport: everything else is its doing.
-        protocol: uvicorn's, whose newest request says whether a write is a head.
+        protocol: its running request says whether a write is a head.
     """
 
-    def __init__(self, transport: asyncio.Transport, protocol: HttpToolsProtocol) -> None:
+    def __init__(self, transport: asyncio.Transport, protocol: Answering) -> None:
         self._transport = transport
         self._protocol = weakref.proxy(protocol)  # which holds this transport
         self._head = b""
@@ -31,7 +37,7 @@ class OneWrite:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        cycle = self._protocol.cycle
+        cycle = self._protocol.running
         # Before an answer has begun come "100 Continue", and the refusal of what is no HTTP.
         if cycle is not self._answered and cycle is not None and cycle.response_started:
             self._answered = cycle

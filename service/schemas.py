@@ -68,7 +68,8 @@ class ModelQuery(_Request):
         Field(
             description="`auto` lays out any image as the training images were, and leaves one of the "
             "model's size and ground alone; `none` takes only the model's own size; `centre` lays out all. "
-            "Arrays are taken as they are"
+            "Grey levels of 16 bits are taken as they are, too, but for laying out, where the brightest says "
+            "of how many bits they are. Arrays are taken as they are"
         ),
     ] = "auto"
 

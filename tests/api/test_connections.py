@@ -172,12 +172,18 @@ def test_an_idle_connection_is_kept_as_long_as_the_settings_say(tiny_models: Pat
 
 def test_who_takes_no_answers_is_cut_off(tiny_models: Path) -> None:
     """A client that asks and asks and reads nothing loses its connection, and the log says so."""
+    body = io.BytesIO()
+    np.save(body, np.tile(image_of(3), (1000, 1, 1)))
+    head = b"POST /predict?capsules=true HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-npy\r\n"
+    request = head + b"Content-Length: %d\r\n\r\n" % body.tell() + body.getvalue()
+    count = 20  # for 20 MB
     with served(tiny_models, answer_timeout="0.5") as service, connected(service) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # or the system would take it all
-        connection.sendall(300 * b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")  # for 12 MB
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(count * request)
         until(lambda: "its client did not take an answer within 0.5 s" in "".join(service.log))
         with contextlib.suppress(ConnectionError):
-            assert until_closed(connection).count(b"HTTP/1.1 200 OK") < 300
+            assert until_closed(connection).count(b"HTTP/1.1 200 OK") < count
         assert service.predict() == "3"
 
 

@@ -489,6 +489,8 @@ async def test_a_full_queue_refuses_at_once() -> None:
         await asyncio.gather(*tasks)
         assert made.depth == 0
     assert int(refused.value.headers["Retry-After"]) >= 1
+    assert "3 rows wait" in refused.value.detail
+    assert refused.value.detail.endswith("queue holds 3: no room for 1 more")
     assert [4] not in device.batches
 
 

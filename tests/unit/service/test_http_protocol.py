@@ -231,6 +231,100 @@ async def test_a_rest_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert app.requests == 3
 
 
+async def test_a_connection_rests_though_a_request_waits_behind_the_refused_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two requests in one go do not spare a client its rest: what it sends next waits unread."""
+    monkeypatch.setattr(http_protocol, "REST", LIMIT)
+
+    class Once(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await super().__call__(scope, receive, send)
+            self.refusing = False
+
+    app = Once()
+    async with served(app) as (server, reader, writer):
+        writer.write(2 * REQUEST)
+        assert [await answer(reader) for _ in range(2)] == [b"ok", b"ok"]
+        writer.write(REQUEST)
+        await asyncio.sleep(0.2)
+        assert app.requests == 2
+        (connection,) = cast("set[LimitedProtocol]", server.server_state.connections)
+        connection.read_on()
+        assert await answer(reader) == b"ok"
+
+
+async def test_of_requests_in_one_go_so_many_wait(caplog: pytest.LogCaptureFixture) -> None:
+    """Those beyond the limit are not begun, and the last answer says that the connection ends with it."""
+    app = App()
+    app.refusing = False
+    counted: list[None] = []
+    most = http_protocol.MAX_WAITING + 1  # one is answered
+    async with served(app, malformed=lambda: counted.append(None)) as (_, reader, writer):
+        writer.write(most * REQUEST)
+        for _ in range(most):
+            assert b"connection: close" not in await reader.readuntil(b"ok")
+        writer.write((most + 20) * REQUEST)
+        answers = (await reader.read()).split(b"ok")
+    assert app.requests == 2 * most
+    assert [b"connection: close" in each for each in answers[:-1]] == [False] * (most - 1) + [True]
+    assert answers[-1] == b""
+    assert (counted, caplog.messages) == ([], [])
+
+
+async def test_the_last_answer_to_requests_in_one_go_arrives() -> None:
+    """What follows the last request that is read does not destroy its answer as the connection closes."""
+    app = App()
+    app.refusing = False
+    async with served(app) as (_, reader, writer):
+        writer.write(15_000 * REQUEST)  # more than is read at once
+        answers = (await reader.read()).split(b"ok")
+    assert len(answers) == http_protocol.MAX_WAITING + 2
+    assert answers[-1] == b""
+
+
+async def test_lines_of_a_head_have_a_limit() -> None:
+    """A hundred are read, in a head and behind a body; one more is refused: each costs much memory."""
+    app = Echo()
+    lines = b"a: b\r\n" * (http_protocol.MAX_LINES - 1)
+    chunked = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n"
+    async with served(app) as (server, reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n")
+        writer.write(chunked + b"a: b\r\n" + lines + b"\r\n")
+        assert [await answer(reader) for _ in range(2)] == [b"00", b"02"]
+        for first in (b"GET / HTTP/1.1\r\nHost: x\r\na: b\r\n", chunked + 2 * b"a: b\r\n"):
+            late_reader, late_writer = await connected(server)
+            late_writer.write(first + lines + b"\r\n")
+            refusal = await late_reader.read()
+            assert refusal.startswith(b"HTTP/1.1 400")
+            assert refusal.endswith(b"A head may have 100 lines.")
+            late_writer.close()
+
+
+async def test_who_leaves_behind_several_requests_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    """The request that is answered hears of it, and those that waited are not begun."""
+    left = asyncio.Event()
+
+    class Reading(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            self.requests += 1
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            left.set()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+
+    app = Reading()
+    async with served(app) as (_, _, writer):
+        writer.write(3 * REQUEST)
+        await until(lambda: app.requests == 1)
+        writer.transport.abort()
+        await left.wait()
+        await asyncio.sleep(0.05)
+    assert app.requests == 1
+    assert caplog.messages == []
+
+
 async def test_a_connection_that_does_not_rest_is_not_read_on() -> None:
     """What uvicorn stopped reading, since its application is behind, stays unread at a stop."""
     app = App()
@@ -552,13 +646,86 @@ async def test_what_is_no_request_is_refused_and_counted(
     assert len(caplog.messages) < 20
 
 
-async def test_what_comes_behind_a_request_counts_by_itself() -> None:
-    """Bytes that are no HTTP are refused beside the whole request before them."""
+@pytest.mark.parametrize("waiting", [0, 2])
+async def test_what_is_no_request_takes_no_answer_away(waiting: int) -> None:
+    """Whole requests before it are answered, the last with the connection's end; it counts by itself."""
+    app = App()
+    app.refusing = False
+    app.go_on.clear()
     counted: list[None] = []
-    async with served(Echo(), malformed=lambda: counted.append(None)) as (_, reader, writer):
-        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n\x16\x03\x01\x02")
-        await reader.read()
+    async with served(app, malformed=lambda: counted.append(None)) as (_, reader, writer):
+        writer.write((1 + waiting) * REQUEST + b"\x16\x03\x01\x02")
+        await until(lambda: app.requests == 1)
+        app.go_on.set()
+        answers = (await reader.read()).split(b"ok")
+    assert [each.startswith(b"HTTP/1.1 200") for each in answers] == [True] * (1 + waiting) + [False]
+    assert [b"connection: close" in each for each in answers] == [False] * waiting + [True, False]
+    assert answers[-1] == b""
     assert counted == [None]
+
+
+async def test_what_is_no_request_ends_a_connection_on_which_one_is_answered() -> None:
+    """The same of what comes while the request before it is answered, however much it is."""
+    app = App()
+    app.refusing = False
+    app.go_on.clear()
+    counted: list[None] = []
+    async with served(app, malformed=lambda: counted.append(None)) as (_, reader, writer):
+        writer.write(REQUEST)
+        await until(lambda: app.requests == 1)
+        writer.write(b"\x16\x03\x01\x02")
+        await until(lambda: bool(counted))
+        writer.write(bytes(4 * http_protocol.MAX_HEAD))
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        app.go_on.set()
+        answered = await reader.read()
+    assert answered.startswith(b"HTTP/1.1 200")
+    assert answered.endswith(b"ok")
+    assert counted == [None]
+
+
+async def test_a_request_that_breaks_off_behind_another_takes_no_answer_away() -> None:
+    """The whole one is answered; the broken one is not begun."""
+    app = App()
+    app.refusing = False
+    async with served(app) as (_, reader, writer):
+        writer.write(REQUEST + b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n")
+        answered = await reader.read()
+    assert answered.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in answered
+    assert answered.endswith(b"ok")
+    assert app.requests == 1
+
+
+async def test_nothing_is_written_into_an_answer() -> None:
+    """The refusal of a body that breaks off is no part of an answer that has begun before."""
+
+    class Early(App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            head = [(b"content-length", b"9")]
+            await send({"type": "http.response.start", "status": 200, "headers": head})
+            await send({"type": "http.response.body", "body": b"part", "more_body": True})
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+    async with served(Early()) as (_, reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await reader.readuntil(b"part")
+        writer.write(b"no chunk\r\n")
+        assert await reader.read() == b""
+
+
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"gzip,chunked"])
+async def test_only_chunks_are_taken_as_a_transfer_coding(coding: bytes) -> None:
+    """A body in another one is refused, and not read as if it had none (RFC 9112, 6.1)."""
+    app = Echo()
+    async with served(app) as (_, reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: " + coding + b"\r\n\r\n0\r\n\r\n")
+        refusal = await reader.read()
+        assert refusal.startswith(b"HTTP/1.1 400")
+        assert refusal.endswith(b"The only transfer coding that is taken is: chunked.")
+    assert app.requests == 0
 
 
 async def test_a_request_that_breaks_off_counts_once() -> None:

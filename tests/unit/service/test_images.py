@@ -238,18 +238,36 @@ def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
     np.testing.assert_allclose(got, glyph() // 2, atol=1)
 
 
+@pytest.mark.parametrize("preprocess", ["none", "auto"])
+@pytest.mark.parametrize("share", [1, 4, 20, 85])
+def test_16_bits_are_the_same_levels_as_8(share: int, preprocess: Preprocess) -> None:
+    """What passes as it is stays as dark as it is, however little of the range it takes."""
+    dim = glyph() // share
+    got = prepared(encode(dim.astype(np.uint16) * 257), preprocess=preprocess)
+    np.testing.assert_array_equal(got, dim)
+
+
 @pytest.mark.parametrize("bits", [8, 10, 12, 14])
-def test_16_bits_may_hold_fewer(bits: int) -> None:
-    """Cameras write levels of fewer bits into 16: they are scaled by those that are in use."""
+@pytest.mark.parametrize("ground", [0, 40])
+def test_16_bits_may_hold_fewer(bits: int, ground: int) -> None:
+    """Cameras write levels of fewer bits into 16: laid out, dark as they are, nothing is lost."""
     full = (1 << bits) - 1
-    levels = np.rint(glyph() / 255 * full).astype(np.uint16)
-    np.testing.assert_allclose(prepared(encode(levels), preprocess="none"), glyph(), atol=1)
+    levels = np.maximum(glyph(), ground)
+    deep = np.rint(levels / 255 * full).astype(np.uint16)
+    expected = prepared(encode(levels), preprocess="centre")
+    assert expected.max() == 255
+    # With `auto`, one of the model's size passes where its ground is as dark as that of the training images.
+    for preprocess in ("centre", "auto") if ground and bits >= 12 else ("centre",):
+        np.testing.assert_allclose(
+            prepared(encode(deep), preprocess=preprocess).astype(int), expected, atol=3
+        )
 
 
 def test_a_level_that_eight_bits_cannot_hold_is_of_ten() -> None:
-    """One level above 255 is a quarter of the range, and does not begin again at 0."""
+    """One level above 255 does not begin again at 0."""
     levels = np.where(glyph() > 0, 256, 0).astype(np.uint16)
-    assert prepared(encode(levels), preprocess="none").max() == 256 * 255 // 1023
+    expected = prepared(encode(glyph()), preprocess="centre")
+    np.testing.assert_array_equal(prepared(encode(levels), preprocess="centre"), expected)
 
 
 @pytest.mark.parametrize(("ink", "sheet", "alpha"), [(0, 0, 0), (255, 255, 0), (0, 255, 9), (255, 0, 9)])
@@ -288,6 +306,23 @@ def test_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     np.testing.assert_array_equal(prepared(encode(stored, "PNG", exif=exif.tobytes())), upright)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_has_the_models_size_when_it_is_upright(orientation: int) -> None:
+    """preprocess=none asks for the size that is seen, not for the one that the file has."""
+    spec = PLAIN.model_copy(update={"width": 20})
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lying, standing = np.zeros((20, 28), np.uint8), np.zeros((28, 20), np.uint8)
+    fits, other = (lying, standing) if orientation > 4 else (standing, lying)
+    assert prepared(encode(fits, "PNG", exif=exif.tobytes()), spec, "none").shape == (28, 20)
+    with pytest.raises(InvalidInput) as refused:
+        prepared(encode(other, "PNG", exif=exif.tobytes()), spec, "none")
+    assert (refused.value.received, refused.value.expected) == (
+        "28x20 pixels",
+        "20x28 pixels, or preprocess=auto",
+    )
 
 
 def test_orientation_behind_the_rows_is_applied() -> None:
@@ -540,6 +575,10 @@ def test_an_npy_array_is_read(fortran: bool) -> None:
         (
             npy_with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 28, 28)}"),
             "uint8 (-1, 28, 28)",
+        ),
+        (
+            npy_with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (True, 28, 28)}") + bytes(784),
+            "uint8 (True, 28, 28)",
         ),
     ],
 )

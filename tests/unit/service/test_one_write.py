@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from service.one_write import OneWrite
 
@@ -29,17 +29,17 @@ class Wire:
 
 
 class Protocol:
-    """Of uvicorn's, what is asked of it."""
+    """Has the request that is answered."""
 
     def __init__(self) -> None:
-        self.cycle: SimpleNamespace | None = None
+        self.running: RequestResponseCycle | None = None
 
     def begin(self) -> None:
-        self.cycle = SimpleNamespace(response_started=False)
+        self.running = cast("RequestResponseCycle", SimpleNamespace(response_started=False))
 
     def answer(self) -> None:
-        assert self.cycle is not None
-        self.cycle.response_started = True
+        assert self.running is not None
+        self.running.response_started = True
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def protocol() -> Protocol:
 
 @pytest.fixture
 def transport(wire: Wire, protocol: Protocol) -> OneWrite:
-    return OneWrite(cast("asyncio.Transport", wire), cast("HttpToolsProtocol", protocol))
+    return OneWrite(cast("asyncio.Transport", wire), protocol)
 
 
 def test_a_head_leaves_with_its_body(wire: Wire, protocol: Protocol, transport: OneWrite) -> None:
