@@ -105,7 +105,9 @@ class ModelConfig(_Stored):
             raise ValueError(f"routing_iterations is {self.routing_iterations}, expected at least 1")
 
     def __str__(self) -> str:
-        return in_words(self.architecture, (self.height, self.width, self.channels), len(self.classes))
+        """By what people choose of it."""
+        images = f"{self.width}x{self.height} images in {'grey' if self.channels == 1 else 'colour'}"
+        return f"{self.architecture} for {len(self.classes)} classes of {images}"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -137,13 +139,6 @@ class ModelConfig(_Stored):
         """(H, W) for grey, (H, W, 3) for colour."""
         size = (self.height, self.width)
         return size if self.channels == 1 else (*size, self.channels)
-
-
-def in_words(architecture: str, frame: tuple[int, int, int], classes: int) -> str:
-    """A network by what people choose of it; `frame` is height, width and channels."""
-    height, width, channels = frame
-    ink = "grey" if channels == 1 else "colour"
-    return f"{architecture} for {classes} classes of {width}x{height} images in {ink}"
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,17 @@ class TorchPredictor:
         return reconstructions.cpu().numpy()
 
 
+REBUILT_TOLERANCE = 1e-3
+"""Largest difference of a capsule's dimension between an exported encoder and the network made of it."""
+
+
+def difference(one: Predictor, other: Predictor) -> float:
+    """Largest difference of a capsule's dimension on four images: not every setting shows in the weights."""
+    images = np.random.default_rng(0).integers(0, 256, (4, *one.image_shape), np.uint8)
+    images[1::2] //= 4  # darker ones too
+    return float(np.abs(one.encode(images)[0] - other.encode(images)[0]).max())
+
+
 def open_graph(path: Path) -> ort.InferenceSession:
     """A graph, to be run by ONNX Runtime on the CPU."""
     return ort.InferenceSession(path, providers=["CPUExecutionProvider"])

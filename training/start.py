@@ -10,9 +10,10 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from service.manifest import MANIFEST_FILE, read_manifest, sha256
+from service.manifest import MANIFEST_FILE, Manifest, ManifestError, read_manifest, sha256
 from training import checkpoint as checkpoints
-from training.config import in_words
+from training.config import ModelConfig
+from training.graphs import PRIMARY
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Start:
     """Of the file that the encoder's weights were read from."""
     epochs: int
     """Passes over the training images behind these weights, in all."""
-    network: str
-    """What they are the weights of, in words."""
+    config: ModelConfig
+    """Of the network that they are of; of an exported one, as far as its files tell."""
+    exported: Path | None = None
+    """The folder of the exported model, if they are one's."""
 
     def origin(self) -> dict[str, Any]:
         """Where the weights came from, as a checkpoint keeps it."""
@@ -48,7 +51,7 @@ def read_start(path: Path) -> Start:
         f"a run on {saved.dataset}",
         sha256(file),
         saved.epochs_in_all,
-        str(saved.shape()),
+        saved.shape(),
     )
 
 
@@ -58,14 +61,46 @@ def _exported(folder: Path) -> Start:
         **_weights(folder / manifest.encoder.file, "encoder.", ""),
         **_weights(folder / manifest.decoder.file, "layers.", "decoder."),
     }
-    image = manifest.image
+    try:
+        config = _config(manifest, weights)
+    except (LookupError, ValueError) as error:
+        raise ManifestError(
+            f"{folder}: no PyTorch network fits its weights; name the run's checkpoint instead ({error})"
+        ) from error
     return Start(
         weights,
         manifest.reference,
         manifest.encoder.sha256,
         manifest.provenance.epochs_in_all,
-        in_words(manifest.architecture, (image.height, image.width, image.channels), len(manifest.classes)),
+        config,
+        folder,
     )
+
+
+def _config(manifest: Manifest, weights: dict[str, Tensor]) -> ModelConfig:
+    """The settings that the manifest names, and those that are to be seen from the weights."""
+    shape: dict[str, Any] = {
+        "classes": manifest.classes,
+        "height": manifest.image.height,
+        "width": manifest.image.width,
+        "channels": manifest.image.channels,
+        "architecture": manifest.architecture,
+        "primary_dimensions": manifest.capsules.primary_dimensions,
+        "digit_dimensions": manifest.capsules.digit_dimensions,
+        "decoder_units": (len(weights["decoder.layers.0.bias"]), len(weights["decoder.layers.2.bias"])),
+    }
+    if manifest.architecture == "capsnet":
+        matrices, primary = weights["encoder.digit_capsules.weight"], weights[f"{PRIMARY}.bias"]
+        channels, _, kernel, _ = weights["encoder.conv.weight"].shape
+        shape |= {
+            "routing_iterations": manifest.capsules.routing_iterations,
+            "conv_channels": channels,
+            "kernel_size": kernel,
+            "primary_groups": len(primary) // manifest.capsules.primary_dimensions,
+            "shared_weights": matrices.shape[1] != manifest.capsules.primary_count,
+            "capsule_biases": "encoder.digit_capsules.bias" in weights,
+        }
+    return ModelConfig(**shape)
 
 
 def _weights(graph: Path, belongs: str, prefix: str) -> dict[str, Tensor]:

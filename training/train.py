@@ -29,7 +29,7 @@ from training.model import length, scale
 from training.networks import Network, build
 from training.parallel import Processes, processes
 from training.precision import convolutions_in, resolve_precision
-from training.predictor import TorchPredictor
+from training.predictor import REBUILT_TOLERANCE, OnnxPredictor, TorchPredictor, difference
 from training.start import Start
 
 RESULT_FILE = "result.json"
@@ -213,20 +213,38 @@ def _settle_normalisation(run: _Run, images: int, steps: int) -> None:
 
 
 def _begin_with(network: Network, start: Start) -> None:
+    """Give `network`, which lies on the CPU, the weights of one of the same settings."""
+
+    def refusal(reason: str) -> TrainingError:
+        return TrainingError(
+            f"the weights of {start.source} are of another network, {start.config}, than the one to train, "
+            f"{network.config}: its image size, classes and settings must be the same ({reason})"
+        )
+
+    wanted, found = (
+        # Classes may have other names, and gradients are of how it learns.
+        {**config.as_dict(), "classes": len(config.classes), "routing_gradients": None}
+        for config in (network.config, start.config)
+    )
+    if start.exported is not None:
+        found["scaled_votes"] = wanted["scaled_votes"]  # none of its files tells; see below
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise refusal(f"{name} is {found[name]}, expected {value}")
     wanted, found = (
         # Without the count of normalised batches, which no graph holds and nothing here reads.
         {name: tuple(w.shape) for name, w in weights.items() if not name.endswith("num_batches_tracked")}
         for weights in (network.state_dict(), start.weights)
     )
-    different = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
-    if different:
-        name = different[0]
-        raise TrainingError(
-            f"the weights of {start.source} are of another network, {start.network}, than the one to train, "
-            f"{network.config}: its image size, classes and settings must be the same ({name} has shape "
-            f"{found.get(name, 'none')}, expected {wanted.get(name, 'none')})"
-        )
+    for name in {**wanted, **found}:
+        if wanted.get(name) != found.get(name):
+            raise refusal(f"{name} has shape {found.get(name, 'none')}, expected {wanted.get(name, 'none')}")
     network.load_state_dict(start.weights)
+    if start.exported is not None:
+        apart = difference(OnnxPredictor(start.exported), TorchPredictor(network.eval()))
+        network.train()
+        if not apart <= REBUILT_TOLERANCE:
+            raise refusal(f"its graph answers otherwise, by {apart:.2g}: scaled_votes must be as they were")
 
 
 def _train_epochs(

@@ -4,21 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from service.manifest import MANIFEST_FILE, Manifest, ManifestError
+from service.manifest import MANIFEST_FILE, ManifestError
 from training import checkpoint as checkpoints
-from training.config import ModelConfig
-from training.graphs import PRIMARY
 from training.model import CapsNet
 from training.networks import Network, build
-from training.predictor import OnnxPredictor, Predictor, TorchPredictor
+from training.predictor import REBUILT_TOLERANCE, OnnxPredictor, Predictor, TorchPredictor, difference
 from training.start import read_start
 from training.train import resolve_device
-
-REBUILT_TOLERANCE = 1e-3
-"""Largest difference of a capsule's dimension between an exported encoder and the network made of it."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +84,11 @@ def read_exported(folder: Path) -> CapsNet:
             needs, such as votes that were scaled.
     """
     exported = OnnxPredictor(folder)
-    weights = read_start(folder).weights
+    start = read_start(folder)
     try:
-        network = build(_shape(exported.manifest, weights))
-        network.load_state_dict(weights)
-    except (LookupError, RuntimeError, ValueError) as error:
+        network = build(start.config)
+        network.load_state_dict(start.weights)
+    except RuntimeError as error:
         raise ManifestError(
             f"{folder}: no PyTorch network fits its weights; name the run's checkpoint instead ({error})"
         ) from error
@@ -108,37 +100,9 @@ def read_exported(folder: Path) -> CapsNet:
     return network
 
 
-def _shape(manifest: Manifest, weights: dict[str, Tensor]) -> ModelConfig:
-    """The settings that the manifest names, and those that are to be seen from the weights."""
-    shape: dict[str, Any] = {
-        "classes": manifest.classes,
-        "height": manifest.image.height,
-        "width": manifest.image.width,
-        "channels": manifest.image.channels,
-        "architecture": manifest.architecture,
-        "primary_dimensions": manifest.capsules.primary_dimensions,
-        "digit_dimensions": manifest.capsules.digit_dimensions,
-        "decoder_units": (len(weights["decoder.layers.0.bias"]), len(weights["decoder.layers.2.bias"])),
-    }
-    if manifest.architecture == "capsnet":
-        matrices, primary = weights["encoder.digit_capsules.weight"], weights[f"{PRIMARY}.bias"]
-        channels, _, kernel, _ = weights["encoder.conv.weight"].shape
-        shape |= {
-            "routing_iterations": manifest.capsules.routing_iterations,
-            "conv_channels": channels,
-            "kernel_size": kernel,
-            "primary_groups": len(primary) // manifest.capsules.primary_dimensions,
-            "shared_weights": matrices.shape[1] != manifest.capsules.primary_count,
-            "capsule_biases": "encoder.digit_capsules.bias" in weights,
-        }
-    return ModelConfig(**shape)
-
-
 def _require_alike(folder: Path, exported: Predictor, rebuilt: Predictor) -> None:
     """Raise `ManifestError` if they see other capsules: not every switch shows in the weights."""
-    images = np.random.default_rng(0).integers(0, 256, (4, *exported.image_shape), np.uint8)
-    images[1::2] //= 4  # darker ones too
-    apart = np.abs(exported.encode(images)[0] - rebuilt.encode(images)[0]).max()
+    apart = difference(exported, rebuilt)
     if not apart <= REBUILT_TOLERANCE:
         raise ManifestError(
             f"{folder}: its graph and the network of its weights differ by {apart:.2g}, expected at most "
