@@ -331,8 +331,12 @@ def sha256(path: Path) -> str:
 
 
 def version_folders(models: Path) -> list[Path]:
-    """Every `<name>/<version>` folder."""
-    return sorted(path for path in models.glob("*/*") if path.is_dir() and path.name.isdecimal())
+    """Every `<name>/<version>` folder; hidden ones are of exports that have not ended."""
+    return sorted(
+        path
+        for path in models.glob("*/*")
+        if path.is_dir() and path.name.isdecimal() and not path.parent.name.startswith(".")
+    )
 
 
 def model_folders(models: Path) -> list[Path]:

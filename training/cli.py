@@ -1,6 +1,7 @@
 """The command line, `capsnet train|evaluate|export|visualize|…`: it reads arguments and calls the rest."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ from training.config import (
     Schedule,
     TrainConfig,
     batch_size,
+    require_seed,
     warm_up_steps,
 )
 from training.data import DataError, Dataset
@@ -78,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"capsnet: out of memory; try a smaller --batch-size or images ({error})", file=sys.stderr)
         return 1
     except EXPECTED as error:
-        print(f"capsnet: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        advice = "; free some and try again (a run of training with --resume)" if full else ""
+        print(f"capsnet: {error}{advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ncapsnet: interrupted; what was finished is on disk", file=sys.stderr)
@@ -125,15 +129,20 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults shown, but for those that are no value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     name: str,
     run: Callable[[argparse.Namespace], None],
     summary: str,
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    command = commands.add_parser(name, help=summary, description=summary, formatter_class=_Defaults)
     command.set_defaults(command=run)
     return command
 
@@ -456,6 +465,8 @@ def _add_visualize(commands: "argparse._SubParsersAction[argparse.ArgumentParser
 
 def _visualize(options: argparse.Namespace) -> None:
     trained = open_trained(options.network)
+    if not trained.predictor.draws:
+        raise DataError(f"{options.network}: a CNN without capsules draws nothing; capsnet evaluate takes it")
     _require_own(options, options.network, trained.training["dataset"], always=False)
     predictor, dataset = trained.predictor, _load(options, "test")
     require_fit(predictor, dataset)
@@ -473,7 +484,7 @@ def _visualize(options: argparse.Namespace) -> None:
     print(f"pictures are in {options.output}")
 
 
-class _Listing(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _Listing(_Defaults, argparse.RawDescriptionHelpFormatter):
     """Defaults shown, and a list below that keeps its lines."""
 
 
@@ -552,6 +563,7 @@ def _add_robustness(commands: "argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _robustness(options: argparse.Namespace) -> None:
+    require_seed(options.seed)
     networks = [open_trained(path) for path in options.networks]
     for path, trained in zip(options.networks, networks, strict=True):
         _require_own(options, path, trained.training["dataset"], always=False)

@@ -177,8 +177,7 @@ class TrainConfig(_Stored):
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}, expected a whole number from 0 to 2^63 - 1")
+        require_seed(self.seed)
         for name in ("learning_rate", "final_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
@@ -202,6 +201,12 @@ class TrainConfig(_Stored):
             return max(least, float(self.learning_rate * factor ** (step / every)))
         decay = self.final_learning_rate / self.learning_rate
         return float(self.learning_rate * decay ** (step / max(1, steps - 1)))
+
+
+def require_seed(seed: int) -> None:
+    """Raise ValueError for what PyTorch's generators do not take as one."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, expected a whole number from 0 to 2^63 - 1")
 
 
 PAPERS_CAPSULES = 1152

@@ -325,10 +325,15 @@ def _read_image(path: Path) -> NDArray[np.uint8]:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith(("I", "F")):
                 raise DataError(f"{path}: {upright.mode} pixels, expected 8 bits a channel; convert it")
+            has_palette = upright.mode in ("P", "PA")
             if upright.has_transparency_data:
                 mode = "L" if upright.mode in ("1", "L", "LA") else "RGB"
                 upright = flatten(upright.convert("RGBA")).convert(mode)
-            return np.asarray(upright.convert("L" if upright.mode in ("1", "L") else "RGB"))
+            pixels = np.asarray(upright.convert("L" if upright.mode in ("1", "L") else "RGB"))
+            # Pillow and others write grey GIFs, and some PNGs, with a palette of greys.
+            if has_palette and (pixels == pixels[..., :1]).all():
+                return pixels[..., 0]
+            return pixels
     except (OSError, ValueError, TypeError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image ({error})") from error
 

@@ -210,7 +210,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             axes.set(title=f"{group}, by {score}", xlim=(0, 1), ylim=(-0.02, 1.02))
             axes.set(xlabel="share of test images flagged", ylabel="share of these flagged")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+            if axes.lines:  # perhaps no attack succeeded
+                axes.legend(fontsize=8)
     figure.suptitle(
         f"{record['network']['name']}: {record['images']:,} test images, {record['attacked']} attacked; "
         "crosses: both calibrated bounds together",

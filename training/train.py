@@ -457,7 +457,16 @@ def _write_result(network: Network, state: Checkpoint, test: Dataset, output: Pa
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace `path` in one step."""
+    """Replace `path` in one step.
+
+    Raises:
+        OSError: if it cannot be written; names it.
+    """
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)

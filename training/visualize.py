@@ -209,13 +209,20 @@ def draw_effects(dimensions: Dimensions, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+LONGEST = 200
+"""Bytes of a file's name that a label may take; file systems have room for 255 in all."""
+
+
 def file_names(classes: Sequence[str]) -> dict[str, str]:
     """For each label a part of a file name, different from all others, whatever the labels are.
 
-    Letters and digits stay, the rest becomes "-"; labels that are then alike, or in another case alone, which
-    some file systems do not tell apart, get their number behind a dot.
+    Letters and digits stay, the rest becomes "-", and the end of a long one goes; labels that are then alike,
+    or in another case alone, which some file systems do not tell apart, get their number behind a dot.
     """
-    plain = ["".join(letter if letter.isalnum() else "-" for letter in label) for label in classes]
+    plain = []
+    for label in classes:
+        name = "".join(letter if letter.isalnum() else "-" for letter in label)
+        plain.append(name.encode()[:LONGEST].decode(errors="ignore"))
     folded = [name.casefold() for name in plain]
     return {
         label: name if folded.count(name.casefold()) == 1 else f"{name}.{index}"

@@ -177,8 +177,8 @@ def test_only_what_can_be_centred_is(wrong: dict[str, int]) -> None:
 
 
 def test_versions_are_numbers(tmp_path: Path) -> None:
-    """Folders beside them are none."""
-    for name in ("mnist/2", "mnist/latest", "mnist/10"):
+    """Folders beside them are none, nor is what an export has not finished, for a model that is called 7."""
+    for name in ("mnist/2", "mnist/latest", "mnist/10", ".export-x/7"):
         (tmp_path / name).mkdir(parents=True)
     assert version_folders(tmp_path) == [tmp_path / "mnist/10", tmp_path / "mnist/2"]
 

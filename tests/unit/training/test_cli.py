@@ -24,7 +24,9 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert "--data-dir" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--data-dir" in printed
+    assert "None" not in printed  # of what has no default it says what happens instead
 
 
 def test_from_images_to_model(
@@ -141,6 +143,8 @@ def test_dimensions_of_a_model_that_names_none(
         (["evaluate", "nowhere"], "nowhere: no such checkpoint"),
         (["export", "nowhere"], "nowhere: no such checkpoint"),
         (["dimensions", "nowhere"], "nowhere/manifest.json: cannot be read"),
+        (["robustness", "nowhere", "--seed", str(2**63)], f"seed is {2**63}, expected a whole number from 0"),
+        (["robustness", "nowhere", "--seed", "-1"], "seed is -1, expected a whole number from 0"),
         (["export", "file", "--models", "models"], "file: not a readable checkpoint"),
         (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere/train: no such folder"),
         (
@@ -214,13 +218,32 @@ def test_termination(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_full_disk(mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What could not be written is named, with what to do; no half of it stays, and a run goes on."""
+    source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder), "--validation-images", "0"]
+    train_it = ["train", *source, "--epochs", "1", "--output", str(tmp_path / "run")]
+    partial = tmp_path / "run" / "result.json.partial"
+    partial.parent.mkdir()
+    partial.symlink_to("/dev/full")
+    assert main(train_it) == 1
+    error = capsys.readouterr().err
+    assert f"No space left on device: '{tmp_path / 'run' / 'result.json'}'; free some and try again" in error
+    assert "(a run of training with --resume)" in error
+    assert not partial.is_symlink()
+    assert main([*train_it, "--resume"]) == 0
+
+
 def test_a_cnn(mnist_style_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A CNN trains with the largest seed there is, and is evaluated without a word of drawings."""
     source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder), "--device", "cpu"]
     quick = ["--architecture", "baseline-cnn", "--epochs", "1", "--seed", str(2**63 - 1)]
     assert main(["train", *source, *quick, "--output", str(tmp_path / "run")]) == 0
     assert main(["evaluate", str(tmp_path / "run"), *source]) == 0
-    printed = capsys.readouterr().out
+    figures = str(tmp_path / "figures")
+    assert main(["visualize", str(tmp_path / "run"), *source[:4], "--output", figures]) == 1
+    printed, error = capsys.readouterr()
+    assert f"{tmp_path / 'run'}: a CNN without capsules draws nothing" in error
+    assert not (tmp_path / "figures").exists()
     assert printed.count("test error") == 2
     assert "reconstruction error" not in printed
 

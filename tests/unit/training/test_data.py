@@ -299,6 +299,26 @@ def test_transparency_is_what_the_ink_stands_out_from(
     assert np.array_equal(images[0].numpy(), seen)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.gif"])
+@pytest.mark.parametrize("clear", [None, 0], ids=["opaque", "transparent"])
+def test_a_palette_of_greys_is_grey(image_folder: Path, name: str, clear: int | None) -> None:
+    """So is a GIF of grey levels, which always has a palette; one of a colour is in colour."""
+    path = image_folder / "train" / "ant" / name
+    levels = (np.indices((18, 20)).sum(axis=0) * 3).astype(np.uint8)
+    palette = Image.fromarray(levels).convert("P")
+    if clear is None:
+        palette.save(path)
+    else:
+        palette.save(path, transparency=clear)
+    images = load("folder", "train", image_folder).images
+    assert images.ndim == 3
+    levels[0, 0] = 0 if clear is None else 255  # what dark ink stands out from
+    assert np.array_equal(images[0].numpy(), levels)
+    palette.putpalette([255, 0, 0] * 256)
+    palette.save(path)
+    assert load("folder", "train", image_folder).images.ndim == 4
+
+
 def test_one_bit_is_grey(image_folder: Path) -> None:
     """An image of black and white alone makes no colour images of the others."""
     write_image(image_folder / "train" / "ant" / "m.png", "1", value=1)

@@ -132,6 +132,9 @@ def test_measured(network: CapsNet, load_split: Load, tmp_path: Path) -> None:
     detection.draw(record, tmp_path / "d.png")
     with Image.open(tmp_path / "d.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10, "something is drawn"
+    for attack in record["attacks"]:
+        attack["curves"] = None
+    detection.draw(record, tmp_path / "none.png")  # an empty panel, and no warning
 
 
 def test_attacked_at_even_distances(

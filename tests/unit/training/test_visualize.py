@@ -244,6 +244,16 @@ def test_file_names() -> None:
     }
 
 
+def test_file_names_of_long_labels(tmp_path: Path) -> None:
+    """The longest names that folders can have become names of files, each its own."""
+    labels = ("é" * 127, "é" * 126 + "e", "e")
+    names = file_names(labels)
+    for name in names.values():
+        (tmp_path / f"dimensions-{name}.png").touch()
+    assert len(list(tmp_path.iterdir())) == 3
+    assert names["e"] == "e"
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Figures that would have been written."""
