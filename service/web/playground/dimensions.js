@@ -81,6 +81,12 @@ export class Dimensions {
       this.#moved(this.#rows.map((each) => each.delta));
     };
     slider.addEventListener("input", changed);
+    let before = 0; // the delta when a finger came down, which may turn out to scroll the page
+    slider.addEventListener("pointerdown", () => (before = row.delta));
+    slider.addEventListener("pointercancel", () => {
+      slider.value = before;
+      changed();
+    });
     slider.addEventListener("dblclick", () => {
       slider.value = 0;
       changed();

@@ -70,6 +70,7 @@ const draw = asked(async (superseded) => {
   try {
     const tweaked = await api.reconstruct(model, found.capsules, label, tweaks(), superseded);
     if (late()) return;
+    if (tweaked !== state.tweaked) outdated ??= setTimeout(forgetReading, PATIENCE);
     state.tweaked = tweaked;
     if (state.deltas === deltas) readAgain();
     render();
@@ -91,11 +92,21 @@ const readAgain = asked(async (superseded) => {
     if (state.tweaked === tweaked) throw error;
   } finally {
     if (state.tweaked === tweaked) {
+      clearTimeout(outdated);
+      outdated = null;
       state.readAgain = read;
       render();
     }
   }
 });
+
+let outdated = null; // timer until the reading of a picture that was shown before is taken away
+
+function forgetReading() {
+  outdated = null;
+  state.readAgain = null;
+  render();
+}
 
 const sweep = asked(async (superseded) => {
   const { model, found, label, picture } = state;
@@ -121,16 +132,18 @@ const saveFigure = asked(async (superseded) => {
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 });
 
-/** `work`, one run at a time, with its errors shown. */
+/** `work`, one run at a time, with its errors shown until it succeeds or the visitor goes on to something else. */
 function asked(work) {
-  return api.oneAtATime(async (superseded) => {
+  const question = api.oneAtATime(async (superseded) => {
     const began = performance.now();
     try {
       await work(superseded);
+      if (failed === question && !superseded.aborted) showProblem(null);
     } catch (error) {
-      if (!superseded.aborted || !(error instanceof api.Problem)) showProblem(error, began);
+      if (!superseded.aborted || !(error instanceof api.Problem)) showProblem(error, began, question);
     }
   });
+  return question;
 }
 
 function tweaks() {
@@ -144,7 +157,7 @@ async function start() {
   try {
     models = await api.models();
   } catch (error) {
-    showProblem(error);
+    showProblem(error, undefined, start);
     return;
   }
   if (models.length === 0) {
@@ -187,7 +200,8 @@ function forget() {
 
 function bend(deltas) {
   state.deltas = deltas;
-  showProblem(null);
+  // What is asked again below takes its own complaint away, or the slider would jump at each move.
+  if (![draw, readAgain, sweep].includes(failed)) showProblem(null);
   render();
   draw();
   if (state.unswept) sweep();
@@ -209,6 +223,7 @@ function choose(label) {
 // What shows it --------------------------------------------------------------------------------------
 
 let timer = null; // until a reading counts as slow
+let resting = null; // what had the focus when its part of the page became inert
 
 function render() {
   const { model, found, label, tweaked, readAgain: read } = state;
@@ -251,11 +266,16 @@ function showWaiting() {
     timer = null;
     state.slow = false;
   }
+  const focused = document.activeElement;
+  if (waits && focused.closest("#classes, #output")) resting ??= focused;
   for (const id of ["classes", "output"]) {
     byId(id).inert = waits;
     byId(id).setAttribute("aria-busy", String(waits));
     byId(id).classList.toggle("slow", state.slow);
   }
+  if (waits) return;
+  if (resting && focused === document.body) resting.focus({ preventScroll: true });
+  resting = null;
 }
 
 /** To those who listen, who would otherwise hear unchanged words again. */
@@ -346,20 +366,25 @@ function exampleButton(label) {
   return button;
 }
 
+let failed = null; // the question that is complained of, if it was one
 let complained = 0; // when that began what failed last: what was drawn before does not take the complaint away
 
 /**
  * @param {api.Problem | null} problem null when the visitor goes on to something else
  * @param {number} began when what failed did, in milliseconds of `performance`
+ * @param {(() => void) | null} question what failed, if it can be asked again
  */
-function showProblem(problem, began = performance.now()) {
+function showProblem(problem, began = performance.now(), question = null) {
   if (problem && !(problem instanceof api.Problem)) throw problem; // a fault of this page's: for the console
   if (!state.settled) return; // or the pad would move under the stroke, whose end is read in any case
   if (problem) complained = began;
+  failed = question;
   const { message, received, expected, status } = problem ?? {};
   const lines = [message, received && `Received: ${received}`, expected && `Expected: ${expected}`];
   const paragraphs = lines.filter(Boolean).map((textContent) => Object.assign(document.createElement("p"), { textContent }));
-  byId("problem").replaceChildren(...paragraphs);
+  const mayPass = status === 0 || status === 429 || status >= 500;
+  const asksNoMore = [look, start].includes(question); // or a slider, a class or a button asks again
+  byId("problem").replaceChildren(...paragraphs, ...(mayPass && asksNoMore ? [retryButton(question)] : []));
   byId("problem").hidden = !problem;
   if (status === 401) {
     byId("key-form").hidden = false;
@@ -367,7 +392,22 @@ function showProblem(problem, began = performance.now()) {
   }
 }
 
+function retryButton(question) {
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: "Try again" });
+  button.addEventListener("click", () => {
+    showProblem(null);
+    question();
+  });
+  return button;
+}
+
 // Events ---------------------------------------------------------------------------------------------
+
+// What stays at the top of the window: nothing that takes the focus may lie behind it.
+for (const id of ["pictures", "problem"]) {
+  const measure = () => document.documentElement.style.setProperty(`--${id}`, `${byId(id).offsetHeight}px`);
+  new ResizeObserver(measure).observe(byId(id));
+}
 
 async function open(file) {
   const began = performance.now();
