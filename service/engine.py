@@ -88,8 +88,8 @@ class Graphs:
 
         The second input (B,) says whose reconstruction anybody will look at; if nobody's, they are zero.
 
-        Decoding the longest capsule costs a hundredth of the encoding and would cost more as a
-        separate step with a queue of its own.
+        Decoding the longest capsules costs less here than as a separate step with a queue of its own:
+        see docs/decisions/0011.
         """
         images, drawn = inputs
         with Measured("encoder"):

@@ -37,7 +37,7 @@ class Settings(BaseSettings):
             ge=0,
             le=65535,
             description="Port for the Open Inference Protocol over gRPC, with the extra `grpc`; "
-            "0 takes any free one, unset: off.",
+            "0 takes any free one, unset: off. Needs workers to be 1.",
         ),
     ] = None
     models: Annotated[Path, Field(description="Folder that holds <name>/<version>/manifest.json.")] = Path(
@@ -53,7 +53,7 @@ class Settings(BaseSettings):
         bool,
         Field(
             description="Let callers load and retire versions with the Open Inference Protocol's "
-            "repository extension."
+            "repository extension. Needs workers to be 1 and cuda_graphs to be off."
         ),
     ] = False
     device: Annotated[
@@ -96,7 +96,12 @@ class Settings(BaseSettings):
     ] = None
 
     max_batch: Annotated[
-        int, Field(ge=1, le=4096, description="Images in one encoder batch; on a GPU each is padded to it.")
+        int,
+        Field(
+            ge=1,
+            le=4096,
+            description="Images in one encoder batch, at most queue_length; on a GPU each is padded to it.",
+        ),
     ] = 32
     queue_length: Annotated[
         int,
@@ -108,7 +113,8 @@ class Settings(BaseSettings):
         ),
     ] = 256
     max_decoder_batch: Annotated[
-        int, Field(ge=1, le=65536, description="Capsule sets in one decoder batch.")
+        int,
+        Field(ge=1, le=65536, description="Capsule sets in one decoder batch, at most decoder_queue_length."),
     ] = 256
     decoder_queue_length: Annotated[
         int,
@@ -121,7 +127,10 @@ class Settings(BaseSettings):
     ] = 4096
 
     max_body: Annotated[
-        int, Field(ge=1024, le=1024 * MIB, description="Bytes of a request body; beyond: 413.")
+        int,
+        Field(
+            ge=1024, le=1024 * MIB, description="Bytes of a request body, at most max_bodies; beyond: 413."
+        ),
     ] = 16 * MIB
     max_bodies: Annotated[
         int,

@@ -1,4 +1,7 @@
-"""Training: from images to an exported model folder. It takes only the manifest from `service`."""
+"""Training: from images to an exported model folder.
+
+Of `service` it takes the manifest and the ground of transparent images, and nothing else.
+"""
 
 import os
 
