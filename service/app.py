@@ -60,7 +60,8 @@ class _Application(FastAPI):
         )
 
     def _is_stopping(self) -> bool:
-        return not self.state.service.engine.ready
+        service: Service = self.state["service"]
+        return not service.engine.ready
 
 
 def _telemetry(tracing: Tracing | None) -> TelemetryConfig:

@@ -29,6 +29,7 @@ class OneWrite:
 
     def __init__(self, transport: asyncio.Transport, protocol: Answering) -> None:
         self._transport = transport
+        self.is_closing = transport.is_closing  # asked for each answer
         self._protocol = weakref.proxy(protocol)  # which holds this transport
         self._head = b""
         self._answered: RequestResponseCycle | None = None

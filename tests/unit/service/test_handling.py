@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fastapi import Request
+from starlette.datastructures import State
 
 from service.errors import TimedOut
 from service.handling import answer_in_time
@@ -27,7 +28,7 @@ async def for_ever() -> Any:
 def request(receive: Callable[[], Awaitable[Any]] = for_ever) -> Request:
     """Of a service with the limit, whose server reports what `receive` says."""
     service = SimpleNamespace(settings=SimpleNamespace(request_timeout=LIMIT))
-    app = SimpleNamespace(state=SimpleNamespace(service=service))
+    app = SimpleNamespace(state=State({"service": service}))
     return Request({"type": "http", "app": app}, receive)
 
 
