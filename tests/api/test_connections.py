@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from service.settings import Settings
+from tests.support.encoded import base64_text
 from tests.support.process import LIMIT, PNG, Served, connected, served, until, until_closed
 from tests.support.tiny_model import image_of
 
@@ -184,6 +186,24 @@ def test_who_takes_no_answers_is_cut_off(tiny_models: Path) -> None:
         until(lambda: "its client did not take an answer within 0.5 s" in "".join(service.log))
         with contextlib.suppress(ConnectionError):
             assert until_closed(connection).count(b"HTTP/1.1 200 OK") < count
+        assert service.predict() == "3"
+
+
+def test_answers_that_nobody_takes_have_one_room(tiny_models: Path) -> None:
+    """Where those of all clients together would be more than it holds, a connection is cut without delay."""
+    image = base64_text(PNG)
+    body = json.dumps({"image": image, "deltas": [0] * 64}).encode()
+    head = b"POST /reconstruct/sweep HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    request = head + b"Accept: application/x-npz\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with (
+        served(tiny_models, max_body="65536", max_bodies="65536", answer_timeout="60") as service,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(3):
+            connection = stack.enter_context(connected(service))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            connection.sendall(4 * request)  # for 13 MB, or the system would take it all
+        until(lambda: "cut: answers that are not taken yet of 65536 bytes at most" in "".join(service.log))
         assert service.predict() == "3"
 
 

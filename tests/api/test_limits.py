@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.batching import Arrays, Batcher
+from service.context import REFUSED
 from service.errors import InvalidInput
 from service.handling import Service
 from service.settings import Settings
@@ -44,6 +45,7 @@ class Running:
         self._run: Callable[[Arrays], Arrays] = self.encoder._run
         self.encoder._run = self._wait_and_run
         self.raised: list[Exception] = []  # what reached the server, which closes the connection then
+        self.rests: list[bool] = []  # of each request that has ended, whether its connection rests then
         transport = httpx2.ASGITransport(app=self._serve, raise_app_exceptions=False)
         self.client = httpx2.AsyncClient(transport=transport, base_url="http://test")
 
@@ -53,6 +55,8 @@ class Running:
         except Exception as error:
             self.raised.append(error)
             raise
+        finally:
+            self.rests.append(REFUSED in scope.get("state", ()))
 
     def _wait_and_run(self, inputs: Arrays) -> Arrays:
         self.rows.append(len(inputs[0]))
@@ -105,6 +109,19 @@ async def test_overload_is_refused_at_once(tiny_models: Path) -> None:
         service.go_on.set()
         assert [(await task).status_code for task in admitted] == [200, 200, 200]
         assert (await service.predict()).status_code == 200
+
+
+async def test_who_is_refused_for_overload_rests(tiny_models: Path) -> None:
+    """The server reads from that connection a little later; after any other answer it reads on."""
+    async with running(tiny_models, max_batch=1, queue_length=1) as service:
+        admitted = [await service.busy(), service.predict()]
+        await service.waiting(1)
+        problem(await service.predict(), 503)
+        assert service.rests == [True]
+        service.go_on.set()
+        await asyncio.gather(*admitted)
+        problem(await service.client.post("/predict", content=b"no image", headers=IMAGE), 422)
+        assert service.rests == [True, False, False, False]
 
 
 async def test_health_answers_while_the_device_is_busy(tiny_models: Path) -> None:

@@ -80,14 +80,17 @@ def test_another_class_is_drawn_from_its_own_capsule(client: TestClient) -> None
 
 
 def test_what_predict_returned_can_be_sent_back(client: TestClient) -> None:
-    """Capsules from /predict give the same reconstruction as the image that they came from."""
+    """Capsules from /predict give the same drawings and capsule as the image that they came from."""
     predicted = client.post(
         "/predict?capsules=true", content=IMAGE, headers={"content-type": "image/png"}
     ).json()
     capsules = predicted["predictions"][0]["capsules"]
-    from_capsules = ask(client, capsules=capsules, tweaks=[{"dimension": 1, "delta": 0.1}])
-    from_image = ask(client, image=ENCODED, tweaks=[{"dimension": 1, "delta": 0.1}])
-    assert from_capsules == from_image
+    for path in ("/reconstruct", "/reconstruct/sweep"):
+        from_capsules, from_image = (
+            ask(client, path, **source, tweaks=[{"dimension": 1, "delta": 0.1}])
+            for source in ({"capsules": capsules}, {"image": ENCODED})
+        )
+        assert from_capsules == from_image
 
 
 def test_the_longest_of_given_capsules_is_the_predicted_class(client: TestClient) -> None:

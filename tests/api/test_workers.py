@@ -178,6 +178,34 @@ def test_a_stop_waits_until_workers_have_room_for_all(tiny_models: Path) -> None
         assert service.process.wait(LIMIT) == 0
 
 
+# A service that waits less for its workers than people would.
+IMPATIENT = """
+import sys
+from service import workers
+from service.main import main
+
+workers._ENDING = 0.1
+sys.exit(main())
+"""
+
+
+def test_workers_that_hang_do_not_hold_up_a_stop(tiny_models: Path) -> None:
+    """Those that neither take connections nor end are killed some time after the drain limit."""
+    program = "-c", IMPATIENT
+    with (
+        served(tiny_models, program=program, workers="2", drain_timeout="0.2") as service,
+        contextlib.ExitStack() as stack,
+    ):
+        stuck = workers_of(service)
+        for worker in stuck:
+            os.kill(worker, signal.SIGSTOP)
+        for _ in range(160):  # more than they may be offered
+            stack.enter_context(connected(service))
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(LIMIT) == 0
+        assert not any(map(is_running, stuck))
+
+
 def test_a_worker_that_is_told_to_stop_loses_nothing(tiny_models: Path) -> None:
     """SIGTERM to one worker under load: it finishes what it has, another follows, nobody is refused."""
     outcomes: Counter[str] = Counter()

@@ -292,8 +292,11 @@ def test_messages_share_the_room_of_bodies(tiny_models: Path) -> None:
         served(tiny_models, grpc_port="0", max_body="6000", max_bodies="10000") as process,
         sync.InferenceServerClient(process.grpc_address) as client,
     ):
-        images = tensor("images", np.stack([image_of(3)] * 6))  # 4,704 bytes
+        six = np.stack([image_of(3)] * 6)  # 4,704 bytes
+        images = tensor("images", six)
         client.infer("tiny-encoder", [images])
+        bare = service_pb2.ModelInferRequest(model_name="tiny-encoder", raw_input_contents=[six.tobytes()])
+        bare.inputs.add(name="images", datatype="UINT8", shape=six.shape)
         with socket.create_connection(("127.0.0.1", process.port)) as uploading:
             head = "POST /predict HTTP/1.1\r\nHost: it\r\nContent-Type: image/png\r\n"
             uploading.sendall(head.encode() + b"Content-Length: 6000\r\n\r\n" + bytes(5999))
@@ -301,12 +304,13 @@ def test_messages_share_the_room_of_bodies(tiny_models: Path) -> None:
 
             def ask_until_refused() -> None:  # which it is once the body has arrived
                 while time.monotonic() < deadline:
-                    client.infer("tiny-encoder", [images])
+                    client._client_stub.ModelInfer(bare)
 
-            with pytest.raises(InferenceServerException) as caught:
+            with pytest.raises(grpc.RpcError) as caught:
                 ask_until_refused()
-        assert caught.value.status() == "StatusCode.UNAVAILABLE"
-        assert "request bodies of 10000 bytes" in caught.value.message()
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert "request bodies of 10000 bytes" in caught.value.details()
+        assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
         room = 0
         while room < 9 and time.monotonic() < deadline:  # each gives its own back
             try:

@@ -476,6 +476,17 @@ async def test_a_large_item_takes_turns() -> None:
     assert device.batches == [[0], [1, 2], [70, 80], [3, 4], [5, 6]]
 
 
+async def test_a_small_item_that_is_split_goes_on_at_once() -> None:
+    """What is no larger than a batch, and found room for a part of itself alone, is first in the next one."""
+    device = Device()
+    async with batcher(device) as made:
+        await busy(made, device)
+        tasks = await submitted(made, rows(1, 2, 3), rows(4, 5, 6), rows(7), rows(8))
+        device.go_on(3)
+        await asyncio.gather(*tasks)
+    assert device.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8]]
+
+
 async def test_a_full_queue_refuses_at_once() -> None:
     """The row that exceeds the queue is refused while the device is still busy; the others are served."""
     device = Device()

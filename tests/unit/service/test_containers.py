@@ -103,6 +103,9 @@ HONEST = {
     "PNG with something after it": PNG + bytes(99_999),
     "JPEG": JPEG,
     "JPEG of a camera": in_jpeg(segment(0xE1, THUMBNAIL) + b"\xff" * 7 + segment(0xE2, b"FPXR\0")),
+    "JPEG that is said to be turned, and then not": in_jpeg(
+        segment(0xE1, oriented(6)) + segment(0xE1, oriented(1))
+    ),
     "JPEG with a profile": saved(RGB, "JPEG", icc_profile=bytes(500_000), comment=b"hello"),
     "JPEG in scans": saved(RGB, "JPEG", progressive=True, optimize=True, quality=95),
     "JPEG with restarts": saved(RGB, "JPEG", restart_marker_blocks=1),
@@ -174,6 +177,8 @@ PACKED = zlib.compress(bytes(1 << 20))
         (in_jpeg(segment(0xD8, segment(0xE1, bytes(4000)))), JPEG),
         (in_gif(b"!\xfe" + b"\x02ab" * 1000 + b"\x00"), GIF),
         (in_gif(b"!\xff\x0bNETSCAPE2.0\x00" + b"!\x01\x00" * 100), GIF),
+        # A control block that goes on behind its four bytes would swallow the image.
+        (in_gif(b"!\xf9\x04\1\0\0\3\1a\0"), GIF),
     ],
     ids=[
         "zTXt",
@@ -189,6 +194,7 @@ PACKED = zlib.compress(bytes(1 << 20))
         "SOI",
         "comment",
         "extensions",
+        "long control",
     ],
 )
 def test_pillow_sees_nothing_but_what_pixels_need(data: bytes, plain: bytes) -> None:
@@ -243,3 +249,14 @@ def test_more_parts_than_an_honest_image_has_are_refused(
 def test_as_many_scans_as_are_allowed_are_decoded() -> None:
     """A progressive JPEG of the most scans is read."""
     assert (prepare(open_image(scans(32), MAX_PIXELS), SPEC, "none") == 128).all()
+
+
+def test_a_large_png_is_read_in_the_parts_that_libpng_writes() -> None:
+    """Chunks of 8,192 bytes are never too many, however many of them the pixels need."""
+    noise = np.random.default_rng(0).integers(0, 256, (2300, 2300), np.uint8)
+    rows = zlib.compress(np.pad(noise, ((0, 0), (1, 0))).tobytes(), 0)
+    parts = [chunk(b"IDAT", rows[start : start + 8192]) for start in range(0, len(rows), 8192)]
+    assert len(parts) > 500
+    header = chunk(b"IHDR", struct.pack(">II5B", 2300, 2300, 8, 0, 0, 0, 0))
+    data = PNG[:8] + header + b"".join(parts) + chunk(b"IEND", b"")
+    np.testing.assert_array_equal(np.asarray(open_image(data, MAX_PIXELS)), noise)

@@ -92,6 +92,24 @@ async def test_a_blank_image_is_unusual(tiny_models: Path) -> None:
     assert found.in_distribution.tolist() == [False, True]
 
 
+async def test_who_asks_for_drawings_gets_them_beside_who_does_not(tiny_models: Path) -> None:
+    """One image of a batch is drawn and judged as if it were alone, though the other is only encoded."""
+    image = image_of(3, level=102)[np.newaxis]
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
+        model = engine.default
+        batches, run = [], model._encoder._run
+
+        def noted(inputs: Arrays) -> Arrays:
+            batches.append(inputs[1].tolist())
+            return run(inputs)
+
+        model._encoder._run = noted
+        found, *_ = await asyncio.gather(model.predict(image), model.encode(image), model.predict(image))
+    assert batches[0] == [True, False]
+    np.testing.assert_allclose(found.reconstructions, image / 255, atol=1e-3)
+    assert found.in_distribution.tolist() == [True]
+
+
 async def test_reconstruct_draws_the_target_and_masks_the_others(tiny_models: Path) -> None:
     """Only the target's capsule is drawn, however long the others are."""
     capsules = np.zeros((2, CLASSES, DIMENSIONS), np.float32)

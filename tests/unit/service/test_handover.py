@@ -101,3 +101,4 @@ async def test_the_other_processs_end_is_the_last_offer(
     await asyncio.wait_for(worker.inbox.ended.wait(), 10)
     assert worker.orphaned != leaving
     worker.inbox.tell(Notice.CLOSED)  # which nobody hears
+    assert not asyncio.get_running_loop().remove_writer(working), "it is not tried again for ever"

@@ -177,6 +177,15 @@ def test_thin_strokes_keep_their_strength() -> None:
     assert prepared(encode(image)).max() == 255
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_grain_of_paper_is_no_ink(seed: int) -> None:
+    """Not one of its pixels is drawn beside the stroke, or takes part of the box from it."""
+    page = np.random.default_rng(seed).normal(200, 5, (256, 256))
+    page[60:180, 100:124] -= 140
+    got = prepared(encode(page.astype(np.uint8)))
+    assert (box(got), int(np.count_nonzero(got))) == ((20, 4), 20 * 4)
+
+
 @pytest.mark.parametrize(("contrast", "drawn"), [(16, False), (17, True)])
 def test_faint_ink_is_ink_from_a_contrast_on(contrast: int, drawn: bool) -> None:
     """What stands out from clean paper by sixteen levels or fewer is a trace, and beyond that a stroke."""

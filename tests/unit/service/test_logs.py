@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from service.context import request_id
-from service.logs import ConsoleFormatter, JSONFormatter, warn_of_unknown_settings
+from service.logs import ConsoleFormatter, JSONFormatter, configure, warn_of_unknown_settings
+from service.settings import Settings
 
 
 @pytest.fixture
@@ -16,6 +17,24 @@ def in_request() -> Iterator[None]:
     token = request_id.set("seven")
     yield
     request_id.reset(token)
+
+
+@pytest.fixture
+def levels() -> Iterator[None]:
+    """Gives the loggers back as they were."""
+    loggers = [logging.getLogger(name) for name in ("uvicorn", "python_multipart", "service.access")]
+    before = [logger.level for logger in loggers]
+    yield
+    logging.captureWarnings(False)
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_access_log_is_asked_for_by_itself(wanted: bool, levels: None) -> None:
+    """Whoever wants it has it, however few of the other lines are wanted."""
+    configure(Settings(access_log=wanted, log_level="warning"))
+    assert logging.getLogger("service.access").isEnabledFor(logging.INFO) is wanted
 
 
 def record(message: str, *arguments: object, **extra: object) -> logging.LogRecord:

@@ -47,6 +47,15 @@ def test_what_is_written_is_what_is_read(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"encoder.onnx", "decoder.onnx", MANIFEST_FILE}
 
 
+def test_a_full_disk_leaves_the_old_manifest(folder: Path) -> None:
+    """What cannot be written to its end takes nothing away from what was there."""
+    before = read_manifest(folder)
+    (folder / MANIFEST_FILE).with_suffix(".partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_manifest(folder, before)
+    assert read_manifest(folder) == before
+
+
 def test_a_missing_manifest_is_named(folder: Path) -> None:
     """A folder without a manifest is an error that names the file."""
     (folder / MANIFEST_FILE).unlink()

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from prometheus_client import values
 
 from service.context import Stage
 from service.errors import StartError
@@ -36,3 +37,18 @@ def test_a_folder_that_cannot_be_written_to_is_refused(
     monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)  # root may write anywhere
     with pytest.raises(StartError, match="PROMETHEUS_MULTIPROC_DIR"):
         Metrics()
+
+
+def test_a_retired_version_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where processes count together its figures cannot go, and a 0 says so."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    # As the library does when it is loaded.
+    shared = values.MultiProcessValue()  # type: ignore[no-untyped-call] # theirs
+    monkeypatch.setattr(values, "ValueClass", shared)
+    metrics = Metrics()
+    told = []
+    for state in (metrics.model, metrics.forget):
+        state("tiny", "1", "cpu", "fp32", 1)
+        found = figures(metrics.exposition("")[0].decode())
+        told += [number for (name, _), number in found.items() if name == "capsnet_model_info"]
+    assert told == [1, 0]

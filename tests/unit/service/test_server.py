@@ -46,6 +46,16 @@ async def test_all_of_a_stop_counts_against_its_limit(monkeypatch: pytest.Monkey
     assert engine.limits[0] <= 8 - settled
 
 
+async def test_requests_that_are_given_up_may_say_their_last_words() -> None:
+    """Who is about to end is not cancelled once more, and who goes on is."""
+    service = SimpleNamespace(engine=Engine(), settings=SimpleNamespace(drain_timeout=8.0))
+    server = _Server(uvicorn.Config("", log_config=None), cast("Service", service), None)
+    brief, endless = (asyncio.create_task(asyncio.sleep(seconds)) for seconds in (0, 3600))
+    server.server_state.tasks = {brief, endless}
+    await server._end_what_is_left()
+    assert (brief.cancelled(), endless.cancelled()) == (False, True)
+
+
 async def test_who_left_on_the_way_is_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a client that is gone before it is served, the descriptor and the count are given back."""
 

@@ -83,6 +83,13 @@ def test_a_queue_shorter_than_a_batch_is_refused(value: dict[str, int]) -> None:
         Settings.model_validate(value)
 
 
+def test_a_key_has_at_least_sixteen_characters() -> None:
+    """So many are enough, and one fewer is not."""
+    assert len(Settings.model_validate({"api_keys": 16 * "k"}).api_keys) == 1
+    with pytest.raises(ValidationError, match="at least 16 characters"):
+        Settings.model_validate({"api_keys": 15 * "k"})
+
+
 @pytest.mark.parametrize("origin", ["https://a.example/", "https://a.example/page", "a.example", "https://"])
 def test_what_no_browser_sends_is_no_origin(origin: str) -> None:
     """An origin that could never match is refused, and says what one looks like."""
