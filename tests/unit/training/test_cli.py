@@ -104,6 +104,8 @@ def test_dimensions_of_a_model_that_names_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The command brings an older model's manifest and card to where an export would have left them."""
+    for path in mnist_style_folder.glob("test/*/*.png"):  # or it would not show which images are measured on
+        Image.open(path).point(lambda shade: shade // 2).save(path)
     source = ["--dataset", "folder", "--data-dir", str(mnist_style_folder)]
     run, models, figures = (str(tmp_path / name) for name in ("run", "models", "figures"))
     settings = ["--epochs", "8", "--batch-size", "4", "--validation-images", "2", "--device", "cpu"]

@@ -281,6 +281,14 @@ def test_first_images_of_the_files(digits: Dataset, monkeypatch: pytest.MonkeyPa
     assert len(compose.load("mnist", "train", count=41)) == 40
 
 
+def test_test_images_of_pairs(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MultiMNIST is tested on five pairs of each test digit, translated MNIST on each digit once."""
+    monkeypatch.setattr(data, "load", lambda *_: digits)
+    pairs, moved = (compose.load(name, "test") for name in ("multimnist", "translated-mnist"))
+    assert pairs.labels[:, 0].tolist() == 5 * digits.labels.tolist()
+    assert moved.labels.tolist() == digits.labels.tolist()
+
+
 def test_affnist_is_never_trained_on() -> None:
     """Asking for affNIST to train on is answered with what to train on."""
     with pytest.raises(DataError, match="only tested on; train on translated-mnist"):

@@ -1,8 +1,9 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from training.config import ModelConfig, TrainConfig, batch_size, warm_up_steps
+from training.config import Architecture, ModelConfig, TrainConfig, batch_size, warm_up_steps
 
 DIGITS = tuple("0123456789")
 
@@ -24,6 +25,24 @@ def test_too_small_an_image() -> None:
     """An image too small for any primary capsule is refused, with the smallest size that is not."""
     with pytest.raises(ValueError, match=r"16x28 pixels leave no primary capsules.*at least 17x17"):
         ModelConfig(classes=DIGITS, height=16)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "least"),
+    [
+        ("capsnet", 17),
+        ("efficient-capsnet", 11),
+        ("baseline-cnn", 1),
+        ("multimnist-cnn", 4),
+        ("affnist-cnn", 20),
+    ],
+)
+def test_smallest_image(architecture: Architecture, least: int) -> None:
+    """Of the smallest images that an architecture takes its convolutions leave one place, of less none."""
+    smallest = ModelConfig(DIGITS, least, least, architecture=architecture)
+    assert smallest.grid == (1, 1)
+    with pytest.raises(ValueError, match=f"need at least {least}x{least}"):
+        replace(smallest, width=least - 1)
 
 
 @pytest.mark.parametrize(

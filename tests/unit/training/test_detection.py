@@ -4,10 +4,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 
@@ -137,6 +139,43 @@ def test_measured(network: CapsNet, load_split: Load, tmp_path: Path) -> None:
     detection.draw(record, tmp_path / "none.png")  # an empty panel, and no warning
 
 
+def test_each_curve_is_in_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves by error stand in the panels of the error, by margin in the others, each with its own area;
+    in both a cross tells what share is beyond either bound."""
+    drawn: list[tuple[Axes, Any, Any, str]] = []
+
+    def plot(axes: Axes, x: Any, y: Any, style: str, *, color: str, label: str = "") -> None:
+        drawn.append((axes, x, y, label or style))
+
+    monkeypatch.setattr(Axes, "plot", plot)
+
+    def found(start: float, auc: float) -> dict[str, Any]:
+        curves = {name: [by + start] * len(FALSE_ALARMS) for name, by in (("error", 0.1), ("margin", 0.2))}
+        areas = {"error": auc, "margin": auc / 2}
+        flagged = {"error": 100 * start, "margin": 0.0, "either": 100 * start + 5}
+        return {"curves": curves, "auc": areas, "flagged": flagged}
+
+    record = {
+        "network": {"name": "shapes/1"},
+        "images": 66,
+        "attacked": 30,
+        "false_alarms": {"error": 4.0, "margin": 3.0, "either": 6.0},
+        "outliers": {"noise": found(0.5, 0.8)},
+        "attacks": [{"attack": "BIM", "epsilon": 8, **found(0.25, 0.4)}],
+    }
+    detection.draw(record, tmp_path / "d.png")
+    assert [(axes.get_title(), x, y, label) for axes, x, y, label in drawn] == [
+        (title, x, pytest.approx(y), label)
+        for title, share, cross, curve in (
+            ("images of no class, by error", 0.6, 0.55, "noise (AUC 0.800)"),
+            ("images of no class, by margin", 0.7, 0.55, "noise (AUC 0.400)"),
+            ("attacks that succeed, by error", 0.35, 0.3, "BIM, 8 (AUC 0.400)"),
+            ("attacks that succeed, by margin", 0.45, 0.3, "BIM, 8 (AUC 0.200)"),
+        )
+        for x, y, label in ((FALSE_ALARMS, [share] * len(FALSE_ALARMS), curve), (0.06, cross, "x"))
+    ]
+
+
 def test_attacked_at_even_distances(
     network: CapsNet, load_split: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +254,9 @@ def test_what_to_calibrate_on(run: Path, load_split: Load, monkeypatch: pytest.M
     assert (len(images), source) == (count, "held-out")
     images, source = calibration_set(training, replace(checkpoint, start={"epochs": 1}))
     assert (len(images), source) == (count, "training")
+    monkeypatch.setattr(export_module, "CALIBRATION_IMAGES", 2)
+    images, source = calibration_set(training, checkpoint)
+    assert (len(images), source) == (2, "held-out"), "no more than are needed"
 
 
 def test_what_cannot_be_attacked(network: CapsNet, load_split: Load) -> None:

@@ -8,13 +8,22 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from service.manifest import ManifestError, read_manifest, sha256
+from service.manifest import Dimensions, ManifestError, read_manifest, sha256
 from training import export as exporting
 from training.checkpoint import Checkpoint
 from training.config import ModelConfig, TrainConfig
 from training.data import DataError, Dataset, Split
 from training.evaluate import Evaluation, evaluate
-from training.export import ExportError, Name, bounds, export, image_spec, parity_error, round_to_half
+from training.export import (
+    ExportError,
+    Name,
+    bounds,
+    export,
+    image_spec,
+    outlier_sets,
+    parity_error,
+    round_to_half,
+)
 from training.model import CapsNet
 from training.model_card import model_card
 from training.predictor import Floats, Labels, OnnxPredictor, TorchPredictor
@@ -83,6 +92,14 @@ def test_export(state: Checkpoint, exported: Name, load_split: Load) -> None:
     assert set(manifest.measured.beyond_threshold) == {"test", "noise", "blank pages", "letters", "garments"}
     usual = manifest.calibration.usual(result.reconstruction_errors, result.lengths)
     assert manifest.measured.beyond_threshold["test"] == pytest.approx(100 * (1 - usual.mean()))
+    for kind, images, labels in outlier_sets(load_split("test")):
+        of_none = replace(load_split("test"), images=images, labels=labels)
+        found = evaluate(OnnxPredictor(exported.folder), of_none)
+        usual = manifest.calibration.usual(found.reconstruction_errors, found.lengths)
+        assert manifest.measured.beyond_threshold[kind] == pytest.approx(100 * (1 - usual.mean())), kind
+    known = evaluate(OnnxPredictor(exported.folder), load_split("train"))
+    usual = manifest.calibration.usual(known.reconstruction_errors, known.lengths)
+    assert usual.mean() == pytest.approx(0.95, abs=1 / 66)
     assert [variant.precision for variant in manifest.variants] == ["fp32", "fp16", "int8"]
     for_cpus = onnx.load(exported.folder / "encoder.winograd.onnx", load_external_data=False).graph
     assert any(node.op_type == "Slice" and node.input[0] == "images" for node in for_cpus.node), "two ways"
@@ -192,6 +209,26 @@ def test_a_decoder_that_learnt_nothing_has_no_names(state: Checkpoint, load_spli
     assert "That was not measured." in (place.folder / "MODEL_CARD.md").read_text()
 
 
+def test_what_dimensions_are_measured_on(
+    state: Checkpoint, load_split: Load, place: Name, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dimensions are named by the training images, never the test images, in whatever ink they are, and of an
+    unfinished run the manifest says how far it came."""
+    asked: list[tuple[dict[str, str], bool]] = []
+
+    def dark(split: Split) -> Dataset:
+        dataset = load_split(split)
+        return replace(dataset, images=255 - dataset.images)
+
+    def measure(_: OnnxPredictor, dataset: Dataset, *, light_on_dark: bool) -> Dimensions:
+        asked.append((dict(dataset.checksums), light_on_dark))
+        return {}
+
+    monkeypatch.setattr(exporting, "measure_dimensions", measure)
+    assert export(replace(state, epoch=4), place, dark).provenance.epochs == 4
+    assert asked == [({"train": "train shapes"}, False)]
+
+
 def test_baked_in_mask(
     state: Checkpoint, load_split: Load, place: Name, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +307,14 @@ def test_image_spec_reads_the_polarity(load_split: Load) -> None:
     assert image_spec(dataset).centring == "none"
     mnist = replace(dataset, name="mnist", images=torch.zeros(2, 28, 28, dtype=torch.uint8))
     assert image_spec(mnist).centring == "centre_of_mass"
+
+
+def test_images_of_no_class_have_the_ink_of_the_others(load_split: Load) -> None:
+    """Letters that no network knows are light on a dark ground, or dark on a light one."""
+    dataset = load_split("test")
+    for ground, images in ((0, dataset.images), (255, 255 - dataset.images)):
+        made = {kind: drawn for kind, drawn, _ in outlier_sets(replace(dataset, images=images))}
+        assert (made["letters"][:, 0, 0] == ground).all()
 
 
 @pytest.mark.parametrize(("name", "version"), [("../up", "1"), ("mnist", "v2"), ("mnist", "0"), ("", "1")])

@@ -1,9 +1,14 @@
-"""What a card says of classes, whatever they are called."""
+"""What a card says of a model's figures, and of classes, whatever they are called."""
 
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from service.manifest import Dimension, Manifest, read_manifest
-from training.model_card import meaning
+from training.config import ModelConfig, TrainConfig
+from training.evaluate import Evaluation
+from training.model_card import meaning, model_card
 
 SHIPPED = Path(__file__).parents[3] / "models" / "mnist" / "3"
 
@@ -14,6 +19,36 @@ def named(*classes: str, measured: int) -> Manifest:
     return read_manifest(SHIPPED).model_copy(
         update={"classes": classes, "dimensions": dict.fromkeys(classes[:measured], (slant,))}
     )
+
+
+@pytest.mark.parametrize(
+    ("channels", "colour", "source", "words"),
+    [
+        (1, "grey", "held-out", "training images that were held out"),
+        (3, "RGB", "training", "training images that the network may have learned from"),
+    ],
+)
+def test_figures(channels: int, colour: str, source: str, words: str) -> None:
+    """A card has each class's own mistakes, the middle one of the errors, and where its bounds come from."""
+    classes = ("bar", "pole", "dot")
+    manifest = named(*classes, measured=3)
+    manifest = manifest.model_copy(
+        update={
+            "image": manifest.image.model_copy(update={"channels": channels}),
+            "calibration": manifest.calibration.model_copy(update={"source": source}),
+        }
+    )
+    result = Evaluation(
+        labels=np.array([0, 0, 0, 1, 1]),
+        predictions=np.array([0, 1, 2, 1, 0]),
+        reconstruction_errors=np.array([1, 2, 3, 4, 90], np.float32),
+        lengths=np.zeros((5, 3), np.float32),
+    )
+    card = model_card(manifest, ModelConfig(classes), TrainConfig(), result)
+    assert f"in a 28x28 {colour} image (light on dark)" in card
+    assert f"The bounds come from {words}.\n" in card
+    assert "| median reconstruction error, test images | 3.00 |\n" in card
+    assert "| bar | 3 | 2 |\n| pole | 2 | 1 |\n| dot | 0 | 0 |\n" in card
 
 
 def test_a_class_that_was_not_measured_has_a_row() -> None:

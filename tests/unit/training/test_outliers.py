@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import ImageDraw
 
-from training.outliers import LETTERS, outliers
+from training.outliers import GARMENTS, LETTERS, outliers
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (40, 36), (32, 32, 3)])
@@ -63,10 +63,12 @@ def test_letters_are_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_garments_are_of_several_forms() -> None:
-    """Some fill half of their bounding box, some nearly all of it."""
+    """Some fill half of their bounding box, some nearly all of it; one outline comes in many widths."""
     filled = []
     for image in outliers((28, 28), 50)["garments"]:
         ink = image > 0
         filled.append(ink.sum() / (ink.any(axis=0).sum() * ink.any(axis=1).sum()))
     assert min(filled) < 0.6
     assert max(filled) > 0.8
+    wide = outliers((28, 204), 50)["garments"].any(axis=1).sum(axis=1)
+    assert len(set(wide)) > 2 * len(GARMENTS)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,12 @@ import torch
 from training import checkpoint as checkpoints
 from training.checkpoint import Checkpoint
 from training.cli import main
+from training.compose import Batch
+from training.config import ModelConfig, TrainConfig
+from training.data import Dataset, Split
+from training.model import CapsNet
 from training.parallel import Processes
+from training.train import step_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -23,6 +29,25 @@ def test_parts() -> None:
             parts = [list(range(size))[Processes(rank, count).part(size)] for rank in range(count)]
             assert [index for part in parts for index in part] == list(range(size))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_unequal_parts_weigh_by_their_images(
+    model_config: ModelConfig, train_config: TrainConfig, load_split: Callable[[Split], Dataset]
+) -> None:
+    """Of three images one process has one, another two: the mean of their gradients is that of all three."""
+    network = CapsNet(model_config)
+    images, labels = load_split("train").images[:3], torch.arange(3)
+
+    def gradients(team: Processes) -> torch.Tensor:
+        optimizer = torch.optim.SGD(network.parameters(), lr=0)
+        update = step_of(network, optimizer, train_config, torch.zeros(3), team)
+        update(Batch(images, labels, images).part(team.part(3)), 3)
+        return torch.cat(
+            [weight.grad.flatten() for weight in network.parameters() if weight.grad is not None]
+        )
+
+    apart = torch.stack([gradients(Processes(rank, 2)) for rank in range(2)])
+    torch.testing.assert_close(apart.mean(dim=0), gradients(Processes()))
 
 
 def test_two_processes_do_as_one(

@@ -1,11 +1,14 @@
 """What a change does to an image, by hand, and that a network's error is measured under each."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -110,20 +113,35 @@ def bright_and_dark() -> Dataset:
     return Dataset("corners", Corner.classes, images, torch.tensor([0, 1, 1, 0]), {})
 
 
-def test_errors_by_hand(tmp_path: Path) -> None:
-    """Of four images one is wrong as it is, and two once the light is out; curves come of it."""
+def test_errors_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four images one is wrong as it is, and two once the light is out; in each change's panel stands each
+    network's curve of it, to the top."""
     dim = Change("grey levels", (0, 50, 100), lambda images, s, _: (images.float() - s).clamp(0, 255).byte())
-    changes = {"shade": dim, "again": dim}
+    changes = {"shade": dim, "again": replace(dim, strengths=(0, 90))}
     networks = [Trained(name, Corner(), TRAINED, Path("runs", name)) for name in ("one", r"$\frac$")]
     found = robustness.measure(networks, bright_and_dark(), changes=changes, say=lambda _: None)
     assert [network["name"] for network in found["networks"]] == ["one", r"$\frac$"]
     for network in found["networks"]:
-        assert network["errors"] == {"shade": [25.0, 25.0, 50.0], "again": [25.0, 25.0, 50.0]}
+        assert network["errors"] == {"shade": [25.0, 25.0, 50.0], "again": [25.0, 50.0]}
         assert network["training"] == TRAINED
     assert found["strengths"]["shade"] == [0, 50, 100]
     assert found["images"] == 4
     assert json.loads(json.dumps(found)) == found
+    curves: list[tuple[Axes, Any, Any, str]] = []
+    plot = Axes.plot
+
+    def note(axes: Axes, x: Any, y: Any, **options: Any) -> None:
+        curves.append((axes, x, y, options["label"]))
+        plot(axes, x, y, **options)
+
+    monkeypatch.setattr(Axes, "plot", note)
     robustness.draw(found, tmp_path / "r.png")  # the second's name as it is, not as TeX
+    assert [(axes.get_title(), x, y, label) for axes, x, y, label in curves] == [
+        (change, found["strengths"][change], network["errors"][change], robustness.label(network))
+        for change in ("shade", "again")
+        for network in found["networks"]
+    ]
+    assert all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] >= 50 for axes, *_ in curves)
     with Image.open(tmp_path / "r.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10, "something is drawn"
 

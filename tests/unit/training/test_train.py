@@ -16,8 +16,10 @@ from training import train as training
 from training.checkpoint import CheckpointError
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split, shift
+from training.evaluate import Evaluation, evaluate
 from training.losses import margin_loss
 from training.model import CapsNet
+from training.predictor import TorchPredictor
 from training.train import TrainingError, resolve_device, train
 
 Load = Callable[[Split], Dataset]
@@ -129,6 +131,17 @@ def test_resume_with_other_settings(run: Run, train_config: TrainConfig, tmp_pat
         run(replace(train_config, epochs=1, batch_size=8), tmp_path, resume=True)
 
 
+def test_resume_with_other_images(
+    run: Run, model_config: ModelConfig, train_config: TrainConfig, load_split: Load, tmp_path: Path
+) -> None:
+    """A run goes on with the files that it began with, or not at all."""
+    config = replace(train_config, epochs=1)
+    run(config, tmp_path)
+    others = replace(load_split("train"), checksums={"train": "other shapes"})
+    with pytest.raises(CheckpointError, match="trained with train = 'train shapes', but 'other shapes' was"):
+        train(others, model_config, config, tmp_path, load_test=lambda: load_split("test"), resume=True)
+
+
 def test_the_test_set_is_touched_once(
     model_config: ModelConfig, train_config: TrainConfig, load_split: Load, tmp_path: Path
 ) -> None:
@@ -183,6 +196,28 @@ def test_without_validation(run: Run, train_config: TrainConfig, tmp_path: Path)
     state = run(replace(train_config, epochs=1, validation_images=0), tmp_path)
     assert state.training_images == 66
     assert "validation_error" not in state.history[0]
+
+
+@pytest.mark.parametrize(("held_out", "looks"), [(6, [6, 66]), (0, [66])])
+def test_errors_are_of_the_network_as_it_will_be_used(
+    run: Run,
+    train_config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held_out: int,
+    looks: list[int],
+) -> None:
+    """Held-out and test images are looked at without dropout and without the statistics of a batch."""
+    seen: list[int] = []
+
+    def look(predictor: TorchPredictor, dataset: Dataset) -> Evaluation:
+        assert not predictor.network.training
+        seen.append(len(dataset))
+        return evaluate(predictor, dataset)
+
+    monkeypatch.setattr(training, "evaluate", look)
+    run(replace(train_config, epochs=1, validation_images=held_out), tmp_path)
+    assert seen == looks
 
 
 @pytest.mark.parametrize("step", [0, 3, 11])
@@ -279,7 +314,8 @@ def test_what_a_step_does(
 def test_reconstruction_weight(
     run: Run, train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss is the margin loss plus the weighted reconstruction loss: without weight, nothing is drawn."""
+    """The loss is the margin loss plus the weighted reconstruction loss: without weight, nothing is drawn; a
+    run's history has the mean of each over the images, and the share of mistakes in per cent."""
     config = replace(train_config, epochs=1)
     without = run(replace(config, reconstruction_weight=0), tmp_path / "without").model
     torch.manual_seed(config.seed)
@@ -295,8 +331,11 @@ def test_reconstruction_weight(
     monkeypatch.setattr(torch.Tensor, "backward", note)
     monkeypatch.setattr(training, "margin_loss", lambda lengths, _: 0 * lengths.sum(dim=-1) + 3)
     monkeypatch.setattr(training, "reconstruction_loss", lambda drawn, _: 0 * drawn[:, 0, 0] + 2000)
-    run(replace(config, reconstruction_weight=0.0005), tmp_path / "with")
+    monkeypatch.setattr(training, "mistaken", lambda _, labels: labels >= 0)
+    (row,) = run(replace(config, reconstruction_weight=0.0005), tmp_path / "with").history
     assert totals == pytest.approx([4.0] * 4)
+    assert (row["margin_loss"], row["reconstruction_loss"]) == pytest.approx((3, 2000))
+    assert row["training_error"] == 100
 
 
 def test_result_of_another_run(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
@@ -316,8 +355,10 @@ def test_layout(run: Run, train_config: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_log(run: Run, train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard's log of a run that was interrupted and resumed holds each of its steps once."""
+    """TensorBoard's log of a run that was interrupted and resumed holds each of its steps once, each figure
+    under its own name."""
     monkeypatch.setattr(training, "LOG_EVERY", 1)
+    monkeypatch.setattr(training, "reconstruction_loss", lambda drawn, _: 0 * drawn[:, 0, 0] + 2000)
     with interrupted_at(6, monkeypatch):  # in its second epoch, of four steps
         run(train_config, tmp_path)
     run(train_config, tmp_path, resume=True)
@@ -325,6 +366,13 @@ def test_log(run: Run, train_config: TrainConfig, tmp_path: Path, monkeypatch: p
     events.Reload()
     assert [event.step for event in events.Scalars("error/validation")] == [3, 7, 11]
     assert [event.step for event in events.Scalars("loss/margin")] == list(range(12))
+    margin, total, drawn, rates = (
+        [event.value for event in events.Scalars(name)]
+        for name in ("loss/margin", "loss/total", "loss/reconstruction", "learning_rate")
+    )
+    assert drawn == [2000] * 12
+    assert total == pytest.approx([loss + 1 for loss in margin])
+    assert rates == pytest.approx([train_config.learning_rate_at(step, 12) for step in range(12)])
 
 
 def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from service.manifest import ManifestError
+from service.manifest import ManifestError, read_manifest
+from training import checkpoint as checkpoints
 from training import trained
 from training.config import ModelConfig, TrainConfig
 from training.data import Dataset, Split
@@ -38,19 +39,20 @@ def make(model_config: ModelConfig, train_config: TrainConfig, load_split: Load,
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "iterations"),
     [
-        {},
-        {"shared_weights": True, "routing_iterations": 2},
-        {"capsule_biases": True, "conv_channels": 8, "kernel_size": 4, "primary_groups": 4},
-        {"architecture": "efficient-capsnet"},
+        ({}, 3),
+        ({"shared_weights": True, "routing_iterations": 2}, 2),
+        ({"capsule_biases": True, "conv_channels": 8, "kernel_size": 4, "primary_groups": 4}, 3),
+        ({"architecture": "efficient-capsnet"}, 1),
     ],
 )
 def test_an_exported_model_becomes_a_network(
-    changes: dict[str, object], make: Make, load_split: Load
+    changes: dict[str, object], iterations: int, make: Make, load_split: Load
 ) -> None:
     """The network made of an exported model sees and draws what the graphs do, whatever its shape."""
     _, folder = make(**changes)
+    assert read_manifest(folder).capsules.routing_iterations == iterations
     exported, rebuilt = OnnxPredictor(folder), TorchPredictor(read_network(folder))
     images = load_split("test").images[:9].numpy()
     capsules, lengths = exported.encode(images)
@@ -94,3 +96,8 @@ def test_how_it_was_trained(make: Make) -> None:
     assert opened.training["seed"] == 0
     assert (opened.path, exported.path) == (run, folder)
     assert "test_error" in exported.training
+    origin = {"source": "shapes/1", "sha256": "", "epochs": 5}
+    saved = checkpoints.read(run)
+    checkpoints.save(replace(saved, epoch=1, start=origin), run / checkpoints.CHECKPOINT_FILE)
+    begun = open_trained(run).training
+    assert (begun["epochs"], begun["finished"]) == (6, False), "five of them behind its first weights"
