@@ -47,6 +47,8 @@ def test_the_tutorial_beside_ours(tiny_models: Path, tmp_path: Path) -> None:
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| **this service** |" in text
     assert f"| {TUTORIAL.name} {version('fastapi')} |" in text
+    ours, tutorial = (measured["rows"][name]["rate_64"] for name in (comparison.OURS, TUTORIAL.name))
+    assert f" | {tutorial:.0f} ({tutorial / ours:.2f}x) | " in text
     assert f"| {TUTORIAL.name} | 1 x 1 threads | 1 x 1 threads | 1 x 1 threads |" in text
 
 
