@@ -131,7 +131,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._end_after(self.cycle)
             else:
                 self._refuse(error.__context__)
-        if self._unread > MAX_HEAD:
+        if self._unread > MAX_HEAD and not self._is_last:
             self.transport.close()  # without a word: what still arrives would destroy it
         elif self.cycle is None or self.cycle.response_complete:  # else the head came whole, as nearly all do
             self._await_head()

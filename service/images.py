@@ -154,15 +154,13 @@ def prepare(image: Image.Image, spec: ImageSpec, preprocess: Preprocess) -> Pixe
             expected="preprocess=auto or preprocess=none",
         )
     try:
-        pixels = _decode(image, spec)
+        pixels = _decode(image, spec, as_deep_as_needed=preprocess != "none")
     except Exception as error:  # see `_undecodable`
         raise _undecodable("an image that breaks off or is damaged") from error
     if preprocess == "none" or (preprocess == "auto" and _fits(pixels, spec)):
         return pixels
     if spec.centring == "none":
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))
-    if _is_deep(image):
-        pixels = _decode(image, spec, as_deep_as_needed=True)  # or what a camera took would count as no ink
     return _lay_out(pixels, spec)
 
 
@@ -193,12 +191,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if _turn(image) in _ON_ITS_SIDE else (width, height)
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Whether it has 16 bits of grey, which Pillow would clip to 255."""
-    return image.mode.startswith("I")
-
-
-def _decode(image: Image.Image, spec: ImageSpec, *, as_deep_as_needed: bool = False) -> Pixels:
+def _decode(image: Image.Image, spec: ImageSpec, *, as_deep_as_needed: bool) -> Pixels:
     """The image upright, without transparency, in 8 bits: (h, w) or (h, w, 3).
 
     Args:
@@ -212,7 +205,7 @@ def _decode(image: Image.Image, spec: ImageSpec, *, as_deep_as_needed: bool = Fa
     image.load()  # it may change the mode
     turn = _turn(image)
     image = image if turn is None else image.transpose(turn)
-    if _is_deep(image):
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
         levels = np.asarray(image).astype(np.int64).clip(0, 65535)
         bits = next(bits for bits in _DEPTHS if levels.max() < 1 << bits) if as_deep_as_needed else 16
         image = Image.fromarray((levels * 255 // ((1 << bits) - 1)).astype(np.uint8))

@@ -68,8 +68,8 @@ class ModelQuery(_Request):
         Field(
             description="`auto` lays out any image as the training images were, and leaves one of the "
             "model's size and ground alone; `none` takes only the model's own size; `centre` lays out all. "
-            "Grey levels of 16 bits are taken as they are, too, but for laying out, where the brightest says "
-            "of how many bits they are. Arrays are taken as they are"
+            "Grey levels of 16 bits may be of 8, 10, 12 or 14, as the brightest says, but with `none`. "
+            "Arrays are taken as they are"
         ),
     ] = "auto"
 

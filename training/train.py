@@ -227,7 +227,10 @@ def _begin_with(network: Network, start: Start) -> None:
         for config in (network.config, start.config)
     )
     if start.exported is not None:
-        found["scaled_votes"] = wanted["scaled_votes"]  # none of its files tells; see below
+        # What none of its files tells; see below.
+        found["scaled_votes"] = wanted["scaled_votes"]
+        if network.config.grid == (1, 1):
+            found["shared_weights"] = wanted["shared_weights"]
     for name, value in wanted.items():
         if found[name] != value:
             raise refusal(f"{name} is {found[name]}, expected {value}")

@@ -1292,6 +1292,20 @@ def test_a_reading_is_of_the_picture_above_it(page: Page) -> None:
     expect(caption).to_have_text("“3”, bent: read again as “3”, 0.60")
 
 
+def test_the_focus_is_given_back_to_nobody_who_went_on(page: Page) -> None:
+    """Whoever does something else while a picture is read finds the slider where they had left it."""
+    give(page, 3)
+    page.locator("#dimension-4").focus()
+    gate = Gate(page, "**/predict?*image=true*")
+    page.locator("#file").set_input_files(file_of(6))
+    gate.wait_for(1)
+    page.get_by_role("heading", name="Draw").click()
+    gate.open()
+    expect(page.locator("#verdict")).to_have_text("This is “6”.")
+    expect(page.locator("#tweaked-caption")).to_contain_text("read again")
+    assert page.evaluate("document.activeElement.id") == ""
+
+
 @pytest.mark.parametrize("what", ["predict", "models"])
 def test_what_failed_can_be_tried_again(opened: Opened, service: str, what: str) -> None:
     """A service that was away for a moment costs nobody the drawing; what it refuses is not asked again."""
@@ -1304,9 +1318,13 @@ def test_what_failed_can_be_tried_again(opened: Opened, service: str, what: str)
     else:
         page.locator("#file").set_input_files(file_of(6))
     again = page.get_by_role("alert").get_by_role("button", name="Try again")
-    expect(again).to_be_visible()
+    again.focus()
+    with page.expect_response(pattern):
+        page.keyboard.press("Enter")
+    page.wait_for_timeout(100)
+    expect(again).to_be_focused()  # it failed again
     page.unroute(pattern)
-    again.click()
+    page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_be_hidden()
     expect(page.locator("#verdict")).to_contain_text("This is")
     page.route("**/predict*", lambda route: route.fulfill(status=422, json={"detail": "No picture."}))

@@ -160,6 +160,7 @@ async function start() {
     showProblem(error, undefined, start);
     return;
   }
+  if (failed === start) showProblem(null);
   if (models.length === 0) {
     showProblem(new api.Problem(0, { detail: "No model is served at present." }));
     return;
@@ -223,7 +224,8 @@ function choose(label) {
 // What shows it --------------------------------------------------------------------------------------
 
 let timer = null; // until a reading counts as slow
-let resting = null; // what had the focus when its part of the page became inert
+let resting = null; // what had the focus when its part of the page became inert, unless the visitor went on
+for (const type of ["pointerdown", "keydown"]) document.addEventListener(type, () => (resting = null), true);
 
 function render() {
   const { model, found, label, tweaked, readAgain: read } = state;
@@ -379,13 +381,16 @@ function showProblem(problem, began = performance.now(), question = null) {
   if (!state.settled) return; // or the pad would move under the stroke, whose end is read in any case
   if (problem) complained = began;
   failed = question;
+  const alert = byId("problem");
+  const hadFocus = alert.contains(document.activeElement);
   const { message, received, expected, status } = problem ?? {};
   const lines = [message, received && `Received: ${received}`, expected && `Expected: ${expected}`];
   const paragraphs = lines.filter(Boolean).map((textContent) => Object.assign(document.createElement("p"), { textContent }));
   const mayPass = status === 0 || status === 429 || status >= 500;
   const asksNoMore = [look, start].includes(question); // or a slider, a class or a button asks again
-  byId("problem").replaceChildren(...paragraphs, ...(mayPass && asksNoMore ? [retryButton(question)] : []));
-  byId("problem").hidden = !problem;
+  alert.replaceChildren(...paragraphs, ...(mayPass && asksNoMore ? [retryButton(question)] : []));
+  alert.hidden = !problem;
+  if (hadFocus) alert.querySelector("button")?.focus();
   if (status === 401) {
     byId("key-form").hidden = false;
     byId("key").focus();
@@ -394,10 +399,7 @@ function showProblem(problem, began = performance.now(), question = null) {
 
 function retryButton(question) {
   const button = Object.assign(document.createElement("button"), { type: "button", textContent: "Try again" });
-  button.addEventListener("click", () => {
-    showProblem(null);
-    question();
-  });
+  button.addEventListener("click", question);
   return button;
 }
 

@@ -287,7 +287,7 @@ async def test_lines_of_a_head_have_a_limit() -> None:
     """A hundred are read, in a head and behind a body; one more is refused: each costs much memory."""
     app = Echo()
     lines = b"a: b\r\n" * (http_protocol.MAX_LINES - 1)
-    chunked = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n"
+    chunked = b"POST / HTTP/1.1\r\nTransfer-Encoding: Chunked \r\n\r\n2\r\nhi\r\n0\r\n"
     async with served(app) as (server, reader, writer):
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n")
         writer.write(chunked + b"a: b\r\n" + lines + b"\r\n")
@@ -664,7 +664,8 @@ async def test_what_is_no_request_takes_no_answer_away(waiting: int) -> None:
     assert counted == [None]
 
 
-async def test_what_is_no_request_ends_a_connection_on_which_one_is_answered() -> None:
+@pytest.mark.parametrize("size", [4, 2 * http_protocol.MAX_HEAD])
+async def test_what_is_no_request_ends_a_connection_on_which_one_is_answered(size: int) -> None:
     """The same of what comes while the request before it is answered, however much it is."""
     app = App()
     app.refusing = False
@@ -673,7 +674,7 @@ async def test_what_is_no_request_ends_a_connection_on_which_one_is_answered() -
     async with served(app, malformed=lambda: counted.append(None)) as (_, reader, writer):
         writer.write(REQUEST)
         await until(lambda: app.requests == 1)
-        writer.write(b"\x16\x03\x01\x02")
+        writer.write(b"\x16" * size)
         await until(lambda: bool(counted))
         writer.write(bytes(4 * http_protocol.MAX_HEAD))
         await writer.drain()

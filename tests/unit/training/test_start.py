@@ -183,6 +183,35 @@ def test_a_setting_that_differs_is_named(
     begin(renamed, train_config, start, torch.device("cpu"))
 
 
+def test_one_place_with_shared_weights(train_config: TrainConfig, load_split: Load, tmp_path: Path) -> None:
+    """Where each group has one capsule, no file of an exported model tells whether its weights are shared."""
+
+    def load(split: Split) -> Dataset:
+        dataset = load_split(split)
+        return replace(dataset, images=dataset.images[:, :9, :9].contiguous())
+
+    config = ModelConfig(
+        load_split("train").classes,
+        9,
+        9,
+        conv_channels=4,
+        kernel_size=5,
+        primary_groups=2,
+        shared_weights=True,
+    )
+    assert config.grid == (1, 1)
+    state = train(
+        load("train"),
+        config,
+        replace(train_config, epochs=1),
+        tmp_path / "run",
+        load_test=lambda: load("test"),
+    )
+    place = Name(tmp_path / "models", "shapes", "3")
+    export(state, place, load)
+    begin(config, train_config, read_start(place.folder), torch.device("cpu"))
+
+
 def test_an_exported_network_is_named() -> None:
     """Of an exported model, the manifest tells what the weights are of."""
     start = read_start(EFFICIENT)
