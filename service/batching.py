@@ -167,6 +167,7 @@ class Batcher:
                 self._withdraw(item)
             if item.taken:
                 add_stages((Stage("queue", item.submitted, item.started), *item.stages))
+            del item  # or it, its answer's error and this frame would keep one another and the inputs
 
     def _ripen(self) -> None:
         """Let a batch leave; behind all that the event loop does in the turn in which the first came."""

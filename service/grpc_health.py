@@ -56,6 +56,12 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc] # published witho
             for part in parts:
                 part.cancel()
 
+    async def List(self, _: Any, context: Any) -> Any:  # noqa: N802 # gRPC's name
+        await self._admit("List", context)
+        asked = {service: health_pb2.HealthCheckRequest(service=service) for service in self._services}
+        found = {service: await super(Health, self).Check(asked[service], context) for service in asked}
+        return health_pb2.HealthListResponse(statuses=found)
+
     async def _admit(self, method: str, context: Any) -> None:
         try:
             self._check_key(f"/{SERVICE}/{method}", context)

@@ -1,6 +1,7 @@
 """How the log is written: for people or for machines, one way for our lines and uvicorn's."""
 
 import difflib
+import json
 import logging
 import re
 from collections.abc import Iterable
@@ -85,4 +86,7 @@ class JSONFormatter(logging.Formatter):
         entry |= getattr(record, "fields", {})
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(entry, default=repr).decode()
+        try:
+            return orjson.dumps(entry, default=repr).decode()
+        except TypeError:  # a path, say, whose bytes are no UTF-8
+            return json.dumps(entry, default=repr)

@@ -332,10 +332,14 @@ def sha256(path: Path) -> str:
 
 def version_folders(models: Path) -> list[Path]:
     """Every `<name>/<version>` folder; hidden ones are of exports that have not ended."""
+
+    def names_a_model(name: str) -> bool:
+        return not name.startswith(".") and name.isprintable()  # bytes that are no UTF-8 are not
+
     return sorted(
         path
         for path in models.glob("*/*")
-        if path.is_dir() and path.name.isdecimal() and not path.parent.name.startswith(".")
+        if path.is_dir() and path.name.isdecimal() and names_a_model(path.parent.name)
     )
 
 

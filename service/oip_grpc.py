@@ -55,6 +55,7 @@ _HEALTH = frozenset(
         f"/{SERVICE}/ServerReady",
         f"/{grpc_health.SERVICE}/Check",
         f"/{grpc_health.SERVICE}/Watch",
+        f"/{grpc_health.SERVICE}/List",
     }
 )
 
@@ -301,9 +302,9 @@ class _Inference:
                 inputs = _inputs(*arguments)
             else:
                 inputs = await asyncio.to_thread(_inputs, *arguments)
+            wanted = protocol.find_outputs(graph, [output.name for output in request.outputs])
             for output in request.outputs:
                 protocol.check_parameters(output.name, output.parameters)
-            wanted = protocol.find_outputs(graph, [output.name for output in request.outputs])
             results = await protocol.infer(graph, inputs)
         return pb.ModelInferResponse(
             model_name=graph.name,

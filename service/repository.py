@@ -18,7 +18,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from service.engine import Engine, Graphs, Model, load_graphs
-from service.errors import DeviceError, InvalidInput, RepositoryRefused, ShuttingDown, UnknownModel
+from service.errors import (
+    DeviceError,
+    InvalidInput,
+    RepositoryRefused,
+    RequestError,
+    ShuttingDown,
+    UnknownModel,
+)
 from service.manifest import MANIFEST_FILE, Manifest, ManifestError, read_manifest, version_folders
 from service.metrics import Metrics
 from service.protocol import ROLES
@@ -53,7 +60,7 @@ class Repository:
         self._engine = engine
         self._metrics = metrics
         self._turn = asyncio.Lock()
-        self._changes: set[asyncio.Task[None]] = set()
+        self._changes: set[asyncio.Task[RequestError | None]] = set()
         self._reasons: dict[tuple[str, str], str] = {}
         """What happened last to versions that are not served."""
 
@@ -99,14 +106,26 @@ class Repository:
         await self._in_turn(partial(self._unload, graph, _version(parameters, ignored=(_WITHOUT_MEANING,))))
 
     async def _in_turn(self, change: Callable[[], Awaitable[None]]) -> None:
-        async def turn() -> None:
-            async with self._turn:
-                await change()
+        async def turn() -> RequestError | None:
+            try:
+                async with self._turn:
+                    await change()
+            except RequestError as error:  # which nobody asks for where the caller has left
+                return error
+            return None
 
         task = asyncio.create_task(turn())
         self._changes.add(task)  # the event loop alone does not keep a task alive
         task.add_done_callback(self._changes.discard)
-        await asyncio.shield(task)
+        refusal = None
+        try:
+            refusal = await asyncio.shield(task)
+            if refusal:
+                raise refusal
+        finally:
+            # Or this frame and the error, whose frames hold graphs, would keep one another until Python looks
+            # for cycles.
+            del task, refusal
 
     async def _load(self, graph: str, version: str | None) -> None:
         name = _model_name(graph)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from tests.support.process import IMAGE, LIMIT, PNG, Served, served
@@ -88,5 +88,14 @@ def test_health_needs_a_key_where_the_settings_say_so(
             with pytest.raises(grpc.RpcError) as refused:
                 next(stub.Watch(HealthCheckRequest(), timeout=LIMIT))
             assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.List(HealthListRequest(), timeout=LIMIT)
+            assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
         answer = stub.Check(HealthCheckRequest(), metadata=[("x-api-key", key)], timeout=LIMIT)
         assert answer.status == HealthCheckResponse.SERVING
+        listed = stub.List(HealthListRequest(), metadata=[("x-api-key", key)], timeout=LIMIT).statuses
+        assert {name: each.status for name, each in listed.items()} == {
+            "": HealthCheckResponse.SERVING,
+            OIP: HealthCheckResponse.SERVING,
+        }
+        assert not any("Traceback" in line for line in process.log)

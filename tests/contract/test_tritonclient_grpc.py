@@ -99,6 +99,19 @@ def test_both_graphs_run(client: sync.InferenceServerClient) -> None:
     assert only.as_numpy("capsule_lengths").argmax() == 5
 
 
+def test_a_long_name_is_refused_in_few_words(client: sync.InferenceServerClient) -> None:
+    """What would be too long for a status does not break the call off: its fault and its id are told."""
+    asked = service_pb2.ModelInferRequest(model_name="tiny-encoder")
+    asked.inputs.add(name="images", datatype="UINT8", shape=[1, SIDE, SIDE])
+    asked.raw_input_contents.append(image_of(7).tobytes())
+    asked.outputs.add(name="x" * 20_000).parameters["classification"].int64_param = 1
+    with pytest.raises(grpc.RpcError) as caught:
+        client._client_stub.ModelInfer(asked)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert len(caught.value.details()) < 2000
+    assert "x-request-id" in dict(caught.value.trailing_metadata())
+
+
 def test_typed_contents_are_taken_as_raw_ones_are(client: sync.InferenceServerClient) -> None:
     """The protocol has two ways to send a tensor, for each datatype."""
     encode = service_pb2.ModelInferRequest(model_name="tiny-encoder")

@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
+import logging
 import math
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -503,6 +506,30 @@ async def test_a_full_queue_refuses_at_once() -> None:
     assert "3 rows wait" in refused.value.detail
     assert refused.value.detail.endswith("queue holds 3: no room for 1 more")
     assert [4] not in device.batches
+
+
+async def test_what_failed_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that fails every run keeps none of what it was given, though Python looks for no cycles."""
+    device = Device()
+    device.broken = True
+    monkeypatch.setattr("service.batching.logger", logging.Logger("unheard"))  # pytest keeps what it hears
+    given: list[weakref.ref[NDArray[np.float32]]] = []
+    gc.disable()
+    try:
+        async with batcher(device) as made:
+            for _ in range(3):
+                values = np.zeros((1, 1), np.float32)
+                given.append(weakref.ref(values))
+                task = asyncio.create_task(made.submit(values))
+                del values
+                await device.started()
+                device.go_on()
+                with contextlib.suppress(InferenceFailed):  # `raises` would keep it
+                    await task
+                del task
+            assert [values() is None for values in given[:-1]] == [True, True]  # the last is the thread's
+    finally:
+        gc.enable()
 
 
 async def test_retry_after_follows_the_measured_speed(clock: Clock) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 
@@ -72,6 +73,14 @@ def test_a_json_line_holds_the_stack() -> None:
 def test_a_json_line_takes_any_field() -> None:
     """What JSON has no form for is told as text."""
     assert json.loads(JSONFormatter().format(record("x", fields={"a": 1j})))["a"] == "1j"
+
+
+def test_a_json_line_holds_what_is_no_unicode() -> None:
+    """A path with bytes that are no UTF-8 costs nobody the line that names it."""
+    line = JSONFormatter().format(record("%s is missing", os.fsdecode(b"caf\xe9"), fields={"a": 1j}))
+    line.encode()
+    entry = json.loads(line)
+    assert (entry["message"], entry["a"]) == ("caf\udce9 is missing", "1j")
 
 
 def test_a_console_line_ends_with_the_request_id(in_request: None) -> None:

@@ -1,6 +1,7 @@
 """A model folder is served whole and unaltered, or refused with the file and the reason."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,8 @@ def test_only_what_can_be_centred_is(wrong: dict[str, int]) -> None:
 
 def test_versions_are_numbers(tmp_path: Path) -> None:
     """Folders beside them are none, nor is what an export has not finished, for a model that is called 7."""
-    for name in ("mnist/2", "mnist/latest", "mnist/10", ".export-x/7"):
+    unwritable = os.fsdecode(b"b\xff/1")  # which could be told to nobody
+    for name in ("mnist/2", "mnist/latest", "mnist/10", ".export-x/7", unwritable):
         (tmp_path / name).mkdir(parents=True)
     assert version_folders(tmp_path) == [tmp_path / "mnist/10", tmp_path / "mnist/2"]
 

@@ -1,7 +1,9 @@
 """Versions come and go while the engine serves: whole or not at all, one change at a time."""
 
 import asyncio
+import contextlib
 import gc
+import logging
 import os
 import shutil
 import threading
@@ -459,6 +461,51 @@ async def test_a_load_goes_on_when_its_caller_leaves(models: Path, monkeypatch: 
         await repository.load("tiny-encoder", {})
         assert gate.loads == ["2"]
         assert served(engine) == ["tiny/2", "tiny/1"]
+
+
+async def test_a_refused_load_keeps_no_graphs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had loaded before it was refused is freed at once, not when Python looks for cycles."""
+    loaded: list[weakref.ref[Graphs]] = []
+
+    def noted(folder: Path, settings: Settings) -> Graphs:
+        graphs = load_graphs(folder, settings)
+        loaded.append(weakref.ref(graphs))
+        return graphs
+
+    monkeypatch.setattr("service.repository.load_graphs", noted)
+    monkeypatch.setattr("service.repository.logger", logging.Logger("unheard"))  # pytest keeps what it hears
+    async with opened(models) as (_, repository):
+        write_tiny_model(models, "tiny", "2")
+        write_tiny_model(models, "tiny", "3")
+        (models / "tiny" / "3" / "encoder.onnx").write_bytes(b"")
+        gc.disable()
+        try:
+            with contextlib.suppress(RepositoryRefused):  # `raises` would keep it
+                await repository.load("tiny-encoder", {})
+            for _ in range(3):  # what the event loop has still to do
+                await asyncio.sleep(0)
+            assert [graphs() is None for graphs in loaded] == [True]
+        finally:
+            gc.enable()
+
+
+async def test_a_refused_load_whose_caller_has_left_is_no_fault(
+    models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says why it was refused, and nothing of an exception that nobody asked for."""
+    async with opened(models) as (_, repository):
+        gate = Gate(monkeypatch)
+        write_tiny_model(models, "tiny", "2")
+        (models / "tiny" / "2" / "encoder.onnx").write_bytes(b"")
+        change = asyncio.create_task(repository.load("tiny-encoder", {}))
+        await gate.started.wait()
+        change.cancel()
+        gate.go_on.set()
+        await repository.unload("tiny-encoder", {"version": "2"})  # its turn comes afterwards
+        await asyncio.sleep(0)
+        gc.collect()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "tiny/2 cannot be loaded" in caplog.text
 
 
 async def test_a_stopping_service_loads_no_more(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
