@@ -27,6 +27,7 @@ from service.manifest import (
     ManifestError,
     Precision,
     UsedDevice,
+    check_content,
     draws,
     model_folders,
     read_manifest,
@@ -95,6 +96,8 @@ class Graphs:
         with Measured("encoder"):
             encoded, found, *redrawn = self.encoder.run(images)
             capsules, lengths = fetched(encoded), fetched(found)
+        if not np.isfinite(lengths).all():
+            raise FloatingPointError(f"{self.manifest.reference} in {self.precision} gives what is no number")
         index = lengths.argmax(axis=1)
         if not drawn.any():
             nothing = np.zeros(images.shape, np.float32)
@@ -145,6 +148,9 @@ def load_graphs(folder: Path, settings: Settings) -> Graphs:
     precision = choose_precision(folder, manifest, settings.precision, decoder.device)
     chosen = manifest.encoders(decoder.device)[precision]
     encoder = opened(chosen, precision)
+    # Encoders read some of their weights in these files, which somebody may have been writing since.
+    for read in (manifest.encoder, manifest.decoder):
+        check_content(folder / read.file, read)
     device: UsedDevice = "cpu" if "cpu" in (encoder.device, decoder.device) else "cuda"
     rows = settings.max_batch, settings.max_decoder_batch
     try:

@@ -309,8 +309,17 @@ def image_spec(dataset: Dataset) -> ImageSpec:
 
 @torch.no_grad()
 def round_to_half(network: nn.Module) -> None:
-    """Round the weights to what half precision can hold, so that storing them in it loses nothing more."""
-    for parameter in network.parameters():
+    """Round the weights to what half precision can hold, so that storing them in it loses nothing more.
+
+    Raises:
+        ExportError: one is too large for it.
+    """
+    for name, parameter in network.named_parameters():
+        if not parameter.half().isfinite().all():
+            raise ExportError(
+                f"{name} has weights up to {parameter.abs().max():.3g}, expected at most 65504, the largest "
+                "number in half precision; train again, with a lower --learning-rate"
+            )
         parameter.copy_(parameter.half())
 
 

@@ -427,11 +427,16 @@ def encoder_graph(
 
 
 def save_sharing(model: onnx.ModelProto, path: Path, *holders: Path) -> None:
-    """Save `model` as `path`; weights that a file of `holders` beside it has too are read from there."""
+    """Save `model` as `path`; weights that a file of `holders` beside it has too are read from there.
+
+    Those in half precision alone, which a runtime converts or copies while it loads. What it needs as it is
+    ONNX Runtime would not read: it would map the file, and answer otherwise once that changes.
+    """
     for holder in holders:
         held = holder.read_bytes()
         for tensor in model.graph.initializer:
-            offset = held.find(tensor.raw_data) if len(tensor.raw_data) >= LARGE else -1
+            half = tensor.data_type == TensorProto.FLOAT16
+            offset = held.find(tensor.raw_data) if half and len(tensor.raw_data) >= LARGE else -1
             if offset >= 0:
                 length = len(tensor.raw_data)
                 tensor.ClearField("raw_data")

@@ -28,21 +28,24 @@ UNITS: Final[dict[Measure, str]] = {
 MEASURES: Final = tuple(UNITS)
 SCALE = 4
 """Drawings are enlarged so much before they are cut into ink and ground, as Morpho-MNIST's are."""
+ENOUGH = 4 * 28
+"""Pixels on the longer side up to which they are; larger ones are fine as they are, and cost time."""
 TAILS = (0.02, 0.98)
 """Quantiles of the ink between which width and height are taken, so that a speck does not count."""
 
 
 def measure(drawings: Floats) -> NDArray[np.float64]:
     """Light drawings on dark ground (N, H, W) -> every measure of each, (N, 7); NaN without ink."""
-    large = functional.interpolate(torch.from_numpy(drawings)[:, None], scale_factor=SCALE, mode="bicubic")
+    scale = max(1, min(SCALE, -(-ENOUGH // max(drawings.shape[1:]))))
+    large = functional.interpolate(torch.from_numpy(drawings)[:, None], scale_factor=scale, mode="bicubic")
     levels = large[:, 0].numpy()
     darkest, lightest = levels.min(axis=(1, 2), keepdims=True), levels.max(axis=(1, 2), keepdims=True)
     # A border of ground keeps the drawings apart when they are laid one below the other.
     inked = np.pad(levels > (darkest + lightest) / 2, ((0, 0), (1, 1), (1, 1)))
     column = inked.reshape(-1, inked.shape[2])
-    depth = distance_transform_edt(column).reshape(inked.shape) / SCALE  # to the nearest ground
+    depth = distance_transform_edt(column).reshape(inked.shape) / scale  # to the nearest ground
     spine = skeletonize(column).reshape(inked.shape)
-    y, x = ((np.indices(inked.shape[1:]) - 0.5) / SCALE)[:, None]  # (1, h, w) each
+    y, x = ((np.indices(inked.shape[1:]) - 0.5) / scale)[:, None]  # (1, h, w) each
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN where there is no ink
         thickness = 2 * _mean(depth, spine)
         across, down = _mean(x, inked), _mean(y, inked)

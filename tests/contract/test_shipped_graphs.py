@@ -1,6 +1,8 @@
 """The graphs that come with the repository against PyTorch, with the weights that are in their files."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -8,9 +10,10 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from service.engine import Way, bring_together
-from service.manifest import Manifest, Precision, read_manifest
-from service.sessions import open_session
+from service.engine import Way, bring_together, load_graphs
+from service.manifest import Manifest, ManifestError, Precision, read_manifest
+from service.sessions import choose_precision, open_session
+from service.settings import Settings
 from tests.support.mnist import ROOT, mnist_test_images
 from training.config import ModelConfig
 from training.data import Dataset
@@ -19,6 +22,7 @@ from training.model_card import AUTHORS, REMARKS, meaning
 from training.predictor import OnnxPredictor, TorchPredictor
 
 VERSIONS = sorted(path.parent for path in (ROOT / "models").glob("mnist/*/manifest.json"))
+MAPPED = Path("/proc/self/maps")
 CARDS = sorted(path.parent for path in (ROOT / "models").glob("*/*/MODEL_CARD.md"))
 
 
@@ -103,6 +107,35 @@ def test_the_graph_for_gpus_draws_as_the_decoder_does(folder: Path, mnist: Datas
     capsules, lengths, drawn = open_session(folder / graph.file, graph, device="cpu", threads=1).run(images)
     expected = OnnxPredictor(folder).decode(capsules, lengths.argmax(axis=1))
     np.testing.assert_allclose(drawn, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+@pytest.mark.skipif(not MAPPED.exists(), reason="only Linux tells which files a process has in its memory")
+def test_nothing_of_a_folder_is_needed_once_it_is_loaded(folder: Path) -> None:
+    """A session reads none of its model's files later on, whatever becomes of them."""
+    manifest = read_manifest(folder)
+    graphs = (manifest.encoder, manifest.decoder, *(variant.encoder for variant in manifest.variants))
+    sessions = [open_session(folder / graph.file, graph, device="cpu", threads=1) for graph in graphs]
+    assert len(sessions) == 5
+    assert str(folder) not in MAPPED.read_text()
+
+
+@pytest.mark.parametrize(("precision", "file"), [("fp32", "encoder.onnx"), ("int8", "encoder.onnx")])
+def test_weights_that_change_while_they_are_loaded_are_refused(
+    precision: Precision, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph reads some of its weights in another graph's file, which has to be the manifest's as well."""
+    folder = tmp_path / "mnist" / "3"
+    shutil.copytree(ROOT / "models" / "mnist" / "3", folder)
+    settings = Settings(models=tmp_path, device="cpu", precision=precision)
+
+    def choose(*arguments: Any) -> Precision:
+        (folder / file).write_bytes(bytes((folder / file).stat().st_size))
+        return choose_precision(*arguments)
+
+    monkeypatch.setattr("service.engine.choose_precision", choose)
+    with pytest.raises(ManifestError, match=f"{file}: sha256 is"):
+        load_graphs(folder, settings)
 
 
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)

@@ -269,6 +269,28 @@ def broken(*_: object) -> Any:
     raise RuntimeError("the device is broken")
 
 
+async def test_what_is_no_number_is_no_answer(tiny_models: Path) -> None:
+    """An encoder whose sums overflow fails, as a device does that breaks, and makes the service unready."""
+
+    class Overflowing:
+        def run(self, images: Any) -> list[Any]:
+            count = len(images)
+            return [
+                np.full((count, CLASSES, DIMENSIONS), np.nan, np.float32),
+                np.full((count, CLASSES), np.nan, np.float32),
+            ]
+
+    async with open_engine(settings(tiny_models), Metrics()) as engine:
+        model = engine.default
+        graphs: Graphs = model._encoder._run.__self__  # type: ignore[attr-defined] # a bound method
+        model._encoder._run = replace(graphs, encoder=Overflowing()).predict  # type: ignore[arg-type] # all that is asked of it
+        for ask in 2 * (model.predict, model.encode):
+            with pytest.raises(InferenceFailed):
+                await ask(image_of(3)[np.newaxis])
+        with pytest.raises(NotWorking):
+            engine.require_ready(model)
+
+
 async def test_a_failing_decoder_makes_it_unready_until_it_draws_again(tiny_models: Path) -> None:
     """Whoever asks after each outage sets off the trial that ends it, and the trial is none of their own."""
     async with open_engine(settings(tiny_models), Metrics()) as engine:

@@ -309,6 +309,17 @@ def test_image_spec_reads_the_polarity(load_split: Load) -> None:
     assert image_spec(mnist).centring == "centre_of_mass"
 
 
+def test_weights_that_half_precision_cannot_hold_are_refused(
+    state: Checkpoint, load_split: Load, place: Name
+) -> None:
+    """A training that ran away is said to have done so, and nothing is written."""
+    weights = {name: weight.clone() for name, weight in state.model.items()}
+    weights["encoder.conv.weight"].view(-1)[0] = -1e5
+    with pytest.raises(ExportError, match=r"conv\.weight has weights up to 1e\+05, expected at most"):
+        export(replace(state, model=weights), place, load_split)
+    assert not place.folder.exists()
+
+
 def test_images_of_no_class_have_the_ink_of_the_others(load_split: Load) -> None:
     """Letters that no network knows are light on a dark ground, or dark on a light one."""
     dataset = load_split("test")

@@ -31,6 +31,15 @@ def test_an_upright_bar() -> None:
     assert (found["across"], found["down"]) == pytest.approx((14, 14), abs=1e-6)
 
 
+@pytest.mark.parametrize("times", [2, 4])
+def test_a_larger_drawing(times: int) -> None:
+    """Of an image with so many times the pixels every length is so many times as long."""
+    small, large = of(bar()), of(np.kron(bar(), np.ones((times, times), np.float32)))
+    for name in ("thickness", "width", "height", "across", "down"):
+        assert large[name] == pytest.approx(times * small[name], rel=0.08), name
+    assert large["slant"] == pytest.approx(0, abs=0.1)
+
+
 @pytest.mark.parametrize("more", [1, 2, 3])
 def test_a_thicker_bar(more: int) -> None:
     """A pixel more of width is one more of thickness, and no slant and hardly any height."""

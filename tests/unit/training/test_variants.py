@@ -5,14 +5,19 @@ from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from service.manifest import Graph, TensorSpec
 from training import variants
+from training.config import ModelConfig
 from training.data import Dataset
+from training.export import write_decoder
+from training.graphs import encoder_graph
+from training.model import CapsNet
 from training.predictor import Floats, Images, Labels, OnnxPredictor
-from training.variants import BATCH, measure_variants, psnr
+from training.variants import BATCH, batch_size, measure_variants, psnr, write_variants
 
 COUNT = BATCH + 8
 
@@ -85,3 +90,45 @@ def test_decibels() -> None:
     """A hundredth of the square is 20 dB; equal images have a large number in place of an infinite one."""
     assert psnr(0.01) == pytest.approx(20)
     assert psnr(0) == psnr(1e-300) == 200
+    assert psnr(float("nan")) == psnr(float("inf")) == 0
+
+
+def test_what_is_no_number_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an encoder that breaks off no image counts as agreed on, nor its drawing as good."""
+    dataset = Dataset(
+        "two", ("a", "b"), torch.zeros(4, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), {}
+    )
+
+    def breaking(images: Images) -> tuple[Floats, ...]:
+        capsules, lengths = encoded([0] * len(images))
+        lengths[-1] = np.nan
+        drawn = np.zeros(images.shape, np.float32)
+        drawn[-1] = np.nan
+        return capsules, lengths, drawn
+
+    monkeypatch.setattr(variants, "_encoder", lambda *_: breaking)
+    tensors = (TensorSpec(name="x", datatype="FP32", shape=(-1, 2)),)
+    graph = Graph(file="encoder.fp16.onnx", sha256="0" * 64, opset=20, inputs=tensors, outputs=tensors)
+    (found,) = measure_variants({"fp16": graph}, cast("OnnxPredictor", Reference()), dataset)
+    assert (found.test_mistakes, found.agreement, found.psnr) == (1, 75, 0)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "images"), [(28, 28, 32), (20, 28, 32), (56, 56, 8), (999, 999, 2)]
+)
+def test_fewer_of_larger_images_are_measured_at_a_time(height: int, width: int, images: int) -> None:
+    """They take no more memory, and never come alone."""
+    assert batch_size(height, width) == images
+
+
+@pytest.mark.parametrize(("height", "there"), [(40, True), (41, False)])
+def test_larger_images_are_convolved_as_they_are(height: int, there: bool, tmp_path: Path) -> None:
+    """Winograd's algorithm is for small ones: of large ones it takes much memory for nothing."""
+    network = CapsNet(
+        ModelConfig(("a", "b"), height, 40, conv_channels=2, primary_groups=1, decoder_units=(4, 4))
+    ).eval()
+    encoder, decoder = tmp_path / "encoder.onnx", tmp_path / "decoder.onnx"
+    onnx.save(encoder_graph(network), encoder)
+    write_decoder(network, decoder)
+    images = torch.zeros(1, height, 40, dtype=torch.uint8)
+    assert ("fp32" in write_variants(network, images, encoder, decoder)) is there
