@@ -22,6 +22,7 @@ from service.access import log_access
 from service.context import begin_record, identify, request_id
 from service.engine import Model
 from service.errors import (
+    BodyTimeout,
     CallerError,
     InferenceFailed,
     InvalidInput,
@@ -42,7 +43,7 @@ from service.manifest import TensorSpec
 from service.protocol import ServedGraph
 from service.refusals import log_refusal
 from service.repository import EXTENSION, Repository
-from service.room import Share
+from service.room import Room, Share
 from service.tensors import Array, check_tensor, from_bytes, from_values, to_bytes
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ _CONTENTS = {"UINT8": "uint_contents", "INT64": "int64_contents", "FP32": "fp32_
 # The first that fits.
 _CODES: tuple[tuple[type[RequestError], grpc.StatusCode], ...] = (
     (Unauthorized, grpc.StatusCode.UNAUTHENTICATED),
+    (BodyTimeout, grpc.StatusCode.DEADLINE_EXCEEDED),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (RepositoryRefused, grpc.StatusCode.FAILED_PRECONDITION),
     (TooLarge, grpc.StatusCode.RESOURCE_EXHAUSTED),  # what gRPC itself says of a message over its limit
@@ -78,6 +80,17 @@ _CODES: tuple[tuple[type[RequestError], grpc.StatusCode], ...] = (
 _OUR_FAULT = frozenset(
     {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE}
 )
+
+# Of one connection; gRPC's clients let others wait. Each has memory from its head on, and the library ends
+# some of a thousand that wait for a handler.
+_MOST_CALLS = 900
+
+# An answer of so many bytes fits into any client's window, and is gone when it is written.
+_SMALL_ANSWER = 64 * 1024
+
+# The library tells of the end of a call's messages an instant before it cancels the call of who has left, or
+# whose message was too large.
+_LEAVING = 0.1  # seconds
 
 # Checking typed contents of more bytes than this would hold up the event loop.
 _SMALL_CONTENTS = 32 * 1024
@@ -97,6 +110,9 @@ async def start_server(service: Service) -> "Server":
             ("grpc.max_receive_message_length", settings.max_body),
             ("grpc.max_send_message_length", -1),  # as long as the rows that were admitted make it
             ("grpc.so_reuseport", 0),  # a port that is taken is an error, not shared
+            ("grpc.max_concurrent_streams", _MOST_CALLS),
+            # Or calls that a client begins before it has heard of that limit are broken off.
+            ("grpc.http.overload_protection", 0),
         ]
     )
     inference = _Inference(service)
@@ -147,6 +163,7 @@ class _Inference:
         self._tracing = service.tracing
         self._repository = service.repository
         self._body_room = service.body_room
+        self._answer_room = Room(service.settings.max_bodies, "answers that are not taken yet")
         self._keys = KeyRing(service.settings.api_keys)
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -168,9 +185,10 @@ class _Inference:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                name: grpc.unary_unary_rpc_method_handler(
-                    self._observed(f"/{SERVICE}/{name}", handler, message),
-                    response_serializer=_serialize,
+                # All are unary, which on the wire is a stream of one message each way. As such gRPC's library
+                # hands it over here, where a message and an answer have their limits.
+                name: grpc.stream_stream_rpc_method_handler(
+                    self._observed(f"/{SERVICE}/{name}", handler, message)
                 )
                 for name, (handler, message) in methods.items()
             },
@@ -178,10 +196,10 @@ class _Inference:
 
     def _observed(
         self, route: str, handler: Handler, message: type[Message]
-    ) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Message]]:
+    ) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]:
         """Count and time a method that takes such a message, and end it with a status where it fails."""
 
-        async def observed(data: bytes, context: grpc.aio.ServicerContext) -> Message:
+        async def observed(_: object, context: grpc.aio.ServicerContext) -> None:
             started = time.perf_counter()
             identity = identify(_headers(context))
             request_id.set(identity)
@@ -192,6 +210,9 @@ class _Inference:
             code = grpc.StatusCode.CANCELLED  # unless it ends otherwise, the caller left
             self._metrics.in_flight.inc()
             ending = ExitStack()
+            share = ending.enter_context(
+                Share(self._answer_room)
+            )  # until `abort`, which waits for the client
             if self._tracing:
                 metadata = dict(context.invocation_metadata() or ())
                 ending.enter_context(self._tracing.rpc(route, metadata, identity))
@@ -199,14 +220,13 @@ class _Inference:
             try:
                 try:
                     self.check_key(route, context)
-                    answer = await self._in_time(handler(_parse(message, data, self._settings.max_images)))
+                    await self._answer(context, handler, message, share)
                     code = grpc.StatusCode.OK
-                    return answer
+                    return
                 except Exception as error:
                     code, text, when_again = _explain(error)
-                # What `abort` raises is kept, with this frame, until Python looks for cycles: neither the
-                # error, whose own frames hold the request, nor the message may be part of that.
-                del data
+                # What `abort` raises is kept, with this frame, until Python looks for cycles: the error,
+                # whose own frames hold the request, may not be part of that.
                 await context.abort(code, text, trailer + when_again)
                 raise AssertionError("not reached: abort raises")
             finally:
@@ -228,6 +248,45 @@ class _Inference:
                     )
 
         return observed
+
+    async def _answer(
+        self, context: grpc.aio.ServicerContext, handler: Handler, message: type[Message], share: Share
+    ) -> None:
+        data = await self._receive(context)
+        answer = _serialize(await self._in_time(handler(_parse(message, data, self._settings.max_images))))
+        del data
+        limit = self._settings.answer_timeout
+        if len(answer) > _SMALL_ANSWER:
+            share.resize(min(len(answer), self._answer_room.size))  # a larger one may be there alone
+        # Not by `write`: what ends that early would not know that they are sent.
+        await context.send_initial_metadata(())
+        try:
+            async with asyncio.timeout(limit):
+                await context.write(answer)
+        except TimeoutError as error:
+            raise TimedOut(f"The answer was not taken within {limit:g} s.") from error
+
+    async def _receive(self, context: grpc.aio.ServicerContext) -> bytes:
+        """The call's message, which gRPC's library tells of when it is whole, and within CAPSNET_MAX_BODY.
+
+        Raises:
+            BodyTimeout: it did not come in time.
+            MalformedBody: there is none.
+        """
+        limit = self._settings.body_timeout
+        try:
+            async with asyncio.timeout(limit):
+                data = await context.read()
+        except TimeoutError as error:
+            raise BodyTimeout(
+                "The message did not arrive in time.",
+                received="a part of it, or nothing",
+                expected=f"all of it within {limit:g} s",
+            ) from error
+        if data is grpc.aio.EOF:
+            await asyncio.sleep(_LEAVING)
+            raise MalformedBody("There is no message.", received="nothing", expected="one message")
+        return bytes(data)
 
     def check_key(self, route: str, context: grpc.aio.ServicerContext) -> None:
         """Refuse callers without a valid key, where keys are required, as over HTTP."""

@@ -138,7 +138,8 @@ class Settings(BaseSettings):
             ge=1024,
             le=1 << 40,
             description="Bytes of all request bodies and gRPC messages that a process holds at a time; "
-            "beyond: 503. As many of answers that clients are slow to take; beyond: cut off. "
+            "beyond: 503. As many of answers that clients are slow to take, over HTTP and over gRPC; beyond: "
+            "cut off. "
             "At least max_body.",
         ),
     ] = 256 * MIB
@@ -199,7 +200,12 @@ class Settings(BaseSettings):
         ),
     ] = 75
     body_timeout: Annotated[
-        float, Field(gt=0, le=3600, description="Seconds for a request body to arrive; beyond: 408.")
+        float,
+        Field(
+            gt=0,
+            le=3600,
+            description="Seconds for a request body to arrive; beyond: 408, over gRPC DEADLINE_EXCEEDED.",
+        ),
     ] = 10
     request_timeout: Annotated[
         float,
@@ -207,7 +213,11 @@ class Settings(BaseSettings):
     ] = 30
     answer_timeout: Annotated[
         float,
-        Field(gt=0, le=3600, description="Seconds for a client to take an answer; beyond: cut off."),
+        Field(
+            gt=0,
+            le=3600,
+            description="Seconds for a client to take an answer; beyond: cut off, over gRPC a status.",
+        ),
     ] = 30
     drain_timeout: Annotated[
         float, Field(ge=0, le=3600, description="Seconds to finish requests in flight after SIGTERM.")

@@ -335,6 +335,68 @@ def test_messages_share_the_room_of_bodies(tiny_models: Path) -> None:
         assert room == 9
 
 
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+def ended(process: Served, code: str) -> bool:
+    """Whether the one call of ModelInfer has ended with this code."""
+    return f'route="{INFER}",status="{code}"}} 1.0\n' in process.client.get("/metrics").text
+
+
+def test_a_message_that_does_not_come_is_given_up(tiny_models: Path) -> None:
+    """A call without one has the time of a body, no time without a key, and is at fault if that is all."""
+    key = "a key of sixteen"
+    with (
+        served(tiny_models, grpc_port="0", body_timeout="0.5", api_keys=key) as process,
+        grpc.insecure_channel(process.grpc_address) as channel,
+    ):
+        infer = channel.stream_stream(INFER)
+        never = threading.Event()
+
+        def silent() -> Iterator[bytes]:
+            never.wait()
+            yield from ()
+
+        for metadata, messages, code, words in (
+            ((), silent(), grpc.StatusCode.UNAUTHENTICATED, "needs an API key"),
+            ([("x-api-key", key)], silent(), grpc.StatusCode.DEADLINE_EXCEEDED, "within 0.5 s"),
+            ([("x-api-key", key)], iter(()), grpc.StatusCode.INVALID_ARGUMENT, "There is no message"),
+        ):
+            with pytest.raises(grpc.RpcError, match=words) as caught:
+                next(infer(messages, metadata=metadata, timeout=LIMIT))
+            assert caught.value.code() == code
+        never.set()
+
+
+def test_an_answer_that_nobody_takes_is_given_up(tiny_models: Path) -> None:
+    """A caller has the time that callers over HTTP have, and others go on."""
+    rows = 4096  # for 13 MB
+    small = [
+        ("grpc.http2.lookahead_bytes", 65535),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.max_receive_message_length", -1),
+    ]
+    with (
+        served(tiny_models, grpc_port="0", answer_timeout="0.5", max_images=str(rows)) as process,
+        grpc.insecure_channel(process.grpc_address, options=small) as channel,
+    ):
+        asked = service_pb2.ModelInferRequest(model_name="tiny-decoder")
+        for name, values in (
+            ("digit_capsules", np.zeros((rows, CLASSES, DIMENSIONS), np.float32)),
+            ("target", np.zeros(rows, np.int64)),
+        ):
+            kind = "FP32" if values.dtype == np.float32 else "INT64"
+            asked.inputs.add(name=name, datatype=kind, shape=values.shape)
+            asked.raw_input_contents.append(values.tobytes())
+        call = channel.stream_stream(INFER)(iter([asked.SerializeToString()]))
+        until(lambda: "was not taken within 0.5 s" in "".join(process.log))
+        assert process.predict() == "3"
+        with pytest.raises(grpc.RpcError, match=r"was not taken within 0\.5 s"):
+            list(call)  # who reads late is told so, behind what was under way
+        until(lambda: ended(process, "DEADLINE_EXCEEDED"))
+        assert "Traceback" not in "".join(process.log)
+
+
 def test_keys_are_asked_for_as_over_http(tiny_models: Path) -> None:
     """Health needs none; everything else needs one in the metadata, in either form."""
     key = "correct horse battery staple"
@@ -415,6 +477,13 @@ async def test_the_asyncio_client_does_the_same(async_client: aio.InferenceServe
     assert await asyncio.gather(*map(ask, range(64))) == [number % CLASSES for number in range(64)]
     with pytest.raises(InferenceServerException):
         await async_client.infer("tiny-encoder", [])
+
+
+@pytest.mark.anyio
+async def test_thousands_of_calls_at_once_are_answered(async_client: aio.InferenceServerClient) -> None:
+    """What a connection has beyond its limit waits in the client, and nothing is broken off."""
+    asked = [async_client.get_model_metadata("tiny-encoder") for _ in range(2500)]
+    assert {metadata.name for metadata in await asyncio.gather(*asked)} == {"tiny-encoder"}
 
 
 def test_sigterm_drains_and_exits_cleanly(tiny_models: Path) -> None:
