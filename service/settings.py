@@ -138,8 +138,8 @@ class Settings(BaseSettings):
             ge=1024,
             le=1 << 40,
             description="Bytes of all request bodies and gRPC messages that a process holds at a time; "
-            "beyond: 503. As many of answers that clients are slow to take, over HTTP and over gRPC; beyond: "
-            "cut off. "
+            "beyond: 503. As many of answers that clients are slow to take, and of gRPC's above 64 KiB; "
+            "beyond: cut off, over gRPC UNAVAILABLE. "
             "At least max_body.",
         ),
     ] = 256 * MIB

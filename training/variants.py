@@ -23,9 +23,9 @@ from training.rounded import RoundedGraph
 from training.winograd import WinogradGraph
 
 BATCH = 32
-MOST_PIXELS = 40 * 40
-"""Of an image that Winograd's algorithm convolves. At 64x48 it gains nothing in batches of 32 and takes four
-times the memory, 1.8 GiB in all; sizes between were not measured."""
+LARGEST_FOR_WINOGRAD = 40 * 40
+"""Pixels of an image that Winograd's algorithm convolves. At 64x48 it gains nothing in batches of 32 and
+takes four times the memory, 1.8 GiB in all; sizes between were not measured."""
 BEST_PSNR = 200.0
 """dB of equal images, whose true value is infinite; more than single precision can tell apart."""
 
@@ -41,7 +41,7 @@ def write_variants(network: CapsNet, images: Tensor, encoder: Path, decoder: Pat
         "fp16": ("fp16", predictor_graph(network)),
         "int8": ("int8", encoder_graph(network, largest_feature(network, images))),
     }
-    if network.config.height * network.config.width <= MOST_PIXELS:
+    if network.config.height * network.config.width <= LARGEST_FOR_WINOGRAD:
         graphs = {"fp32": ("winograd", encoder_graph(network, writer=WinogradGraph)), **graphs}
     files = {precision: encoder.with_name(f"encoder.{name}.onnx") for precision, (name, _) in graphs.items()}
     for precision, (_, graph) in graphs.items():
@@ -60,7 +60,7 @@ def measure_variants(
     mistakes = dict.fromkeys(graphs, 0)
     agreed = dict.fromkeys(graphs, 0)
     squares = dict.fromkeys(graphs, 0.0)
-    step = batch_size(*dataset.images.shape[1:3])
+    step = images_at_a_time(*dataset.images.shape[1:3])
     for start in range(0, len(dataset), step):
         images = dataset.images[start : start + step].cpu().numpy()
         labels = dataset.labels[start : start + step].cpu()
@@ -90,7 +90,7 @@ def measure_variants(
     )
 
 
-def batch_size(height: int, width: int) -> int:
+def images_at_a_time(height: int, width: int) -> int:
     """Images to be measured at a time, in the memory of 32 of 28x28; a lone one would go another way."""
     return max(2, min(BATCH, BATCH * 28 * 28 // (height * width)))
 

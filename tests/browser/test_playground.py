@@ -1227,13 +1227,7 @@ def test_nothing_moves_under_the_pointer(page: Page) -> None:
     move(page, 6, -0.25)
     assert value.evaluate(width) == unmoved
     expect(page.locator("#tweaked-caption")).to_contain_text("bent: read again")
-    refused: list[str] = []
-
-    def refuse(route: Route) -> None:
-        refused.append(route.request.url)
-        route.fulfill(status=500, json={"detail": "Broken."})
-
-    page.route("**/reconstruct?*", refuse)
+    gate = Gate(page, "**/reconstruct?*")
     page.evaluate(
         """() => {
             const problem = document.getElementById("problem");
@@ -1246,13 +1240,11 @@ def test_nothing_moves_under_the_pointer(page: Page) -> None:
     )
     for count, value_of in enumerate((0.05, 0.1, 0.15, 0.2), 1):
         move(page, 6, value_of)
-        for _ in range(LIMIT // 20):
-            if len(refused) == count:
-                break
-            page.wait_for_timeout(20)
+        gate.wait_for(count)
+        gate.refuse()
         expect(page.get_by_role("alert")).to_be_visible()
     assert page.evaluate("window.seen") in ([False], [True, False])  # hidden before the first, not since
-    page.unroute("**/reconstruct?*")
+    gate.open()
     move(page, 6, 0.25)
     expect(page.get_by_role("alert")).to_be_hidden()
 

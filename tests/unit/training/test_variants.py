@@ -17,7 +17,7 @@ from training.export import write_decoder
 from training.graphs import encoder_graph
 from training.model import CapsNet
 from training.predictor import Floats, Images, Labels, OnnxPredictor
-from training.variants import BATCH, batch_size, measure_variants, psnr, write_variants
+from training.variants import BATCH, images_at_a_time, measure_variants, psnr, write_variants
 
 COUNT = BATCH + 8
 
@@ -118,7 +118,7 @@ def test_what_is_no_number_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_fewer_of_larger_images_are_measured_at_a_time(height: int, width: int, images: int) -> None:
     """They take no more memory, and never come alone."""
-    assert batch_size(height, width) == images
+    assert images_at_a_time(height, width) == images
 
 
 @pytest.mark.parametrize(("height", "there"), [(40, True), (41, False)])
